@@ -1,0 +1,1 @@
+"""Finetune a deployed dense retriever for novelty."""

@@ -1,0 +1,1 @@
+"""What users bring: BEIR folders and Hugging Face data sets."""

@@ -1,0 +1,1 @@
+"""Candidates, prompts, judges and the judgement store."""

@@ -1,0 +1,1 @@
+"""Policy, rewards, objectives and the trainer."""

@@ -1,0 +1,1 @@
+"""How a sampled state and its reward become a loss; one file each."""
