@@ -1,0 +1,197 @@
+"""Artifacts: folders that say what made them, from which inputs, and that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from novelret.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and where it came from.
+
+    Attributes:
+        kind: "index", "labels", "model" or "report".
+        config: the resolved settings that made it.
+        inputs: name of each input → its fingerprint. Later stages compare these.
+        fingerprint: identity of what the artifact holds. Two artifacts with the same fingerprint are
+            interchangeable.
+        facts: figures worth keeping (counts, dimensions, results).
+        created: UTC time, ISO 8601.
+        novelret: version of the program.
+        format: layout version of the folder.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    fingerprint: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    novelret: str = field(default_factory=lambda: version("novelret"))
+    format: int = FORMAT
+
+
+def fingerprint_file(path: Path) -> str:
+    """Hash of a file's bytes (BLAKE2b, 128 bits, hex)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def fingerprint_of(*parts: object) -> str:
+    """Hash of JSON-like values, stable across runs and machines (BLAKE2b, 128 bits, hex)."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def fingerprint_strings(strings: Iterator[str] | list[str]) -> str:
+    """Hash of a sequence of strings, order included, without holding them all in one piece."""
+    digest = hashlib.blake2b(digest_size=16)
+    for string in strings:
+        data = string.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); make the artifact again") from None
+
+
+def read_manifest(folder: Path, kind: str) -> Manifest:
+    """Read and check an artifact's manifest.
+
+    Raises:
+        UserError: there is no such folder, it is not an artifact, or it is one of another kind or format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; make it with `novelret {_maker(kind)}`")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: holds no {MANIFEST}, so it is no novelret {kind}; point to a finished one"
+        )
+    data = read_json(folder / MANIFEST)
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        found = data.get("kind") if isinstance(data, dict) else None
+        raise UserError(f"{folder}: is a novelret {found or 'unknown artifact'}, expected a {kind}")
+    if data.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: has layout {data.get('format')}, this novelret reads {FORMAT}; make it again"
+        )
+    known = {name: data[name] for name in Manifest.__dataclass_fields__ if name in data}
+    return Manifest(**known)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest; last of all files, since it says that the folder is whole."""
+    write_json(folder / MANIFEST, asdict(manifest))
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Refuse an output that exists, before any work is done.
+
+    Raises:
+        UserError: `out` exists and `force` is off, or `out` is something novelret did not make.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
+    empty = out.is_dir() and not any(out.iterdir())
+    if not empty and not (out / MANIFEST).is_file():
+        raise UserError(
+            f"{out}: was not made by novelret, so --force does not replace it; remove it yourself"
+        )
+
+
+@contextlib.contextmanager
+def open_output(out: Path, identity: str, *, force: bool) -> Iterator[Path]:
+    """Give a working folder that becomes `out` when the block ends well.
+
+    The working folder `OUT.partial` outlives a failure or a kill, so that the next run with the same
+    identity finds what was done. A run with another identity starts it anew.
+
+    Args:
+        out: the folder to make.
+        identity: fingerprint of everything that decides the content (configuration and inputs).
+        force: replace an existing artifact, once the new one is whole.
+
+    Raises:
+        UserError: `out` exists and `force` is off, or the place cannot be written.
+    """
+    check_output(out, force=force)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if partial.exists() and _identity_of(partial) != identity:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / STATE, {"identity": identity})
+    except PermissionError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{out}: cannot be made, a file stands in its way; choose another --out") from None
+    yield partial
+    if not (partial / MANIFEST).is_file():
+        raise RuntimeError(f"{partial} has no manifest")
+    (partial / STATE).unlink()
+    old = out.with_name(out.name + ".old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.replace(old)
+    partial.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_file(path: Path) -> None:
+    """Make sure that a file's bytes are on disk before progress is recorded."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _identity_of(partial: Path) -> str | None:
+    try:
+        identity: str = json.loads((partial / STATE).read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return identity
+
+
+def _maker(kind: str) -> str:
+    return {"index": "index", "labels": "label", "model": "train", "report": "eval"}[kind]

@@ -1,0 +1,152 @@
+"""The catalog: item ids and texts in one memory-mapped Arrow file; 30 million items cost no memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from novelret.data.source import read_part
+from novelret.errors import UserError
+
+_SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
+_BATCH = 65_536
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Item ids and texts by row; row r is also row r of the embeddings.
+
+    Attributes:
+        ids: N strings.
+        texts: N strings, the title and the text joined by a space.
+    """
+
+    ids: pa.ChunkedArray
+    texts: pa.ChunkedArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
+        """Rows of item ids: int64, −1 where an id is not in the catalog.
+
+        Hashes the given ids, not the catalog's, and streams over the catalog.
+        """
+        wanted = pa.array(ids, pa.large_string())
+        unique = wanted.unique()
+        row_of_unique = np.full(len(unique), -1, dtype=np.int64)
+        start = 0
+        for chunk in self.ids.chunks:
+            position = pc.index_in(chunk, value_set=unique).fill_null(-1).to_numpy(zero_copy_only=False)
+            found = np.flatnonzero(position >= 0)
+            row_of_unique[position[found]] = found + start
+            start += len(chunk)
+        return row_of_unique[pc.index_in(wanted, value_set=unique).to_numpy(zero_copy_only=False)]
+
+    def ids_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
+        """Ids of the given rows."""
+        ids: list[str] = self.ids.take(pa.array(np.asarray(rows, dtype=np.int64))).to_pylist()
+        return ids
+
+    def texts_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
+        """Texts of the given rows."""
+        texts: list[str] = self.texts.take(pa.array(np.asarray(rows, dtype=np.int64))).to_pylist()
+        return texts
+
+
+def open_catalog(path: Path) -> Catalog:
+    """Memory-map a catalog file."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: not readable as a catalog ({error}); run `novelret index` again") from None
+    return Catalog(table["id"], table["text"])
+
+
+def write_catalog(data: str, path: Path, advance: Callable[[int], None]) -> None:
+    """Stream a corpus into a catalog file.
+
+    Args:
+        data: a BEIR folder or a Hugging Face data set.
+        path: the file to write; it appears when it is whole.
+        advance: told the number of items written since the last call.
+
+    Raises:
+        UserError: a row has no id or no text, an id occurs twice, or there are no items.
+    """
+    temporary = path.with_suffix(".tmp")
+    hashes: list[np.ndarray] = []
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for ids, texts in _batches(data):
+            writer.write_batch(pa.record_batch([ids, texts], schema=_SCHEMA))
+            hashes.append(np.fromiter((hash(i) for i in ids), dtype=np.int64, count=len(ids)))
+            advance(len(ids))
+    if not hashes:
+        raise UserError(f"{data}: the corpus holds no items")
+    _check_unique(data, np.concatenate(hashes))
+    temporary.replace(path)
+
+
+def id_ranks(catalog: Catalog) -> np.ndarray:
+    """Rank of each item's id in ascending order (int32, or int64 from 2³¹ items): the tie rule's key."""
+    order = pc.sort_indices(catalog.ids).to_numpy()
+    ranks = np.empty(len(order), dtype=np.int32 if len(order) < 2**31 else np.int64)
+    ranks[order] = np.arange(len(order), dtype=ranks.dtype)
+    return ranks
+
+
+def _batches(data: str) -> Iterator[tuple[list[str], list[str]]]:
+    ids: list[str] = []
+    texts: list[str] = []
+    for where, row in read_part(data, "corpus"):
+        item_id = read_id(where, row)
+        text = f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+        if not text:
+            raise UserError(
+                f"{where}: item {item_id!r} has neither title nor text; drop it or give it a text"
+            )
+        ids.append(item_id)
+        texts.append(text)
+        if len(ids) == _BATCH:
+            yield ids, texts
+            ids, texts = [], []
+    if ids:
+        yield ids, texts
+
+
+def read_id(where: str, row: dict[str, object]) -> str:
+    """A row's id as a string.
+
+    Raises:
+        UserError: there is none, or it holds a tab or line break, which run files cannot carry.
+    """
+    value = row.get("_id")
+    if value is None or value == "":
+        raise UserError(f"{where}: no _id")
+    text = str(value)
+    if not text.isprintable():
+        raise UserError(f"{where}: the _id {text!r} holds control characters")
+    return text
+
+
+def _check_unique(data: str, hashes: np.ndarray) -> None:
+    # 8 bytes per item instead of a set of strings; only suspects are read a second time.
+    hashes.sort()
+    suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not suspects:
+        return
+    first: dict[str, str] = {}
+    count: Counter[str] = Counter()
+    for where, row in read_part(data, "corpus"):
+        item_id = read_id(where, row)
+        if hash(item_id) in suspects:
+            count[item_id] += 1
+            if count[item_id] == 2:
+                raise UserError(f"{where}: duplicate _id {item_id!r}, seen before at {first[item_id]}")
+            first[item_id] = where

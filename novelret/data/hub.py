@@ -1,0 +1,73 @@
+"""Hugging Face data sets in BEIR's and MTEB's column names, through `datasets`.
+
+Configurations `corpus` and `queries` hold the texts; the qrels lie in `default` (MTEB), in `qrels`, or
+in a sister data set `NAME-qrels` (BEIR on the hub).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from novelret.data.source import Row, _qrels_columns
+from novelret.errors import UserError
+
+
+def read_hub_part(data: str, part: str) -> Iterator[Row]:
+    """Rows of the configuration "corpus" or "queries"."""
+    for number, row in enumerate(_load(data, part), 1):
+        row = dict(row)
+        if "_id" not in row and "id" in row:
+            row["_id"] = row["id"]
+        yield f"{data} ({part}): row {number}", row
+
+
+def read_hub_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
+    """Rows (where, query id, item id, score) of one split's qrels."""
+    for number, row in enumerate(_qrels(data, split), 1):
+        where = f"{data} (qrels, {split}): row {number}"
+        yield where, *_qrels_columns(where, row)
+
+
+def fingerprint_hub_part(data: str, part: str) -> str:
+    """The fingerprint that `datasets` keeps of the part's files and transformations."""
+    dataset = _qrels(data, part.removeprefix("qrels/")) if part.startswith("qrels/") else _load(data, part)
+    return str(dataset._fingerprint)
+
+
+def _load(data: str, part: str) -> Any:
+    from datasets import get_dataset_config_names, load_dataset
+
+    try:
+        names = get_dataset_config_names(data)
+        if part not in names:
+            raise UserError(f"{data}: has no configuration {part!r} (it has: {', '.join(names)})")
+        splits = load_dataset(data, part)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_cannot_load(data, error)) from None
+    return splits[part] if part in splits else next(iter(splits.values()))
+
+
+def _qrels(data: str, split: str) -> Any:
+    from datasets import get_dataset_config_names, load_dataset
+
+    sister = f"{data}-qrels"
+    try:
+        names = get_dataset_config_names(data)
+        config = next((name for name in ("qrels", "default") if name in names), None)
+        splits = load_dataset(data, config) if config else load_dataset(sister)
+    except Exception as error:
+        raise UserError(_cannot_load(data, error)) from None
+    if split not in splits:
+        raise UserError(f"{data}: has no qrels split {split!r} (it has: {', '.join(splits)})")
+    return splits[split]
+
+
+def _cannot_load(data: str, error: Exception) -> str:
+    if not Path(data).exists() and "/" not in data:
+        return f"{data}: no such folder, and no Hugging Face data set could be loaded under this name"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{data}: cannot be loaded as a Hugging Face data set ({reason})"

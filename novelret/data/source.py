@@ -1,0 +1,206 @@
+"""Read what users bring: a BEIR folder (plain or gzipped), parquet beside it, or a Hugging Face data set.
+
+Everything comes out as rows with a `where` that error messages can name ("corpus.jsonl:17").
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from novelret.artifacts import fingerprint_file
+from novelret.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+
+
+def find_file(folder: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
+    """The first of stem + suffix, then stem + suffix + ".gz", that exists in the folder."""
+    for suffix in suffixes:
+        for ending in (suffix, suffix + ".gz"):
+            path = folder / (stem + ending)
+            if path.is_file():
+                return path
+    return None
+
+
+def is_folder(data: str) -> bool:
+    """Whether `data` names a folder in BEIR's layout rather than a Hugging Face data set.
+
+    Raises:
+        UserError: `data` is a path that does not exist, or a file.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return (
+            find_file(path, "corpus", (".jsonl", ".parquet")) is not None or not (path / "README.md").exists()
+        )
+    if path.exists():
+        raise UserError(
+            f"{data}: is a file; --data takes a folder with corpus.jsonl, queries.jsonl and qrels/"
+        )
+    if data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise UserError(f"{data}: no such folder")
+    return False
+
+
+def read_part(data: str, part: str) -> Iterator[Row]:
+    """Rows of "corpus" or "queries": `_id`, `text` and, for a corpus, `title`.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object.
+    """
+    if not is_folder(data):
+        from novelret.data.hub import read_hub_part
+
+        yield from read_hub_part(data, part)
+        return
+    path = _part_file(data, part)
+    yield from _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+
+
+def read_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
+    """Rows (where, query id, item id, score) of one split's qrels.
+
+    Raises:
+        UserError: the split is missing (the message lists those that exist), or a line is malformed.
+    """
+    if not is_folder(data):
+        from novelret.data.hub import read_hub_qrels
+
+        yield from read_hub_qrels(data, split)
+        return
+    yield from read_qrels_file(_qrels_file(data, split))
+
+
+def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
+    """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
+
+    A first line whose last column is no number is a header. Also reads parquet with BEIR's column names.
+
+    Raises:
+        UserError: the file is missing or a line is malformed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        for where, row in _read_parquet(path):
+            yield where, *_qrels_columns(where, row)
+        return
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        columns = line.rstrip("\r\n").split("\t")
+        if len(columns) == 1:
+            columns = line.split()
+        if len(columns) == 4:  # TREC: query, iteration, item, score
+            columns = [columns[0], columns[2], columns[3]]
+        if len(columns) != 3:
+            raise UserError(
+                f"{where}: {len(columns)} columns, expected query-id, corpus-id, score (tab-separated)"
+            )
+        try:
+            score = float(columns[2])
+        except ValueError:
+            if number == 1:
+                continue
+            raise UserError(f"{where}: the score {columns[2]!r} is not a number") from None
+        yield where, columns[0], columns[1], score
+
+
+def fingerprint_part(data: str, part: str) -> str:
+    """Fingerprint of the corpus, the queries, or "qrels/SPLIT" as they lie there now."""
+    if not is_folder(data):
+        from novelret.data.hub import fingerprint_hub_part
+
+        return fingerprint_hub_part(data, part)
+    if part.startswith("qrels/"):
+        return fingerprint_file(_qrels_file(data, part.removeprefix("qrels/")))
+    return fingerprint_file(_part_file(data, part))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file, gzipped or not; blank lines are passed over.
+
+    Raises:
+        UserError: the file is missing, is cut off, or is not UTF-8.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                text = raw.decode("utf-8")
+                if text.strip():
+                    yield number, text.removeprefix("\ufeff") if number == 1 else text
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{number}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file with iconv"
+        ) from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}: the gzip data breaks off after line {number} ({error}); fetch it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object with _id and text, found {type(row).__name__}")
+        yield where, row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
+
+
+def _part_file(data: str, part: str) -> Path:
+    path = find_file(Path(data), part, (".jsonl", ".parquet"))
+    if path is None:
+        raise UserError(
+            f"{Path(data) / (part + '.jsonl')}: no such file (looked for .jsonl, .jsonl.gz, .parquet)"
+        )
+    return path
+
+
+def _qrels_file(data: str, split: str) -> Path:
+    folder = Path(data) / "qrels"
+    path = find_file(folder, split, (".tsv", ".parquet"))
+    if path is None:
+        present = sorted({p.name.split(".")[0] for p in folder.glob("*.*")}) if folder.is_dir() else []
+        raise UserError(
+            f"{folder / (split + '.tsv')}: no such file (splits there: {', '.join(present) or 'none'})"
+        )
+    return path
+
+
+def _qrels_columns(where: str, row: dict[str, Any]) -> tuple[str, str, float]:
+    try:
+        return str(row["query-id"]), str(row["corpus-id"]), float(row.get("score", 1))
+    except KeyError as error:
+        raise UserError(f"{where}: no column {error}; qrels need query-id, corpus-id and score") from None

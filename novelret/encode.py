@@ -1,0 +1,111 @@
+"""Encoders: sentence-transformers models, for items and for queries, with the prompts they carry."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from novelret.artifacts import fingerprint_of
+from novelret.errors import UserError
+
+logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+
+
+def pick_device(device: str) -> str:
+    """Turn "auto" into "cuda" where a GPU is there, else "cpu".
+
+    Raises:
+        UserError: a GPU was asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine shows no CUDA GPU; use --device cpu")
+    return device
+
+
+def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
+    """Load a sentence-transformers model from a folder or by its hub id.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    is_path = Path(path).exists() or str(path).startswith((".", "/", "~"))
+    if is_path and not Path(path).is_dir():
+        raise UserError(f"{path}: no such model folder")
+    if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path}: holds no sentence-transformers model (no modules.json)")
+    try:
+        return SentenceTransformer(str(path), device=device)
+    except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: the model cannot be read ({reason})") from None
+
+
+def fingerprint_encoder(model: SentenceTransformer) -> str:
+    """Identity of an encoder: its weights and everything else that decides an embedding."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    modules = [type(module).__name__ for module in model]
+    return fingerprint_of(
+        digest.hexdigest(),
+        modules,
+        model.prompts,
+        model.default_prompt_name,
+        model.max_seq_length,
+        model.truncate_dim,
+    )
+
+
+def is_normalized(model: SentenceTransformer) -> bool:
+    """Whether novelret normalises this model's embeddings: it does unless the model asks for dot products."""
+    return str(model.similarity_fn_name) != "dot"
+
+
+def encode_items(model: SentenceTransformer, texts: list[str], batch_size: int) -> np.ndarray:
+    """Item embeddings, (n, d) float32, with the model's document prompt."""
+    embeddings: np.ndarray = model.encode_document(
+        texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
+    )
+    return embeddings.astype(np.float32, copy=False)
+
+
+def encode_queries(model: SentenceTransformer, texts: list[str], batch_size: int = 128) -> np.ndarray:
+    """Query embeddings, (n, d) float32, with the model's query prompt."""
+    embeddings: np.ndarray = model.encode_query(
+        texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
+    )
+    return embeddings.astype(np.float32, copy=False)
+
+
+def query_features(model: SentenceTransformer, texts: list[str]) -> dict[str, Any]:
+    """Tokenised queries as the model's forward pass takes them, prompt included."""
+    prompt = (
+        model.prompts.get("query")
+        if "query" in model.prompts
+        else model.prompts.get(model.default_prompt_name)
+    )
+    features: dict[str, Any] = model.preprocess(texts, prompt=prompt, task="query")
+    return features
+
+
+def check_finite(embeddings: np.ndarray, what: str) -> None:
+    """Refuse embeddings with NaN or infinite values.
+
+    Raises:
+        UserError: names the first bad row.
+    """
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"{what}: embedding {int(bad[0])} is not finite; the model is broken or overflows in float16"
+        )

@@ -1,0 +1,350 @@
+"""The INDEX artifact: the deployed system's items, embeddings and encoder, frozen.
+
+items.arrow       item ids and texts
+id_rank.npy       (N,) rank of each id, the tie rule's key
+embeddings.npy    (N, d) float32 or float16
+query_encoder/    the deployed query side: every finetuned model starts from it
+item_encoder/     the deployed item side, where it is another model
+items.faiss       the faiss index, where the factory is not Flat (Flat needs no second copy)
+cache/            embeddings and top lists of queries met before; may be deleted at any time
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from novelret import encode
+from novelret.artifacts import (
+    Manifest,
+    fingerprint_of,
+    fsync_file,
+    open_output,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from novelret.data.catalog import Catalog, id_ranks, open_catalog, write_catalog
+from novelret.data.source import fingerprint_part
+from novelret.data.split import Split
+from novelret.errors import UserError
+from novelret.progress import Reporter
+from novelret.search import search_exact, search_faiss
+
+_TRAIN_ROWS_PER_CENTROID = 64
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Settings of `novelret index`.
+
+    Attributes:
+        data: BEIR folder or Hugging Face data set with the catalog.
+        model: the deployed encoder (folder or hub id).
+        query_model: the deployed query side, where it is another model.
+        factory: faiss factory string; "Flat" searches the embeddings exactly.
+        dtype: "float32" or "float16", how embeddings are stored.
+        batch_size: texts per forward pass.
+        device: "auto", "cpu" or a CUDA device.
+    """
+
+    data: str
+    model: str
+    query_model: str | None = None
+    factory: str = "Flat"
+    dtype: str = "float32"
+    batch_size: int = 64
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened INDEX; everything in it is read-only."""
+
+    folder: Path
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return int(self.manifest.facts["items"])
+
+    @property
+    def dimension(self) -> int:
+        """Dimensions of an embedding."""
+        return int(self.manifest.facts["dimension"])
+
+    @property
+    def normalized(self) -> bool:
+        """Whether scores are cosines (else plain inner products)."""
+        return bool(self.manifest.facts["normalized"])
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """Item ids and texts, memory-mapped."""
+        return open_catalog(self.folder / "items.arrow")
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """(N, d) item embeddings, memory-mapped, read-only."""
+        return np.load(self.folder / "embeddings.npy", mmap_mode="r")
+
+    @cached_property
+    def id_rank(self) -> np.ndarray:
+        """(N,) rank of each item's id in ascending order."""
+        return np.load(self.folder / "id_rank.npy", mmap_mode="r")
+
+    @cached_property
+    def faiss_index(self) -> Any:
+        """The faiss index, or None where search is exact over the embeddings."""
+        path = self.folder / "items.faiss"
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP) if path.is_file() else None
+
+    def query_encoder(self, device: str = "cpu") -> SentenceTransformer:
+        """A fresh copy of the deployed query encoder."""
+        return encode.load_encoder(self.folder / "query_encoder", device)
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        excluded: np.ndarray | None = None,
+        *,
+        device: str = "cpu",
+        report: Reporter | None = None,
+        what: str = "searching",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Top-k rows and scores of query embeddings (see `search_exact`); by faiss where it was built."""
+        if self.faiss_index is not None:
+            return search_faiss(self.faiss_index, queries, k, self.id_rank, excluded)
+        with (report or Reporter()).bar(what, len(queries)) as advance:
+            return search_exact(
+                queries, self.embeddings, k, self.id_rank, excluded, device=device, advance=advance
+            )
+
+
+def open_index(folder: str | Path, data: str | None = None) -> Index:
+    """Open an INDEX and, where `data` is given, check that it still is the data it was made from.
+
+    Raises:
+        UserError: no index there, or the corpus has changed since.
+    """
+    folder = Path(folder)
+    index = Index(folder, read_manifest(folder, "index"))
+    if data is not None and fingerprint_part(data, "corpus") != index.manifest.inputs["corpus"]:
+        raise UserError(
+            f"{data}: its corpus is not the one {folder} was made from "
+            f"({index.manifest.config['data']}, {len(index)} items); run `novelret index` again"
+        )
+    return index
+
+
+def build_index(
+    config: IndexConfig, out: Path, *, force: bool = False, report: Reporter | None = None
+) -> Index:
+    """Encode a catalog with the deployed encoder and write the INDEX artifact.
+
+    May be killed at any moment; the same call goes on from the last finished chunk.
+
+    Raises:
+        UserError: bad data, unreadable model, mismatched dimensions, or an existing output.
+    """
+    report = report or Reporter()
+    if config.dtype not in ("float32", "float16"):
+        raise UserError(f"--dtype {config.dtype}: expected float32 or float16")
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
+    device = encode.pick_device(config.device)
+    items_model = encode.load_encoder(config.model, device)
+    query_model = encode.load_encoder(config.query_model, device) if config.query_model else items_model
+    _check_same_space(config, items_model, query_model)
+    inputs = {
+        "corpus": fingerprint_part(config.data, "corpus"),
+        "item_encoder": encode.fingerprint_encoder(items_model),
+        "query_encoder": encode.fingerprint_encoder(query_model),
+    }
+    identity = fingerprint_of(inputs, config.dtype, config.factory)
+    with open_output(out, identity, force=force) as folder:
+        if not (folder / "items.arrow").is_file():
+            with report.bar("reading the catalog") as advance:
+                write_catalog(config.data, folder / "items.arrow", advance)
+        catalog = open_catalog(folder / "items.arrow")
+        np.save(folder / "id_rank.npy", id_ranks(catalog))
+        _encode_catalog(items_model, catalog, config, folder, report)
+        query_model.save(str(folder / "query_encoder"), create_model_card=False)
+        if config.query_model:
+            items_model.save(str(folder / "item_encoder"), create_model_card=False)
+        if config.factory != "Flat":
+            _build_faiss(config.factory, folder, report)
+        facts = {
+            "items": len(catalog),
+            "dimension": query_model.get_embedding_dimension(),
+            "normalized": encode.is_normalized(query_model),
+            "max_length": query_model.max_seq_length,
+            "prompts": query_model.prompts,
+        }
+        (folder / "progress.json").unlink()
+        write_json(folder / "config.json", asdict(config))
+        write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
+    return open_index(out)
+
+
+def _check_same_space(config: IndexConfig, items: SentenceTransformer, queries: SentenceTransformer) -> None:
+    if items.get_embedding_dimension() != queries.get_embedding_dimension():
+        raise UserError(
+            f"--query-model {config.query_model} gives {queries.get_embedding_dimension()} dimensions, "
+            f"--model {config.model} gives {items.get_embedding_dimension()}; they must be one deployed pair"
+        )
+    if encode.is_normalized(items) != encode.is_normalized(queries):
+        raise UserError(
+            f"--query-model {config.query_model} and --model {config.model} differ in their similarity"
+        )
+
+
+def _encode_catalog(
+    model: SentenceTransformer, catalog: Catalog, config: IndexConfig, folder: Path, report: Reporter
+) -> None:
+    path, progress = folder / "embeddings.npy", folder / "progress.json"
+    done = read_json(progress)["rows"] if progress.is_file() and path.is_file() else 0
+    if done == 0:
+        shape = (len(catalog), model.get_embedding_dimension())
+        matrix = np.lib.format.open_memmap(path, "w+", np.dtype(config.dtype), shape)
+    else:
+        matrix = np.lib.format.open_memmap(path, "r+")
+    if 0 < done < len(catalog):
+        report.note(f"going on at item {done:,} of {len(catalog):,}")
+    chunk = 32 * config.batch_size
+    with report.bar("encoding items", len(catalog)) as advance:
+        advance(done)
+        for start in range(done, len(catalog), chunk):
+            stop = min(start + chunk, len(catalog))
+            texts = catalog.texts_at(range(start, stop))
+            embeddings = encode.encode_items(model, texts, config.batch_size)
+            encode.check_finite(embeddings, f"items {start} to {stop - 1}")
+            matrix[start:stop] = embeddings
+            matrix.flush()
+            fsync_file(path)
+            write_json(progress, {"rows": stop})
+            advance(stop - start)
+
+
+def _build_faiss(factory: str, folder: Path, report: Reporter) -> None:
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    try:
+        index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise UserError(
+            f"--factory {factory}: faiss does not know it; for instance Flat, IVF1024,Flat or HNSW32"
+        ) from None
+    if not index.is_trained:
+        centroids = getattr(faiss.try_extract_index_ivf(index), "nlist", 256)
+        wanted = min(len(embeddings), centroids * _TRAIN_ROWS_PER_CENTROID)
+        sample = np.sort(np.random.default_rng(0).choice(len(embeddings), wanted, replace=False))
+        try:
+            index.train(np.ascontiguousarray(embeddings[sample], dtype=np.float32))
+        except RuntimeError:
+            raise UserError(f"--factory {factory}: {len(embeddings)} items are too few to train it") from None
+    with report.bar("building the faiss index", len(embeddings)) as advance:
+        for start in range(0, len(embeddings), 65_536):
+            block = np.ascontiguousarray(embeddings[start : start + 65_536], dtype=np.float32)
+            index.add(block)
+            advance(len(block))
+    faiss.write_index(index, str(folder / "items.faiss"))
+
+
+def base_lists(
+    index: Index, split: Split, depth: int, *, device: str = "cpu", report: Reporter | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The deployed model's top lists for a split, T_depth(q): rows (Q, depth) int64 and scores.
+
+    Computed once per (index, split) and kept in the index's cache; a shorter depth reads a longer one.
+
+    Raises:
+        UserError: the depth exceeds the catalog.
+    """
+    report = report or Reporter()
+    if depth > len(index):
+        raise UserError(f"depth {depth} is more than the catalog's {len(index)} items; lower it")
+    cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
+    for found in sorted(cache.glob("rows-*.npy"), key=_depth_of):
+        if _depth_of(found) >= depth:
+            beside = found.with_name(found.name.replace("rows", "scores"))
+            return (
+                np.array(np.load(found, mmap_mode="r")[:, :depth], dtype=np.int64),
+                np.array(np.load(beside, mmap_mode="r")[:, :depth]),
+            )
+    embeddings = base_query_embeddings(index, split, device=device, report=report)
+    rows, scores = index.search(
+        embeddings, depth, split.excluded, device=device, report=report, what="deployed top lists"
+    )
+    _keep(cache / f"scores-{depth}.npy", scores)
+    _keep(cache / f"rows-{depth}.npy", rows.astype(np.int32) if len(index) < 2**31 else rows)
+    return rows, scores
+
+
+def base_query_embeddings(
+    index: Index, split: Split, *, device: str = "cpu", report: Reporter | None = None
+) -> np.ndarray:
+    """The deployed query embeddings of a split, (Q, d) float32, kept in the index's cache."""
+    report = report or Reporter()
+    cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
+    path = cache / "queries.npy"
+    if path.is_file():
+        return np.load(path)
+    embeddings = embed_queries(index.query_encoder(device), split.query_texts, report)
+    _keep(path, embeddings)
+    return embeddings
+
+
+def embed_queries(model: SentenceTransformer, texts: list[str], report: Reporter) -> np.ndarray:
+    """Query embeddings with a progress bar, (Q, d) float32."""
+    parts = []
+    with report.bar("encoding queries", len(texts)) as advance:
+        for start in range(0, len(texts), 4096):
+            parts.append(encode.encode_queries(model, texts[start : start + 4096]))
+            advance(len(parts[-1]))
+    embeddings = np.concatenate(parts)
+    encode.check_finite(embeddings, "queries")
+    return embeddings
+
+
+def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> SentenceTransformer:
+    """Load a query encoder to be used against an index.
+
+    Raises:
+        UserError: unreadable, of another dimension, or trained for another index.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder, "model")
+        if manifest.inputs["index"] != index.manifest.fingerprint:
+            raise UserError(
+                f"{path}: was trained for another index ({manifest.config['index']}) than {index.folder}; "
+                "train it again or pass the index it belongs to"
+            )
+    model = encode.load_encoder(path, device)
+    dimension = model.get_embedding_dimension()
+    if dimension != index.dimension:
+        raise UserError(f"{path}: gives {dimension} dimensions, {index.folder} holds {index.dimension}")
+    return model
+
+
+def _depth_of(path: Path) -> int:
+    return int(path.stem.split("-")[1])
+
+
+def _keep(path: Path, array: np.ndarray) -> None:
+    # A read-only or full index folder costs the cache, not the run.
+    temporary = path.with_suffix(".tmp.npy")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, array)
+        temporary.replace(path)
+    except OSError:
+        shutil.rmtree(path.parent, ignore_errors=True)

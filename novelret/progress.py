@@ -1,0 +1,72 @@
+"""What a stage tells its user while it works: progress bars, notes and warnings, all on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class Reporter:
+    """Speaks to the user on stderr; a quiet one keeps warnings only.
+
+    Library calls that pass none get a silent one that keeps its warnings in `warnings`.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        """Make a reporter; without a console it is silent."""
+        self.quiet = quiet
+        self.console = console
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing."""
+        if self.console is not None and not self.quiet:
+            self.console.print(escape(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Say something the user should act on; kept, and shown even when quiet."""
+        self.warnings.append(text)
+        if self.console is not None:
+            self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def bar(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A progress bar with rate and time left; gives a function to be told of each n done."""
+        # A terminal gets a live bar; a pipe or a log file stays clean.
+        shown = self.console is not None and not self.quiet and self.console.is_terminal
+        if not shown:
+            yield lambda _: None
+            return
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        ) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda n: progress.advance(task, n)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")

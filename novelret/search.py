@@ -1,0 +1,167 @@
+"""Exact top-k over the frozen item matrix, with one tie rule everywhere.
+
+The tie rule: scores are compared after rounding to six decimals, which is what a TREC run file holds;
+equal scores are ordered by item id, descending, as trec_eval does. A run file written by novelret thus
+evaluates to the same numbers elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+DECIMALS = 6
+_SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once
+_QUERY_CHUNK = 32_768
+_BLOCK_BYTES = 256 << 20
+
+
+def nothing(_: int) -> None:
+    """An `advance` callback for callers that show no progress."""
+
+
+def search_exact(
+    queries: np.ndarray,
+    items: np.ndarray,
+    k: int,
+    id_rank: np.ndarray,
+    excluded: np.ndarray | None = None,
+    *,
+    device: str = "cpu",
+    advance: Callable[[int], None] = nothing,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k items with the highest inner product, exactly, in memory that does not grow with Q × N.
+
+    Args:
+        queries: (Q, d) float32.
+        items: (N, d) float32 or float16, possibly memory-mapped.
+        k: length of the lists.
+        id_rank: (N,) rank of each item's id; ties go to the higher rank.
+        excluded: (Q, E) rows left out of each query's list, −1 padded.
+        device: "cpu" or a CUDA device.
+        advance: told how many queries are done.
+
+    Returns:
+        rows (Q, k) int64 and scores (Q, k) float64 rounded to six decimals, best first; rows are −1
+        and scores −inf where a query has fewer than k items left.
+    """
+    n_queries = len(queries)
+    rows = np.empty((n_queries, k), dtype=np.int64)
+    scores = np.empty((n_queries, k), dtype=np.float64)
+    for start in range(0, n_queries, _QUERY_CHUNK):
+        chunk = slice(start, min(start + _QUERY_CHUNK, n_queries))
+        left_out = None if excluded is None else excluded[chunk]
+        rows[chunk], scores[chunk] = _search_chunk(queries[chunk], items, k, id_rank, left_out, device)
+        advance(chunk.stop - chunk.start)
+    return rows, scores
+
+
+def search_faiss(
+    index: Any, queries: np.ndarray, k: int, id_rank: np.ndarray, excluded: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same through a faiss index, as approximate as that index is; ties by the same rule."""
+    wanted = min(k + _SPARE + (0 if excluded is None else excluded.shape[1]), index.ntotal)
+    scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
+    return _finish(rows, scores, k, id_rank, excluded)[:2]
+
+
+def _search_chunk(
+    queries: np.ndarray,
+    items: np.ndarray,
+    k: int,
+    id_rank: np.ndarray,
+    excluded: np.ndarray | None,
+    device: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    width = k + _SPARE + (0 if excluded is None else excluded.shape[1])
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    scores = np.empty((len(queries), k), dtype=np.float64)
+    todo = np.arange(len(queries))
+    while len(todo):
+        width = min(width, len(items))
+        top_rows, top_scores = _top(queries[todo], items, width, device)
+        left_out = None if excluded is None else excluded[todo]
+        rows[todo], scores[todo], cut_in_tie = _finish(top_rows, top_scores, k, id_rank, left_out)
+        if width == len(items):
+            break
+        # A tie that reaches the end of what was fetched may go on beyond it: look further for those.
+        todo = todo[cut_in_tie]
+        width *= 4
+    return rows, scores
+
+
+def _finish(
+    rows: np.ndarray, scores: np.ndarray, k: int, id_rank: np.ndarray, excluded: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Apply exclusions and the tie rule to fetched candidates; say which lists end inside a tie."""
+    rounded = np.round(scores.astype(np.float64), DECIMALS)
+    absent = rows < 0
+    if excluded is not None:
+        for column in excluded.T:
+            absent |= rows == column[:, None]
+    rounded[absent] = -np.inf
+    rank = np.where(absent, -1, id_rank[np.where(rows < 0, 0, rows)])
+    order = np.lexsort((-rank, -rounded), axis=1)[:, :k]
+    best = np.take_along_axis(rounded, order, axis=1)
+    best_rows = np.where(np.isneginf(best), -1, np.take_along_axis(rows, order, axis=1))
+    missing = k - best.shape[1]
+    if missing > 0:
+        best = np.pad(best, ((0, 0), (0, missing)), constant_values=-np.inf)
+        best_rows = np.pad(best_rows, ((0, 0), (0, missing)), constant_values=-1)
+    fetched_last = np.round(scores[:, -1].astype(np.float64), DECIMALS)
+    return best_rows, best, fetched_last >= best[:, -1]
+
+
+def _top(queries: np.ndarray, items: np.ndarray, width: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """The `width` best items per query by unrounded score, block by block."""
+    search = _top_block_cpu if device == "cpu" else _top_block_gpu
+    block = max(width, _BLOCK_BYTES // (4 * items.shape[1]))
+    if items.dtype == np.float32 and device == "cpu":
+        block *= 4  # no copy is made, so only the search's own buffers count
+    rows: np.ndarray | None = None
+    scores = np.empty(0)
+    for start in range(0, len(items), block):
+        part = items[start : start + block]
+        part_rows, part_scores = search(queries, part, min(width, len(part)), device)
+        part_rows = part_rows + start
+        if rows is None:
+            rows, scores = part_rows, part_scores
+            continue
+        rows = np.concatenate([rows, part_rows], axis=1)
+        scores = np.concatenate([scores, part_scores], axis=1)
+        if rows.shape[1] > width:
+            keep = np.argpartition(-scores, width - 1, axis=1)[:, :width]
+            rows, scores = np.take_along_axis(rows, keep, axis=1), np.take_along_axis(scores, keep, axis=1)
+    assert rows is not None
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _top_block_cpu(
+    queries: np.ndarray, part: np.ndarray, width: int, _: str
+) -> tuple[np.ndarray, np.ndarray]:
+    scores, rows = faiss.knn(
+        np.ascontiguousarray(queries, dtype=np.float32),
+        np.ascontiguousarray(part, dtype=np.float32),
+        width,
+        metric=faiss.METRIC_INNER_PRODUCT,
+    )
+    return rows, scores
+
+
+def _top_block_gpu(
+    queries: np.ndarray, part: np.ndarray, width: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    block = torch.from_numpy(np.ascontiguousarray(part)).to(device)
+    all_rows, all_scores = [], []
+    step = max(1, (1 << 28) // len(part))  # at most 1 GiB of scores at a time
+    for start in range(0, len(queries), step):
+        query = torch.from_numpy(np.ascontiguousarray(queries[start : start + step])).to(device)
+        top = torch.topk(query.float() @ block.float().T, width, dim=1)
+        all_rows.append(top.indices.cpu().numpy())
+        all_scores.append(top.values.cpu().numpy())
+    return np.concatenate(all_rows), np.concatenate(all_scores)
