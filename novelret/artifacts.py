@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from novelret.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -76,6 +78,12 @@ def write_json(path: Path, value: object) -> None:
         json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
     )
     temporary.replace(path)
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Write a stage's resolved settings as config.yaml, which `--config` takes back."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers.utils.logging import disable_progress_bar
 
 from novelret.artifacts import fingerprint_of
 from novelret.errors import UserError
 
-logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+# Their bars and retries would mix with ours; what matters comes back as an exception.
+for _name in ("sentence_transformers", "huggingface_hub", "transformers"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+disable_progress_bar()
 
 
 def pick_device(device: str) -> str:

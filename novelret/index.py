@@ -24,11 +24,13 @@ from sentence_transformers import SentenceTransformer
 from novelret import encode
 from novelret.artifacts import (
     Manifest,
+    check_output,
     fingerprint_of,
     fsync_file,
     open_output,
     read_json,
     read_manifest,
+    write_config,
     write_json,
     write_manifest,
 )
@@ -160,12 +162,14 @@ def build_index(
         raise UserError(f"--dtype {config.dtype}: expected float32 or float16")
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
+    check_output(out, force=force)
+    corpus = fingerprint_part(config.data, "corpus")
     device = encode.pick_device(config.device)
     items_model = encode.load_encoder(config.model, device)
     query_model = encode.load_encoder(config.query_model, device) if config.query_model else items_model
     _check_same_space(config, items_model, query_model)
     inputs = {
-        "corpus": fingerprint_part(config.data, "corpus"),
+        "corpus": corpus,
         "item_encoder": encode.fingerprint_encoder(items_model),
         "query_encoder": encode.fingerprint_encoder(query_model),
     }
@@ -190,7 +194,7 @@ def build_index(
             "prompts": query_model.prompts,
         }
         (folder / "progress.json").unlink()
-        write_json(folder / "config.json", asdict(config))
+        write_config(folder, config)
         write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
     return open_index(out)
 

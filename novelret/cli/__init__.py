@@ -1,0 +1,84 @@
+"""The command line: arguments, messages and exit codes; one file per subcommand, nothing else.
+
+Stages are imported inside the commands, so that `--help` and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from novelret.cli import index
+from novelret.cli.options import error_console
+from novelret.errors import UserError
+
+app = typer.Typer(
+    name="novelret",
+    help="Finetune a deployed dense retriever for novelty: relevant items that it does not already return.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("novelret"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("index", epilog=index.EXAMPLES)(index.index)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 when done, 2 when the user's input is wrong, 130 when interrupted, 1 for anything else.
+    """
+    try:
+        app(arguments, standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(
+                f"{error.filename or 'the disk'}: no space left on the device; free some and run again", 2
+            )
+        raise
+    return 0
+
+
+def run() -> None:
+    """Entry point of the `novelret` script."""
+    sys.exit(main())
+
+
+def _fail(message: str, code: int) -> int:
+    error_console().print(f"[bold red]error:[/] {escape_line(message)}", soft_wrap=True, highlight=False)
+    return code
+
+
+def escape_line(message: str) -> str:
+    """One line without rich markup: messages quote files that may hold anything."""
+    from rich.markup import escape
+
+    return escape(" ".join(message.split()))

@@ -1,0 +1,96 @@
+"""Options that every subcommand shares, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from novelret.errors import UserError
+from novelret.progress import Reporter
+
+
+def error_console() -> Console:
+    """The console on stderr, where everything but results goes."""
+    return Console(stderr=True)
+
+
+def reporter(quiet: bool) -> Reporter:
+    """A reporter that speaks on stderr."""
+    return Reporter(quiet=quiet, console=error_console())
+
+
+def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Console], None]) -> None:
+    """Print a command's result on stdout: as one JSON object, or rendered for people."""
+    if as_json:
+        typer.echo(json.dumps(result, default=str))
+    else:
+        render(Console())
+
+
+def _load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a YAML file fill in options that are not given as flags.
+
+    Its keys are option names; a file for the whole chain holds them under the subcommands' names.
+    """
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    command = str(context.info_name)
+    if isinstance(values, dict) and isinstance(values.get(command), dict):
+        values = values[command]
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected option names and values, like `depth: 200`")
+    names = {}
+    for parameter in context.command.params:
+        for flag in parameter.opts:
+            names[flag.lstrip("-").replace("-", "_")] = parameter.name
+    unknown = [key for key in values if str(key).replace("-", "_") not in names]
+    if unknown:
+        options = ", ".join(sorted(name for name in names if name not in ("config", "help", "h")))
+        raise UserError(
+            f"{path}: unknown option {unknown[0]!r} for `novelret {command}` (it knows: {options})"
+        )
+    context.default_map = {
+        **(context.default_map or {}),
+        **{str(names[str(key).replace("-", "_")]): value for key, value in values.items()},
+    }
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="YAML file with options; flags override it.", is_eager=True, callback=_load_config
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and notes, only warnings.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace an existing output, once the new is whole.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/) or Hugging Face data set."
+    ),
+]
+IndexOption = Annotated[Path, typer.Option("--index", help="INDEX made by `novelret index`.")]
+IgnoreIdenticalOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-identical-ids/--no-ignore-identical-ids",
+        help="Leave the item whose id is the query's own out of rankings and feedback, as BEIR does.",
+    ),
+]
