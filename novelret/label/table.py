@@ -58,7 +58,7 @@ def make_table(
     catalog_size: int,
     missing: int = UNKNOWN,
 ) -> LabelTable:
-    """Sort judgements into a table; of several for one pair the last one counts, unusable ones are dropped."""
+    """Sort judgements into a table; the last one for a pair counts, unusable ones are dropped."""
     usable = verdicts != UNKNOWN
     keys = query_rows[usable].astype(np.int64) * catalog_size + item_rows[usable]
     kept = verdicts[usable].astype(np.int8)

@@ -1,0 +1,76 @@
+"""PG-Ret's binary action (Eq. 8): in state (q, z), select z (a = 1) or do not (a = 0).
+
+The action's reward is R for a = 1 and −R for a = 0, so a state with R > 0 raises log π(1 | q,z) and one
+with R < 0 raises log π(0 | q,z) = log(1 − π(1 | q,z)), which stays bounded where −log π(1) would not.
+The forms below differ in how π(1 | q,z) is estimated (§4.3, and beyond it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def conservative(score: Tensor, negative_scores: Tensor, reward: Tensor) -> Tensor:
+    """Triplet loss with margin 0 against the base model's top item (PG-Ret, §4.3, M = 1).
+
+    R · max(0, s(q,n) − s(q,z)) for R > 0, which vanishes as soon as z outranks n; mirrored for R < 0.
+
+    Args:
+        score: (S,) s(q,z).
+        negative_scores: (S, 1) s(q,n), n the base model's top item.
+        reward: (S,) finite rewards.
+
+    Returns:
+        (S,) losses.
+    """
+    gap = negative_scores[:, 0] - score
+    return reward.abs() * torch.relu(torch.sign(reward) * gap)
+
+
+def contrastive(
+    score: Tensor, negative_scores: Tensor, negative_mask: Tensor, reward: Tensor, temperature: float
+) -> Tensor:
+    """π̂ = exp(s(q,z)/τ) / (exp(s(q,z)/τ) + Σ_m exp(s(q,m)/τ)): aggressive and boundary (PG-Ret, §4.3).
+
+    Aggressive takes the base model's top M as negatives; boundary takes the items around rank L, since
+    z only has to displace those to be retrieved.
+
+    Args:
+        score: (S,) s(q,z).
+        negative_scores: (S, M) s(q,m).
+        negative_mask: (S, M) bool, which negatives count.
+        reward: (S,) finite rewards.
+        temperature: τ.
+
+    Returns:
+        (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) for R < 0.
+    """
+    against = torch.logsumexp((negative_scores / temperature).masked_fill(~negative_mask, -torch.inf), dim=1)
+    logit = score / temperature - against
+    # Without any negative there is nothing to outrank, and logsigmoid(inf) would give NaN gradients.
+    empty = ~negative_mask.any(dim=1)
+    logit = torch.where(empty, 0.0, torch.nan_to_num(logit, posinf=0.0))
+    loss = -reward.abs() * logsigmoid(torch.sign(reward) * logit)
+    return loss.masked_fill(empty, 0.0)
+
+
+def inclusion(score: Tensor, threshold: Tensor, reward: Tensor, temperature: float) -> Tensor:
+    """π̂ = 1 − exp(−exp((s(q,z) − κ)/τ)): z is selected when it enters the top K (CA-PG's inclusion).
+
+    Args:
+        score: (S,) s(q,z).
+        threshold: (S,) κ, the score of the current policy's K-th item; may carry gradient.
+        reward: (S,) finite rewards.
+        temperature: τ.
+
+    Returns:
+        (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) = |R| exp((s − κ)/τ) for R < 0.
+    """
+    logit = (score - threshold) / temperature
+    # Beyond ±30 the two logarithms equal their asymptotes in float32; clamping keeps exp finite.
+    bounded = logit.clamp(-30.0, 30.0)
+    rate = torch.exp(bounded)
+    log_in = torch.where(logit < -15.0, logit, torch.log(-torch.expm1(-rate.clamp_min(1e-12))))
+    return torch.where(reward > 0, -reward * log_in, -reward * rate)

@@ -1,0 +1,67 @@
+"""Rewards of (query, item) states (PG-Ret, Eq. 6 and 7).
+
+A reward is NaN where the judge's verdict is unknown: such a state has no reward, which is not a reward
+of 0. Callers leave it out and count it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from novelret.errors import UserError
+from novelret.label.table import RELEVANT, UNKNOWN
+
+RewardFunction = Callable[[Tensor, Tensor], Tensor]
+"""(verdicts, in_base) → rewards, all of one shape: verdicts int8 as in `novelret.label.table`,
+in_base bool (the item is in a deployed model's top L), rewards float32, NaN for no reward."""
+
+
+def eq6(verdicts: Tensor, in_base: Tensor) -> Tensor:
+    """+1 for relevant and novel, −1 otherwise (PG-Ret, Eq. 6)."""
+    reward = torch.where((verdicts == RELEVANT) & ~in_base, 1.0, -1.0)
+    return reward.masked_fill(verdicts == UNKNOWN, torch.nan)
+
+
+def eq7(verdicts: Tensor, in_base: Tensor) -> Tensor:
+    """+1 for relevant and novel, −1 for relevant but not novel, 0 for irrelevant (PG-Ret, Eq. 7).
+
+    For noisy judges: an item called irrelevant is left alone instead of pushed away.
+    """
+    reward = torch.where(in_base, -1.0, 1.0) * (verdicts == RELEVANT)
+    return reward.masked_fill(verdicts == UNKNOWN, torch.nan)
+
+
+def load_reward(name: str) -> RewardFunction:
+    """The reward called "eq6" or "eq7", or a user's own as "module:function".
+
+    A user's function is wrapped so that a wrong shape is told at once.
+
+    Raises:
+        UserError: no such reward, or the module or the function cannot be found.
+    """
+    if name in ("eq6", "eq7"):
+        return eq6 if name == "eq6" else eq7
+    module_name, separator, function_name = name.partition(":")
+    if not separator:
+        raise UserError(f"--reward {name}: expected eq6, eq7 or your own as module:function")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise UserError(f"--reward {name}: the module cannot be imported ({error})") from None
+    except AttributeError:
+        raise UserError(f"--reward {name}: {module_name} has no function {function_name}") from None
+
+    def checked(verdicts: Tensor, in_base: Tensor) -> Tensor:
+        reward = function(verdicts, in_base)
+        if not isinstance(reward, Tensor) or reward.shape != verdicts.shape:
+            got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise UserError(
+                f"--reward {name}: returned {got}, expected a tensor of shape {tuple(verdicts.shape)}"
+            )
+        return reward.float()
+
+    return checked
