@@ -147,27 +147,35 @@ def check_output(out: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def open_output(out: Path, identity: str, *, force: bool) -> Iterator[Path]:
+def open_output(
+    out: Path, identity: str, *, force: bool, settings: dict[str, Any] | None = None
+) -> Iterator[Path]:
     """Give a working folder that becomes `out` when the block ends well.
 
     The working folder `OUT.partial` outlives a failure or a kill, so that the next run with the same
-    identity finds what was done. A run with another identity starts it anew.
+    identity finds what was done. A run with another identity starts it anew, unless `settings` say that
+    what lies there was dear: then it is refused.
 
     Args:
         out: the folder to make.
         identity: fingerprint of everything that decides the content (configuration and inputs).
-        force: replace an existing artifact, once the new one is whole.
+        force: replace an existing artifact, once the new one is whole, and drop an unfinished one.
+        settings: what `identity` was made of, for stages whose unfinished work is worth hours.
 
     Raises:
-        UserError: `out` exists and `force` is off, or the place cannot be written.
+        UserError: `out` exists and `force` is off, an unfinished run with other settings lies there, or
+            the place cannot be written.
     """
     check_output(out, force=force)
     partial = out.with_name(out.name + ".partial")
     try:
-        if partial.exists() and _identity_of(partial) != identity:
+        state = _state_of(partial)
+        if partial.exists() and state.get("identity") != identity:
+            if settings is not None and not force and isinstance(state.get("settings"), dict):
+                raise UserError(_differences(partial, state["settings"], settings))
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / STATE, {"identity": identity})
+        write_json(partial / STATE, {"identity": identity, "settings": settings})
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     except (FileExistsError, NotADirectoryError):
@@ -193,12 +201,25 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
-def _identity_of(partial: Path) -> str | None:
+def _state_of(partial: Path) -> dict[str, Any]:
     try:
-        identity: str = json.loads((partial / STATE).read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return identity
+        state = json.loads((partial / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _differences(partial: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
+    plain: dict[str, Any] = json.loads(json.dumps(now, default=str))
+    changed = [
+        f"{name} {before.get(name)!r} → {plain.get(name)!r}"
+        for name in sorted({*before, *plain})
+        if before.get(name) != plain.get(name)
+    ]
+    return (
+        f"{partial}: holds an unfinished run with other settings ({'; '.join(changed)}); "
+        "go on with those, pass another --out, or --force to start anew"
+    )
 
 
 def _maker(kind: str) -> str:

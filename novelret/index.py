@@ -173,8 +173,9 @@ def build_index(
         "item_encoder": encode.fingerprint_encoder(items_model),
         "query_encoder": encode.fingerprint_encoder(query_model),
     }
-    identity = fingerprint_of(inputs, config.dtype, config.factory)
-    with open_output(out, identity, force=force) as folder:
+    settings = {**inputs, "dtype": config.dtype, "factory": config.factory}
+    identity = fingerprint_of(settings)
+    with open_output(out, identity, force=force, settings=settings) as folder:
         if not (folder / "items.arrow").is_file():
             with report.bar("reading the catalog") as advance:
                 write_catalog(config.data, folder / "items.arrow", advance)

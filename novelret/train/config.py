@@ -1,0 +1,149 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from novelret.errors import UserError
+
+OBJECTIVES = ("supervised", "supervised-judged", "pg-ret")
+LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
+TUNES = ("full", "adapter")
+LEARNING_RATES = {"full": 2e-5, "adapter": 1e-3}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `novelret train`.
+
+    Attributes:
+        data: BEIR folder or Hugging Face data set.
+        index: INDEX folder.
+        split: the feedback to train on.
+        labels: LABELS folder; every objective but plain `supervised` needs it.
+        objective: "supervised", "supervised-judged" or "pg-ret".
+        loss: how PG-Ret estimates the action's probability: "conservative", "aggressive", "boundary"
+            or "inclusion".
+        reward: "eq6", "eq7" or "module:function".
+        tune: "full" query encoder, or "adapter", a residual linear map behind the frozen one.
+        init: MODEL folder to start from instead of the deployed query encoder.
+        steps: optimizer steps.
+        batch_size: states per step.
+        micro_batch: states per forward pass; the loss does not depend on it.
+        learning_rate: peak learning rate; by default one per `tune`.
+        warmup: share of the steps over which the learning rate rises; it then falls linearly to 0.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm.
+        alpha: share of states drawn from the current policy over the whole catalog (PG-Ret, §4.3).
+        beta: share drawn from the base model's ranks beyond L.
+        gamma: share of feedback pairs; alpha + beta + gamma = 1.
+        draw: how base states are drawn: "labelled" from the labelled ones whose reward is not 0,
+            "plain" uniformly over ranks, as published.
+        negative_share: with draw="labelled", share of states with reward < 0 where there are any.
+        base_depth: L, the deployed list's length: items beyond it are novel.
+        depth: deepest base rank that states are drawn from.
+        negatives: M, the base model's top items that "aggressive" contrasts with.
+        window: "boundary" contrasts with base ranks (1 − window)·L to (1 + window)·L.
+        temperature: τ of the loss.
+        sampling_temperature: τ of the policy that states are drawn from.
+        validation_fraction: share of the split's queries held back to choose the checkpoint.
+        eval_every: steps between validations; by default a tenth of all steps.
+        max_recall_drop: how much of the base's recall a checkpoint may lose, relative.
+        seed: decides every draw.
+        precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
+        log_every: steps between log lines.
+        device: "auto", "cpu" or a CUDA device.
+        ignore_identical_ids: leave the item whose id is the query's own out.
+    """
+
+    data: str
+    index: str
+    split: str = "train"
+    labels: str | None = None
+    objective: str = "pg-ret"
+    loss: str = "boundary"
+    reward: str = "eq7"
+    tune: str = "full"
+    init: str | None = None
+    steps: int = 400
+    batch_size: int = 128
+    micro_batch: int | None = None
+    learning_rate: float | None = None
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    alpha: float = 0.0
+    beta: float = 0.5
+    gamma: float = 0.5
+    draw: str = "labelled"
+    negative_share: float = 0.0
+    base_depth: int = 50
+    depth: int = 400
+    negatives: int = 5
+    window: float = 0.2
+    temperature: float = 0.05
+    sampling_temperature: float = 0.05
+    validation_fraction: float = 0.1
+    eval_every: int | None = None
+    max_recall_drop: float = 0.01
+    seed: int = 0
+    precision: str = "fp32"
+    log_every: int = 10
+    device: str = "auto"
+    ignore_identical_ids: bool = True
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after warm-up."""
+        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.tune]
+
+    @property
+    def steps_between_validations(self) -> int:
+        """Steps between validations."""
+        return self.eval_every if self.eval_every is not None else max(1, self.steps // 10)
+
+
+def check_config(config: TrainConfig, catalog_size: int) -> None:
+    """Refuse settings that cannot work, before anything is loaded onto a device.
+
+    Raises:
+        UserError: one line naming the option.
+    """
+    _one_of("--objective", config.objective, OBJECTIVES)
+    _one_of("--loss", config.loss, LOSSES)
+    _one_of("--tune", config.tune, TUNES)
+    _one_of("--draw", config.draw, ("labelled", "plain"))
+    _one_of("--precision", config.precision, ("fp32", "bf16", "fp16"))
+    for name in ("steps", "batch_size", "negatives", "base_depth", "log_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be at least 1")
+    for name in ("temperature", "sampling_temperature", "peak_learning_rate"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be above 0")
+    shares = (config.alpha, config.beta, config.gamma)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(
+            f"--alpha {shares[0]} --beta {shares[1]} --gamma {shares[2]}: must sum to 1, none below 0"
+        )
+    if not 0 <= config.validation_fraction < 1:
+        raise UserError(f"--validation-fraction {config.validation_fraction}: must be from 0 to below 1")
+    if config.depth <= config.base_depth:
+        raise UserError(
+            f"--depth {config.depth}: must exceed --base-depth {config.base_depth}; novel items lie beyond it"
+        )
+    for name in ("base_depth", "depth", "negatives"):
+        if getattr(config, name) > catalog_size:
+            raise UserError(
+                f"{_flag(name)} {getattr(config, name)}: more than the catalog's {catalog_size} items; lower it"
+            )
+    if config.objective != "supervised" and config.labels is None:
+        raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{option} {value}: unknown; choose from {', '.join(known)}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.removeprefix("peak_").replace("_", "-")

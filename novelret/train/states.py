@@ -1,0 +1,195 @@
+"""Which (query, item) states a step trains on: the α/β/γ mixture of PG-Ret, §4.3.
+
+The batch of step t is a function of (seed, t) alone, so a run that was killed goes on exactly where it
+was, and every process of a distributed run knows the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from novelret.data.split import Split
+from novelret.errors import UserError
+from novelret.label.table import LabelTable
+from novelret.train.config import TrainConfig
+from novelret.train.rewards import RewardFunction
+
+FEEDBACK, BASE, POLICY = 0, 1, 2
+SOURCES = ("feedback", "base", "policy")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Material:
+    """What states are drawn from.
+
+    Attributes:
+        split: queries and feedback.
+        base_rows: (Q, depth) int64, the deployed lists.
+        base_depth: L.
+        labels: verdicts by (query row, catalog row).
+        reward: the reward function.
+        positives: (P, 2) int64 labelled states (query row, item row) with reward > 0.
+        negatives: (P', 2) int64 labelled states with reward < 0.
+    """
+
+    split: Split
+    base_rows: np.ndarray
+    base_depth: int
+    labels: LabelTable
+    reward: RewardFunction
+    positives: np.ndarray
+    negatives: np.ndarray
+
+    def in_base(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
+        """Whether each item is in its query's T_L; bool, one per pair."""
+        top = self.base_rows[:, : self.base_depth]
+        parts = [
+            (top[query_rows[s : s + _CHUNK]] == item_rows[s : s + _CHUNK, None]).any(axis=1)
+            for s in range(0, len(query_rows), _CHUNK)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
+
+    def rewards(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
+        """Rewards of pairs, float32, NaN where the label is unknown."""
+        return _rewards(self.labels, self.reward, query_rows, item_rows, self.in_base(query_rows, item_rows))
+
+    def known_relevant(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
+        """Whether items are feedback of their query or judged relevant to it; bool, broadcast shape."""
+        judged = self.labels.lookup(query_rows, item_rows) == 1
+        return judged | _is_feedback(self.split, self.labels.catalog_size, query_rows, item_rows)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """States of one step.
+
+    Attributes:
+        queries: (B,) int64 query rows.
+        items: (B,) int64 catalog rows; −1 for policy states until they are drawn.
+        sources: (B,) int8, FEEDBACK, BASE or POLICY.
+        rewards: (B,) float32; NaN where the label is unknown.
+    """
+
+    queries: np.ndarray
+    items: np.ndarray
+    sources: np.ndarray
+    rewards: np.ndarray
+
+
+def gather_material(
+    split: Split, base_rows: np.ndarray, base_depth: int, labels: LabelTable, reward: RewardFunction
+) -> Material:
+    """Put together what states are drawn from; rewards of all labelled states are computed once."""
+    material = Material(split, base_rows, base_depth, labels, reward, np.empty((0, 2)), np.empty((0, 2)))
+    queries, items = labels.query_rows, labels.item_rows
+    rewards = material.rewards(queries, items)
+    states = np.stack([queries, items], axis=1)
+    return Material(split, base_rows, base_depth, labels, reward, states[rewards > 0], states[rewards < 0])
+
+
+def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
+    """The states of step `step`, shares α/β/γ of the batch by source.
+
+    Policy states come without an item: that needs the step's own embeddings (see `sampler`).
+
+    Raises:
+        UserError: base states are asked for and no labelled one has a reward.
+    """
+    alpha, beta = (0.0, 0.0) if config.objective == "supervised" else (config.alpha, config.beta)
+    n_policy, n_base = round(alpha * config.batch_size), round(beta * config.batch_size)
+    parts = [_draw_feedback(material, config, step, config.batch_size - n_policy - n_base)]
+    if n_base:
+        draw = _draw_labelled if config.draw == "labelled" else _draw_plain
+        parts.append(draw(material, config, step, n_base))
+    if n_policy:
+        generator = np.random.default_rng((config.seed, POLICY, step))
+        parts.append(
+            _states(generator.integers(len(material.split), size=n_policy), -np.ones(n_policy), POLICY)
+        )
+    queries, items, sources = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    rewards = np.full(len(queries), np.nan, dtype=np.float32)
+    known = items >= 0
+    rewards[known] = material.rewards(queries[known], items[known])
+    return Batch(queries, items, sources, rewards)
+
+
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _states(queries: np.ndarray, items: np.ndarray, source: int) -> _Part:
+    return queries.astype(np.int64), items.astype(np.int64), np.full(len(queries), source, dtype=np.int8)
+
+
+def _draw_feedback(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
+    split = material.split
+    chosen = shuffled(len(split.feedback_queries), count, step, (config.seed, FEEDBACK))
+    return _states(split.feedback_queries[chosen], split.feedback_items[chosen], FEEDBACK)
+
+
+def _draw_labelled(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
+    positives, negatives = material.positives, material.negatives
+    if len(positives) == 0:
+        raise UserError(
+            "no labelled state has a positive reward: no relevant item beyond rank "
+            f"{material.base_depth} is known; label deeper base ranks (`label --depth`) or more queries"
+        )
+    n_negative = round(config.negative_share * count) if len(negatives) else 0
+    chosen = positives[shuffled(len(positives), count - n_negative, step, (config.seed, BASE, 1))]
+    if n_negative:
+        less = negatives[shuffled(len(negatives), n_negative, step, (config.seed, BASE, -1))]
+        chosen = np.concatenate([chosen, less])
+    return _states(chosen[:, 0], chosen[:, 1], BASE)
+
+
+def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
+    generator = np.random.default_rng((config.seed, BASE, step))
+    queries = generator.integers(len(material.split), size=count)
+    ranks = generator.integers(material.base_depth, material.base_rows.shape[1], size=count)
+    return _states(queries, material.base_rows[queries, ranks], BASE)
+
+
+def shuffled(total: int, count: int, step: int, stream: tuple[int, ...]) -> np.ndarray:
+    """Positions of step `step` in an endless run of shuffled epochs over range(total); int64, (count,)."""
+    first = step * count
+    positions = np.arange(first, first + count)
+    epochs = positions // total
+    chosen = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        chosen[inside] = _permutation(total, (*(part % (1 << 32) for part in stream), int(epoch)))[
+            positions[inside] % total
+        ]
+    return chosen
+
+
+@lru_cache(maxsize=8)
+def _permutation(total: int, stream: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(stream).permutation(total)
+
+
+def _rewards(
+    labels: LabelTable,
+    reward: RewardFunction,
+    query_rows: np.ndarray,
+    item_rows: np.ndarray,
+    in_base: np.ndarray,
+) -> np.ndarray:
+    verdicts = labels.lookup(query_rows, item_rows)
+    values: np.ndarray = reward(torch.from_numpy(verdicts), torch.from_numpy(in_base)).numpy()
+    return values
+
+
+def _is_feedback(
+    split: Split, catalog_size: int, query_rows: np.ndarray, item_rows: np.ndarray
+) -> np.ndarray:
+    # Feedback is sorted by (query, item), so its keys are ascending.
+    keys = split.feedback_queries * catalog_size + split.feedback_items
+    wanted = np.asarray(query_rows) * catalog_size + np.asarray(item_rows)
+    position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    found: np.ndarray = keys[position] == wanted
+    return found
