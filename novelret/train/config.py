@@ -134,7 +134,7 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     for name in ("base_depth", "depth", "negatives"):
         if getattr(config, name) > catalog_size:
             raise UserError(
-                f"{_flag(name)} {getattr(config, name)}: more than the catalog's {catalog_size} items; lower it"
+                f"{_flag(name)} {getattr(config, name)}: the catalog holds {catalog_size} items; lower it"
             )
     if config.objective != "supervised" and config.labels is None:
         raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")

@@ -1,0 +1,128 @@
+"""`novelret train`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from novelret.cli.options import (
+    ConfigOption,
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    IgnoreIdenticalOption,
+    IndexOption,
+    JsonOption,
+    QuietOption,
+    reporter,
+    show_result,
+)
+
+EXAMPLES = """
+[bold]examples:[/]
+
+  novelret train --data my-data --split train --index runs/index --objective supervised --out runs/supervised
+
+  novelret train --data my-data --split train --index runs/index --labels runs/labels --objective pg-ret
+      --tune adapter --out runs/pg-ret
+"""
+
+
+def train(
+    data: DataOption,
+    index: IndexOption,
+    out: Annotated[Path, typer.Option(help="The MODEL folder to make.")],
+    objective: Annotated[str, typer.Option(help="supervised, supervised-judged or pg-ret.")] = "pg-ret",
+    labels: Annotated[Path | None, typer.Option(help="LABELS made by `novelret label`.")] = None,
+    split: Annotated[str, typer.Option(help="The feedback to train on.")] = "train",
+    loss: Annotated[
+        str, typer.Option(help="pg-ret's form: conservative, aggressive or boundary.")
+    ] = "boundary",
+    reward: Annotated[str, typer.Option(help="eq6, eq7, or your own as module:function.")] = "eq7",
+    tune: Annotated[str, typer.Option(help="full query encoder, or a residual adapter behind it.")] = "full",
+    init: Annotated[
+        str | None, typer.Option(help="MODEL to start from instead of the deployed query encoder.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="States per step.")] = 128,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="States per forward pass, if a batch does not fit; same result.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate. [default: 2e-5 full, 1e-3 adapter]")
+    ] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the steps for warm-up; then linear decay.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Share of states drawn from the current policy.")] = 0.0,
+    beta: Annotated[float, typer.Option(help="Share drawn from the base model's novel ranks.")] = 0.5,
+    gamma: Annotated[float, typer.Option(help="Share of feedback pairs.")] = 0.5,
+    draw: Annotated[
+        str, typer.Option(help="Base states: labelled (those with a reward) or plain (any rank).")
+    ] = "labelled",
+    negative_share: Annotated[
+        float, typer.Option(help="Share of labelled states drawn with a reward below 0.")
+    ] = 0.0,
+    base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
+    depth: Annotated[int, typer.Option(help="Deepest base rank that states are drawn from.")] = 400,
+    negatives: Annotated[int, typer.Option(help="M: top base items that aggressive contrasts with.")] = 5,
+    window: Annotated[float, typer.Option(help="boundary contrasts with base ranks (1 ± window) L.")] = 0.2,
+    temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.05,
+    sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,
+    validation_fraction: Annotated[float, typer.Option(help="Share of queries held back.")] = 0.1,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between validations. [default: steps / 10]")
+    ] = None,
+    max_recall_drop: Annotated[float, typer.Option(help="Relative recall a checkpoint may lose.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 forward passes.")] = "fp32",
+    log_every: Annotated[int, typer.Option(help="Steps between lines of log.jsonl.")] = 10,
+    device: DeviceOption = "auto",
+    ignore_identical_ids: IgnoreIdenticalOption = True,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Finetune the query encoder; the items stay as they are in the index."""
+    arguments = dict(locals())
+    from novelret.train.config import TrainConfig
+    from novelret.train.trainer import train as run
+
+    settings = TrainConfig(
+        **{
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in arguments.items()
+            if name in TrainConfig.__dataclass_fields__
+        }
+    )
+    trained = run(settings, out, force=force, report=reporter(quiet))
+    result = {
+        "model": str(out),
+        "chosen": None if trained.chosen is None else asdict(trained.chosen),
+        "points": [asdict(point) for point in trained.points],
+    }
+
+    def render(console: Console) -> None:
+        table = Table(title="held-back queries", title_justify="left")
+        names = ("step", f"Novelty@{base_depth}", f"RelevantNovel@{base_depth}", f"Recall@{base_depth}")
+        for name in names:
+            table.add_column(name, justify="right")
+        for point in trained.points:
+            mark = " ←" if trained.chosen is not None and point.step == trained.chosen.step else ""
+            table.add_row(
+                f"{point.step}{mark}",
+                f"{point.novelty:.2f}",
+                f"{point.relevant_novel:.3f}",
+                f"{point.recall:.4f}",
+            )
+        if trained.points:
+            console.print(table)
+        console.print(f"[bold]{out}[/]: query encoder, for SentenceTransformer({str(out)!r})")
+
+    show_result(result, as_json=as_json, render=render)
