@@ -6,6 +6,7 @@ in a sister data set `NAME-qrels` (BEIR on the hub).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ def fingerprint_hub_part(data: str, part: str) -> str:
 
 
 def _load(data: str, part: str) -> Any:
-    from datasets import get_dataset_config_names, load_dataset
-
+    get_dataset_config_names, load_dataset = _datasets()
     try:
         names = get_dataset_config_names(data)
         if part not in names:
@@ -52,8 +52,7 @@ def _load(data: str, part: str) -> Any:
 
 
 def _qrels(data: str, split: str) -> Any:
-    from datasets import get_dataset_config_names, load_dataset
-
+    get_dataset_config_names, load_dataset = _datasets()
     sister = f"{data}-qrels"
     try:
         names = get_dataset_config_names(data)
@@ -64,6 +63,15 @@ def _qrels(data: str, split: str) -> Any:
     if split not in splits:
         raise UserError(f"{data}: has no qrels split {split!r} (it has: {', '.join(splits)})")
     return splits[split]
+
+
+def _datasets() -> tuple[Any, Any]:
+    """`datasets`, without its own bars and log lines."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    return datasets.get_dataset_config_names, datasets.load_dataset
 
 
 def _cannot_load(data: str, error: Exception) -> str:

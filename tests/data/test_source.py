@@ -1,0 +1,171 @@
+"""Reading what users bring, and every way in which it can be wrong."""
+
+import gzip
+import shutil
+
+import numpy as np
+import pytest
+
+from novelret.data.catalog import open_catalog, write_catalog
+from novelret.data.source import read_part, read_qrels
+from novelret.data.split import load_split
+from novelret.errors import UserError
+from tests.conftest import make_world, write_jsonl, write_qrels
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_world(tmp_path / "data")
+
+
+def catalog_of(data, tmp_path):
+    write_catalog(str(data), tmp_path / "items.arrow", lambda _: None)
+    return open_catalog(tmp_path / "items.arrow")
+
+
+def test_catalog_keeps_order_and_finds_rows(data, tmp_path):
+    catalog = catalog_of(data, tmp_path)
+    assert len(catalog) == 40
+    assert catalog.ids_at([3, 0]) == ["i03", "i00"]
+    assert catalog.texts_at([0]) == ["red sofa"]
+    assert catalog.rows_of(["i05", "nope", "i05"]).tolist() == [5, -1, 5]
+
+
+def test_title_and_text_are_joined(data, tmp_path):
+    write_jsonl(
+        data / "corpus.jsonl", [{"_id": "a", "title": "one", "text": "two"}, {"_id": "b", "text": "x"}]
+    )
+    assert catalog_of(data, tmp_path).texts_at([0, 1]) == ["one two", "x"]
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_qrels_header_is_detected(data, header):
+    write_qrels(data / "qrels" / "train.tsv", [("q00", "i01", 1)], header=header)
+    assert [row[1:] for row in read_qrels(str(data), "train")] == [("q00", "i01", 1.0)]
+
+
+def test_trec_qrels_are_read(data):
+    (data / "qrels" / "train.tsv").write_text("q00 0 i01 2\n")
+    assert [row[1:] for row in read_qrels(str(data), "train")] == [("q00", "i01", 2.0)]
+
+
+def test_gzipped_and_parquet_read_the_same(data):
+    plain = [row for _, row in read_part(str(data), "corpus")]
+    file = data / "corpus.jsonl"
+    (data / "corpus.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert [row for _, row in read_part(str(data), "corpus")] == plain
+    (data / "corpus.jsonl.gz").unlink()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(plain), data / "corpus.parquet")
+    assert [row for _, row in read_part(str(data), "corpus")] == plain
+
+
+def test_hugging_face_data_set_reads_like_the_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub = tmp_path / "hub"
+    for part in ("corpus", "queries"):
+        (hub / part).mkdir(parents=True)
+        shutil.copy(data / f"{part}.jsonl", hub / part / f"{part}.jsonl")
+    (hub / "default").mkdir()
+    pairs = [{"query-id": q, "corpus-id": i, "score": s} for _, q, i, s in read_qrels(str(data), "train")]
+    write_jsonl(hub / "default" / "train.jsonl", pairs)
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: corpus\n  data_files: corpus/corpus.jsonl\n"
+        "- config_name: queries\n  data_files: queries/queries.jsonl\n"
+        "- config_name: default\n  data_files:\n  - split: train\n    path: default/train.jsonl\n"
+        "---\n"
+    )
+    assert [r for _, r in read_part(str(hub), "corpus")] == [r for _, r in read_part(str(data), "corpus")]
+    assert [r[1:] for r in read_qrels(str(hub), "train")] == [r[1:] for r in read_qrels(str(data), "train")]
+    with pytest.raises(UserError, match="no qrels split 'dev'"):
+        list(read_qrels(str(hub), "dev"))
+
+
+def test_identical_ids_are_left_out_unless_asked_for(data, tmp_path):
+    catalog = catalog_of(data, tmp_path)
+    write_jsonl(data / "queries.jsonl", [{"_id": "i01", "text": "x"}])
+    write_qrels(data / "qrels" / "train.tsv", [("i01", "i01", 1), ("i01", "i02", 1)])
+    split = load_split(str(data), "train", catalog)
+    assert (split.feedback_items.tolist(), split.excluded.tolist()) == ([2], [[1]])
+    split = load_split(str(data), "train", catalog, ignore_identical_ids=False)
+    assert (split.feedback_items.tolist(), split.excluded.tolist()) == ([1, 2], [[-1]])
+
+
+def test_subset_renumbers_queries(data, tmp_path):
+    split = load_split(str(data), "train", catalog_of(data, tmp_path))
+    part = split.subset(np.array([1, 3]))
+    assert part.query_ids == [split.query_ids[1], split.query_ids[3]]
+    assert set(part.feedback_items[part.feedback_queries == 1]) == set(
+        split.feedback_items[split.feedback_queries == 3]
+    )
+
+
+def replace_line(path, number, text):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+BAD_CORPUS = [
+    ('{"_id": "i02", "text": ', r"corpus\.jsonl:3: malformed JSON"),
+    ("[1]", r"corpus\.jsonl:3: expected a JSON object"),
+    ('{"_id": "i00", "text": "again"}', r"corpus\.jsonl:3: duplicate _id 'i00', seen before at .*:1$"),
+    ('{"_id": "x", "title": "", "text": " "}', r"corpus\.jsonl:3: item 'x' has neither title nor text"),
+    ('{"text": "no id"}', r"corpus\.jsonl:3: no _id"),
+    ('{"_id": "a\\tb", "text": "tab"}', r"corpus\.jsonl:3: the _id 'a\\tb' holds control characters"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_CORPUS)
+def test_bad_corpus_lines(data, tmp_path, line, message):
+    replace_line(data / "corpus.jsonl", 3, line)
+    with pytest.raises(UserError, match=message):
+        catalog_of(data, tmp_path)
+
+
+BAD_QRELS = [
+    ("q00\ti99\t1", r"train\.tsv:2: item id 'i99' is not in the catalog"),
+    ("q99\ti01\t1", r"train\.tsv:2: query id 'q99' is not in the queries file"),
+    ("q00\ti01\tgood", r"train\.tsv:2: the score 'good' is not a number"),
+    ("q00\ti01", r"train\.tsv:2: 2 columns"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_QRELS)
+def test_bad_qrels_lines(data, tmp_path, line, message):
+    catalog = catalog_of(data, tmp_path)
+    replace_line(data / "qrels" / "train.tsv", 2, line)
+    with pytest.raises(UserError, match=message):
+        load_split(str(data), "train", catalog)
+
+
+def test_other_bad_data(data, tmp_path):
+    catalog = catalog_of(data, tmp_path)
+    with pytest.raises(UserError, match=r"qrels/dev\.tsv: no such file \(splits there: test, train\)"):
+        load_split(str(data), "dev", catalog)
+    write_qrels(data / "qrels" / "none.tsv", [("q00", "i01", 0)])
+    with pytest.raises(UserError, match="no none pairs left"):
+        load_split(str(data), "none", catalog)
+    replace_line(data / "queries.jsonl", 1, '{"_id": "q00", "text": ""}')
+    with pytest.raises(UserError, match=r"queries\.jsonl:1: query 'q00' has no text"):
+        load_split(str(data), "train", catalog)
+    (data / "queries.jsonl").write_bytes(b'{"_id": "q", "text": "a"}\n{"_id": "\xff"}\n')
+    with pytest.raises(UserError, match=r"queries\.jsonl:2: not UTF-8"):
+        load_split(str(data), "train", catalog)
+    (data / "corpus.jsonl").unlink()
+    with pytest.raises(UserError, match=r"corpus\.jsonl: no such file"):
+        list(read_part(str(data), "corpus"))
+    with pytest.raises(UserError, match="no such folder"):
+        list(read_part(str(tmp_path / "nowhere"), "corpus"))
+
+
+def test_truncated_gzip_names_the_line(data):
+    whole = gzip.compress((data / "corpus.jsonl").read_bytes() * 50)
+    (data / "corpus.jsonl").unlink()
+    (data / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="the gzip data breaks off"):
+        list(read_part(str(data), "corpus"))

@@ -1,0 +1,47 @@
+"""Exact search against brute force, ties and exclusions included."""
+
+import numpy as np
+import pytest
+
+from novelret import search
+
+
+def brute_force(queries, items, k, id_rank, excluded):
+    scores = np.round(queries.astype(np.float64) @ items.astype(np.float64).T, search.DECIMALS)
+    lists = []
+    for q, row in enumerate(scores):
+        left = [i for i in range(len(items)) if i not in set(excluded[q])]
+        lists.append(sorted(left, key=lambda i: (-row[i], -id_rank[i]))[:k])
+    return lists
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 8, 1 << 28])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_matches_brute_force_with_ties(monkeypatch, block_bytes, dtype):
+    monkeypatch.setattr(search, "_BLOCK_BYTES", block_bytes)
+    rng = np.random.default_rng(0)
+    # Few distinct small-integer vectors: exact arithmetic and ties far longer than the spare candidates.
+    items = rng.integers(-1, 2, size=(300, 3)).astype(dtype)
+    queries = rng.integers(-1, 2, size=(20, 3)).astype(np.float32)
+    id_rank = rng.permutation(300)
+    excluded = rng.integers(-1, 300, size=(20, 2))
+    rows, scores = search.search_exact(queries, items, 25, id_rank, excluded)
+    assert rows.tolist() == brute_force(queries, items, 25, id_rank, excluded)
+    assert np.allclose(scores, np.take_along_axis(queries @ items.astype(np.float32).T, rows, axis=1))
+
+
+def test_pads_where_too_few_items_are_left():
+    items = np.eye(3, dtype=np.float32)
+    rows, scores = search.search_exact(items[:1], items, 3, np.arange(3), np.array([[0, 2]]))
+    assert rows.tolist() == [[1, -1, -1]]
+    assert np.isneginf(scores[0, 1:]).all()
+
+
+def test_query_chunks_do_not_change_the_lists(monkeypatch):
+    rng = np.random.default_rng(1)
+    queries = rng.normal(size=(50, 8)).astype(np.float32)
+    items = rng.normal(size=(400, 8)).astype(np.float32)
+    whole, _ = search.search_exact(queries, items, 10, np.arange(400))
+    monkeypatch.setattr(search, "_QUERY_CHUNK", 7)
+    chunked, _ = search.search_exact(queries, items, 10, np.arange(400))
+    assert (whole == chunked).all()
