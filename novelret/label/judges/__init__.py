@@ -1,0 +1,1 @@
+"""Who says what is relevant; one judge per file."""

@@ -1,0 +1,58 @@
+"""`file:PATH`: judgements that exist already, as qrels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from novelret.data.catalog import Catalog
+from novelret.data.source import read_qrels_file
+from novelret.errors import UserError
+from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make_table
+from novelret.progress import Reporter
+
+MISSING = {"unknown": UNKNOWN, "irrelevant": IRRELEVANT}
+
+
+def file_table(
+    path: Path, query_ids: list[str], catalog: Catalog, missing: str = "unknown", report: Reporter | None = None
+) -> LabelTable:
+    """The verdicts of a qrels file for some queries; a score above 0 is relevant.
+
+    Args:
+        path: qrels, tab-separated or TREC. Lines of other queries are passed over, since one file may
+            serve several splits.
+        query_ids: the queries, in row order.
+        catalog: the indexed items.
+        missing: "unknown", or "irrelevant" where the file lists everything relevant.
+        report: told how many lines name items that are not in the catalog.
+
+    Raises:
+        UserError: the file cannot be read, a line is malformed, or no line is about these queries.
+    """
+    if missing not in MISSING:
+        raise UserError(f"--missing {missing}: unknown; choose from {', '.join(MISSING)}")
+    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
+    queries: list[int] = []
+    items: list[str] = []
+    verdicts: list[int] = []
+    for _, query_id, item_id, score in read_qrels_file(path):
+        row = row_of.get(query_id)
+        if row is not None:
+            queries.append(row)
+            items.append(item_id)
+            verdicts.append(RELEVANT if score > 0 else IRRELEVANT)
+    if not queries:
+        raise UserError(f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?")
+    rows = catalog.rows_of(items)
+    known = rows >= 0
+    if report is not None and not known.all():
+        report.warn(f"{path}: {int((~known).sum())} lines name items that are not in the catalog")
+    return make_table(
+        np.array(queries, dtype=np.int64)[known],
+        rows[known],
+        np.array(verdicts, dtype=np.int8)[known],
+        len(catalog),
+        MISSING[missing],
+    )

@@ -1,0 +1,85 @@
+"""The LABELS artifact: one row per judgement, and the table that training and evaluation look it up in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from novelret.artifacts import Manifest, read_manifest
+from novelret.data.catalog import Catalog
+from novelret.errors import UserError
+from novelret.index import Index
+from novelret.label.table import LabelTable, make_table
+
+SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("item_id", pa.string()),
+        ("source", pa.dictionary(pa.int8(), pa.string())),
+        ("verdict", pa.int8()),  # 1 relevant, 0 not, -1 no usable answer
+        ("grade", pa.float32()),
+        ("answer", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("cost", pa.float64()),  # dollars
+        ("time", pa.string()),
+    ]
+)
+"""Columns of judgements.parquet. The judge and the prompt are one per artifact: see its manifest."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """An opened LABELS folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def judge(self) -> str:
+        """Who gave the answers, as given to --judge."""
+        return str(self.manifest.config["judge"])
+
+    def table(self, query_ids: list[str], catalog: Catalog) -> LabelTable:
+        """The usable verdicts of these queries by (row in `query_ids`, catalog row).
+
+        Reads a row group at a time: 10 million judgements need their 9 bytes each and one group's strings.
+        """
+        queries, items, verdicts = [], [], []
+        wanted = pa.array(query_ids, pa.string())
+        file = pq.ParquetFile(self.folder / "judgements.parquet")
+        for batch in file.iter_batches(batch_size=1 << 18, columns=["query_id", "item_id", "verdict"]):
+            rows = pc.index_in(batch["query_id"], value_set=wanted)
+            kept = rows.is_valid()
+            if not pc.any(kept).as_py():
+                continue
+            queries.append(rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
+            items.append(catalog.rows_of(batch["item_id"].filter(kept)))
+            verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
+        if not queries:
+            none = np.empty(0, dtype=np.int64)
+            return make_table(none, none, none.astype(np.int8), len(catalog))
+        query_rows, item_rows = np.concatenate(queries), np.concatenate(items)
+        if (item_rows < 0).any():
+            raise UserError(f"{self.folder}: names items that the catalog does not hold; label again")
+        return make_table(query_rows, item_rows, np.concatenate(verdicts), len(catalog))
+
+
+def open_labels(folder: Path, index: Index) -> Labels:
+    """Open a LABELS folder that was made with this index.
+
+    Raises:
+        UserError: no labels there, or they belong to another index.
+    """
+    manifest = read_manifest(folder, "labels")
+    if manifest.inputs["index"] != index.manifest.fingerprint:
+        raise UserError(
+            f"{folder}: was labelled with another index ({manifest.config['index']}) than {index.folder}; "
+            "pass the index it belongs to, or label again"
+        )
+    return Labels(folder, manifest)
