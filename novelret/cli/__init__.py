@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from novelret.cli import index, train
+from novelret.cli import index, label, train
 from novelret.cli.options import error_console
 from novelret.errors import UserError
 
@@ -42,6 +42,7 @@ def _options(
 
 
 app.command("index", epilog=index.EXAMPLES)(index.index)
+app.command("label", epilog=label.EXAMPLES)(label.label)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 
 

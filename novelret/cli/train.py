@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -94,13 +94,12 @@ def train(
     from novelret.train.config import TrainConfig
     from novelret.train.trainer import train as run
 
-    settings = TrainConfig(
-        **{
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in arguments.items()
-            if name in TrainConfig.__dataclass_fields__
-        }
-    )
+    values: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in arguments.items()
+        if name in TrainConfig.__dataclass_fields__
+    }
+    settings = TrainConfig(**values)
     trained = run(settings, out, force=force, report=reporter(quiet))
     result = {
         "model": str(out),

@@ -16,7 +16,11 @@ MISSING = {"unknown": UNKNOWN, "irrelevant": IRRELEVANT}
 
 
 def file_table(
-    path: Path, query_ids: list[str], catalog: Catalog, missing: str = "unknown", report: Reporter | None = None
+    path: Path,
+    query_ids: list[str],
+    catalog: Catalog,
+    missing: str = "unknown",
+    report: Reporter | None = None,
 ) -> LabelTable:
     """The verdicts of a qrels file for some queries; a score above 0 is relevant.
 
@@ -44,7 +48,9 @@ def file_table(
             items.append(item_id)
             verdicts.append(RELEVANT if score > 0 else IRRELEVANT)
     if not queries:
-        raise UserError(f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?")
+        raise UserError(
+            f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?"
+        )
     rows = catalog.rows_of(items)
     known = rows >= 0
     if report is not None and not known.all():

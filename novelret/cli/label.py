@@ -1,0 +1,139 @@
+"""`novelret label`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from novelret.cli.options import (
+    ConfigOption,
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    IgnoreIdenticalOption,
+    IndexOption,
+    JsonOption,
+    QuietOption,
+    reporter,
+    show_result,
+)
+
+EXAMPLES = """
+[bold]examples:[/]
+
+  novelret label --data my-data --split train --index runs/index --judge file:judgements.tsv --out runs/labels
+
+  novelret label --data my-data --split train --index runs/index --judge openai:gpt-4o-mini
+      --prompt query-keyword --per-query 20 --plan
+
+  novelret label --data my-data --split train --index runs/index --judge openai:gpt-4o-mini
+      --prompt query-keyword --per-query 20 --max-cost 25 --out runs/labels
+"""
+
+
+def label(
+    data: DataOption,
+    index: IndexOption,
+    judge: Annotated[
+        str, typer.Option(help="file:PATH.tsv or openai:MODEL (OPENAI_BASE_URL, OPENAI_API_KEY).")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The LABELS folder to make.")] = None,
+    split: Annotated[str, typer.Option(help="Whose queries are labelled.")] = "train",
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            help="base-novel, base-top, feedback, random or model:PATH; may be repeated. [default: base-novel]",
+        ),
+    ] = None,
+    base_depth: Annotated[int, typer.Option(help="L: the deployed list's length.")] = 50,
+    depth: Annotated[int, typer.Option(help="Deepest base rank of base-novel.")] = 200,
+    per_query: Annotated[
+        int | None, typer.Option(help="At most so many pairs of each source for a query.")
+    ] = None,
+    missing: Annotated[
+        str, typer.Option(help="A pair that the file does not list is unknown or irrelevant.")
+    ] = "unknown",
+    prompt: Annotated[
+        str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
+    ] = "query-document",
+    store: Annotated[
+        Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be asked and its cost; send nothing.")
+    ] = False,
+    max_cost: Annotated[float | None, typer.Option(help="Stop before so many dollars are exceeded.")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Stop before more requests than this.")] = None,
+    price: Annotated[
+        str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens, over the built-in table.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Decides which pairs are sampled.")] = 0,
+    device: DeviceOption = "auto",
+    ignore_identical_ids: IgnoreIdenticalOption = True,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Have candidate pairs judged for relevance; every answer is kept and never paid for twice."""
+    from dataclasses import asdict
+
+    from novelret.errors import UserError
+    from novelret.label import label as stage
+
+    settings = stage.LabelConfig(
+        data=data,
+        index=str(index),
+        judge=judge,
+        split=split,
+        sources=tuple(sources or ("base-novel",)),
+        base_depth=base_depth,
+        depth=depth,
+        per_query=per_query,
+        missing=missing,
+        prompt=prompt,
+        store=str(store) if store else None,
+        concurrency=concurrency,
+        timeout=timeout,
+        max_requests=max_requests,
+        max_cost=max_cost,
+        price=price,
+        seed=seed,
+        device=device,
+        ignore_identical_ids=ignore_identical_ids,
+    )
+    if plan:
+        planned = stage.plan(settings, report=reporter(quiet))
+        show_result(asdict(planned), as_json=as_json, render=lambda console: _render_plan(console, planned))
+        return
+    if out is None:
+        raise UserError("--out is missing: where should the LABELS go?")
+    facts = stage.label(settings, out, force=force, report=reporter(quiet)).facts
+    show_result(
+        {"labels": str(out), **facts}, as_json=as_json, render=lambda console: _render(console, out, facts)
+    )
+
+
+def _render(console: Console, out: Path, facts: dict[str, Any]) -> None:
+    verdicts = ", ".join(f"{n:,} {name}" for name, n in facts["verdicts"].items())
+    console.print(f"[bold]{escape(str(out))}[/]: {facts['pairs']:,} judged pairs ({verdicts})")
+
+
+def _render_plan(console: Console, plan: Any) -> None:
+    pairs = ", ".join(f"{n:,} from {source}" for source, n in plan.pairs.items())
+    cost = "unknown (give --price INPUT,OUTPUT)" if plan.cost is None else f"at most ${plan.cost:,.2f}"
+    console.print(f"pairs:          {pairs}")
+    console.print(f"already known:  {plan.known:,} questions")
+    console.print(f"to ask:         {plan.to_ask:,} questions, about {plan.prompt_tokens:,} prompt tokens")
+    console.print("                (estimated from text lengths)")
+    console.print(f"cost:           {cost}")
+    console.print("[bold]one question:[/]")
+    for message in plan.example:
+        console.print(f"  {message['role']}: {escape(message['content'])}")

@@ -1,0 +1,122 @@
+"""Which (query, item) pairs to have judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from novelret.data.split import Split
+from novelret.errors import UserError
+from novelret.index import Index, base_lists, embed_queries, load_finetuned
+from novelret.progress import Reporter
+
+SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs without repeats, ordered by query.
+
+    Attributes:
+        query_rows: (C,) int64.
+        item_rows: (C,) int64.
+        source_numbers: (C,) int16, position in `sources` of the first source that gave the pair.
+        sources: names, as given.
+    """
+
+    query_rows: np.ndarray
+    item_rows: np.ndarray
+    source_numbers: np.ndarray
+    sources: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    def counts(self) -> dict[str, int]:
+        """Pairs by source; a pair counts for the first source that gave it."""
+        counted = np.bincount(self.source_numbers, minlength=len(self.sources))
+        return {name: int(n) for name, n in zip(self.sources, counted, strict=True)}
+
+
+def gather_candidates(
+    index: Index,
+    split: Split,
+    sources: tuple[str, ...],
+    *,
+    base_depth: int,
+    depth: int,
+    per_query: int | None,
+    seed: int,
+    device: str,
+    report: Reporter,
+) -> Candidates:
+    """Pairs from the named sources, at most `per_query` of each source for a query.
+
+    base-novel: the deployed ranks base_depth + 1 to depth. base-top: ranks 1 to base_depth. model:PATH:
+    another model's top base_depth. feedback: the split's pairs. random: per_query items of the catalog.
+
+    Raises:
+        UserError: unknown source, or depths that do not fit the catalog.
+    """
+    if depth <= base_depth and "base-novel" in sources:
+        raise UserError(f"--depth {depth}: must exceed --base-depth {base_depth}; novel items lie beyond it")
+    rng = np.random.default_rng(seed)
+    parts = []
+    for number, source in enumerate(sources):
+        lists = _lists(index, split, source, base_depth, depth, per_query, rng, device, report)
+        queries, items = (
+            _pairs(lists) if lists is not None else (split.feedback_queries, split.feedback_items)
+        )
+        if per_query is not None:
+            kept = _sample(queries, per_query, rng)
+            queries, items = queries[kept], items[kept]
+        parts.append((queries, items, np.full(len(queries), number, dtype=np.int16)))
+    queries, items, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
+    _, first = np.unique(queries * np.int64(len(index)) + items, return_index=True)
+    # By query, and within it in the order the sources gave: base ranks stay in order.
+    kept = np.sort(first)
+    kept = kept[np.argsort(queries[kept], kind="stable")]
+    return Candidates(queries[kept], items[kept], numbers[kept], sources)
+
+
+def _lists(
+    index: Index,
+    split: Split,
+    source: str,
+    base_depth: int,
+    depth: int,
+    per_query: int | None,
+    rng: np.random.Generator,
+    device: str,
+    report: Reporter,
+) -> np.ndarray | None:
+    """A source's items as (Q, n) catalog rows, −1 padded; None for feedback, which is pairs already."""
+    if source == "feedback":
+        return None
+    if source == "base-novel":
+        return base_lists(index, split, depth, device=device, report=report)[0][:, base_depth:]
+    if source == "base-top":
+        return base_lists(index, split, base_depth, device=device, report=report)[0]
+    if source == "random":
+        lists = rng.integers(len(index), size=(len(split), per_query or base_depth))
+        return np.where((lists[:, :, None] == split.excluded[:, None, :]).any(axis=2), -1, lists)
+    if source.startswith("model:"):
+        model = load_finetuned(source.removeprefix("model:"), index, device)
+        embeddings = embed_queries(model, split.query_texts, report)
+        return index.search(embeddings, base_depth, split.excluded, device=device, report=report)[0]
+    raise UserError(f"--from {source}: unknown; choose from {', '.join(SOURCES)}")
+
+
+def _pairs(lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    queries, columns = np.nonzero(lists >= 0)
+    return queries.astype(np.int64), lists[queries, columns].astype(np.int64)
+
+
+def _sample(queries: np.ndarray, per_query: int, rng: np.random.Generator) -> np.ndarray:
+    """Ascending positions of at most `per_query` pairs of each query, chosen at random."""
+    shuffled = rng.permutation(len(queries))
+    by_query = shuffled[np.argsort(queries[shuffled], kind="stable")]
+    ordered = queries[by_query]
+    first_of_query = np.searchsorted(ordered, ordered, side="left")
+    return np.sort(by_query[np.arange(len(ordered)) - first_of_query < per_query])
