@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from novelret.cli import eval as eval_command
 from novelret.cli import index, label, train
 from novelret.cli.options import error_console
 from novelret.errors import UserError
@@ -44,6 +45,7 @@ def _options(
 app.command("index", epilog=index.EXAMPLES)(index.index)
 app.command("label", epilog=label.EXAMPLES)(label.label)
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("eval", epilog=eval_command.EXAMPLES)(eval_command.evaluate)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -126,10 +126,7 @@ def label(config: LabelConfig, out: Path, *, force: bool = False, report: Report
     identity = fingerprint_of(asdict(config), inputs)
     with open_output(out, identity, force=force) as folder:
         path = folder / "judgements.parquet"
-        if prompt is None:
-            facts = _label_from_file(config, Path(name), index, split, candidates, path, report)
-        else:
-            facts = _label_by_asking(config, name, prompt, index, split, candidates, path, report)
+        facts = judge_candidates(config, index, split, candidates, path, report)
         write_config(folder, config)
         fingerprint = fingerprint_file(path)
         manifest = Manifest("labels", asdict(config), inputs, fingerprint, facts)
@@ -137,6 +134,17 @@ def label(config: LabelConfig, out: Path, *, force: bool = False, report: Report
     if facts["verdicts"].get("relevant", 0) == 0:
         report.warn("no pair was judged relevant: training on these labels will find no reward")
     return manifest
+
+
+def judge_candidates(
+    config: LabelConfig, index: Index, split: Split, candidates: Candidates, out: Path, report: Reporter
+) -> dict[str, Any]:
+    """Have given pairs judged and write them as judgements.parquet; returns the counts and the cost."""
+    kind, name = split_judge(config.judge)
+    if kind == "file":
+        return _label_from_file(config, Path(name), index, split, candidates, out, report)
+    prompt = load_prompt(config.prompt)
+    return _label_by_asking(config, name, prompt, index, split, candidates, out, report)
 
 
 def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:

@@ -46,28 +46,33 @@ class Labels:
         return str(self.manifest.config["judge"])
 
     def table(self, query_ids: list[str], catalog: Catalog) -> LabelTable:
-        """The usable verdicts of these queries by (row in `query_ids`, catalog row).
+        """The usable verdicts of these queries (see `read_table`)."""
+        return read_table(self.folder / "judgements.parquet", query_ids, catalog)
 
-        Reads a row group at a time: 10 million judgements need their 9 bytes each and one group's strings.
-        """
-        queries, items, verdicts = [], [], []
-        wanted = pa.array(query_ids, pa.string())
-        file = pq.ParquetFile(self.folder / "judgements.parquet")
-        for batch in file.iter_batches(batch_size=1 << 18, columns=["query_id", "item_id", "verdict"]):
-            rows = pc.index_in(batch["query_id"], value_set=wanted)
-            kept = rows.is_valid()
-            if not pc.any(kept).as_py():
-                continue
-            queries.append(rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
-            items.append(catalog.rows_of(batch["item_id"].filter(kept)))
-            verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
-        if not queries:
-            none = np.empty(0, dtype=np.int64)
-            return make_table(none, none, none.astype(np.int8), len(catalog))
-        query_rows, item_rows = np.concatenate(queries), np.concatenate(items)
-        if (item_rows < 0).any():
-            raise UserError(f"{self.folder}: names items that the catalog does not hold; label again")
-        return make_table(query_rows, item_rows, np.concatenate(verdicts), len(catalog))
+
+def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:
+    """Usable verdicts of judgements.parquet by (row in `query_ids`, catalog row).
+
+    Reads a row group at a time: 10 million judgements need their 9 bytes each and one group's strings.
+
+    Raises:
+        UserError: it names items that the catalog does not hold.
+    """
+    queries = [np.empty(0, dtype=np.int64)]
+    items = [np.empty(0, dtype=np.int64)]
+    verdicts = [np.empty(0, dtype=np.int8)]
+    wanted = pa.array(query_ids, pa.string())
+    file = pq.ParquetFile(path)
+    for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict"]):
+        rows = pc.index_in(batch["query_id"], value_set=wanted)
+        kept = rows.is_valid()
+        queries.append(rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
+        items.append(catalog.rows_of(batch["item_id"].filter(kept)))
+        verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
+    item_rows = np.concatenate(items)
+    if (item_rows < 0).any():
+        raise UserError(f"{path}: names items that the catalog does not hold; label again")
+    return make_table(np.concatenate(queries), item_rows, np.concatenate(verdicts), len(catalog))
 
 
 def open_labels(folder: Path, index: Index) -> Labels:

@@ -40,7 +40,7 @@ from novelret.train.rewards import load_reward
 from novelret.train.states import SOURCES, Batch, Material, draw_batch, gather_material
 from novelret.train.step import StepLoss, batch_loss
 from novelret.train.tower import Tower, adapter_tower, full_tower
-from novelret.train.validation import Point, Validation, choose, hold_back, measure, recall
+from novelret.train.validation import Point, Validation, choose, hold_back, mean_recall, measure
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "device", "log_every", "micro_batch")
 
@@ -95,7 +95,7 @@ def train(config: TrainConfig, out: Path, *, force: bool = False, report: Report
         points = _run(config, tower, material, validation, index, folder, device, report)
         chosen = None
         if validation is not None:
-            base_recall = recall(validation.base_rows, validation.split)
+            base_recall = mean_recall(validation.base_rows, validation.split)
             chosen = choose(points, base_recall, config.max_recall_drop)
             _load_weights(tower, folder / "resume" / "best.safetensors")
             _say_choice(chosen, base_recall, config, report)
@@ -137,7 +137,7 @@ def _run(
     def validate(step: int) -> None:
         if validation is not None:
             points.append(measure(validation, tower.embed_validation(), index, step, device))
-            best = choose(points, recall(validation.base_rows, validation.split), config.max_recall_drop)
+            best = choose(points, mean_recall(validation.base_rows, validation.split), config.max_recall_drop)
             _save_resume(tower, optimizer, folder, points, is_best=best.step == step)
 
     if not points:

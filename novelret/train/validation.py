@@ -8,6 +8,8 @@ import numpy as np
 
 from novelret.data.split import Split
 from novelret.errors import UserError
+from novelret.evaluate.metrics import recall
+from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 
@@ -72,22 +74,20 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, step: 
     split = validation.split
     depth = validation.base_rows.shape[1]
     rows, _ = index.search(embeddings, depth, split.excluded, device=device)
-    novel = ~_is_in(rows, validation.base_rows) & (rows >= 0)
+    new = novel(rows, validation.base_rows, depth)
     verdicts = validation.labels.lookup(np.arange(len(split))[:, None], rows)
     return Point(
         step,
-        float(novel.sum(axis=1).mean()),
-        float((novel & (verdicts == RELEVANT)).sum(axis=1).mean()),
-        recall(rows, split),
-        float((verdicts[novel] != UNKNOWN).mean()) if novel.any() else 0.0,
+        float(new.sum(axis=1).mean()),
+        float((new & (verdicts == RELEVANT)).sum(axis=1).mean()),
+        mean_recall(rows, split),
+        float((verdicts[new] != UNKNOWN).mean()) if new.any() else 0.0,
     )
 
 
-def recall(rows: np.ndarray, split: Split) -> float:
-    """Mean per-query share of feedback in lists (V, k)."""
-    hits = (rows[split.feedback_queries] == split.feedback_items[:, None]).any(axis=1)
-    per_query = np.bincount(split.feedback_queries, hits, len(split)) / np.bincount(split.feedback_queries)
-    return float(per_query.mean())
+def mean_recall(rows: np.ndarray, split: Split) -> float:
+    """Mean per-query share of feedback in whole lists (V, k)."""
+    return float(recall(rows, split.feedback_queries, split.feedback_items, rows.shape[1]).mean())
 
 
 def choose(points: list[Point], base_recall: float, max_recall_drop: float) -> Point:
@@ -100,9 +100,3 @@ def choose(points: list[Point], base_recall: float, max_recall_drop: float) -> P
     if not inside:
         return max(points, key=lambda point: (point.recall, -point.step))
     return max(inside, key=lambda point: (point.relevant_novel, point.novelty, -point.step))
-
-
-def _is_in(rows: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """Whether each rows[q, i] occurs in lists[q]; bool (Q, k), without a Q × k × L array."""
-    offset = np.arange(len(rows), dtype=np.int64)[:, None] * (max(rows.max(), lists.max()) + 2)
-    return np.isin(rows + 1 + offset, lists + 1 + offset)

@@ -1,0 +1,126 @@
+"""A scatter chart as inline SVG: points told apart by shape and label, not by colour alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+_WIDTH, _HEIGHT = 640, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 52
+_SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point of a scatter chart."""
+
+    label: str
+    x: float
+    y: float
+
+
+def scatter(marks: list[Mark], x_title: str, y_title: str, *, line_at: float | None = None) -> str:
+    """An SVG picture of labelled points.
+
+    Args:
+        marks: the points, at least one.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
+        line_at: where to draw a dashed vertical line, if anywhere.
+    """
+    xs = [mark.x for mark in marks] + ([] if line_at is None else [line_at])
+    x_ticks, y_ticks = (
+        _ticks(min(xs), max(xs)),
+        _ticks(min(0.0, *(m.y for m in marks)), max(m.y for m in marks)),
+    )
+
+    def across(x: float) -> float:
+        return _LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (_WIDTH - _LEFT - _RIGHT)
+
+    def down(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
+    ]
+    for tick in x_ticks:
+        parts.append(
+            f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{_TOP}" '
+            f'y2="{_HEIGHT - _BOTTOM}"/><text class="tick" text-anchor="middle" x="{across(tick):.1f}" '
+            f'y="{_HEIGHT - _BOTTOM + 18}">{tick:g}</text>'
+        )
+    for tick in y_ticks:
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(tick):.1f}" '
+            f'y2="{down(tick):.1f}"/><text class="tick" text-anchor="end" x="{_LEFT - 8}" '
+            f'y="{down(tick) + 4:.1f}">{tick:g}</text>'
+        )
+    middle_x, middle_y = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
+    parts.append(
+        f'<text class="axis" text-anchor="middle" x="{middle_x}" y="{_HEIGHT - 8}">{escape(x_title)}</text>'
+        f'<text class="axis" text-anchor="middle" transform="translate(16 {middle_y}) rotate(-90)">'
+        f"{escape(y_title)}</text>"
+    )
+    if line_at is not None:
+        parts.append(
+            f'<line class="rule" x1="{across(line_at):.1f}" x2="{across(line_at):.1f}" y1="{_TOP}" '
+            f'y2="{_HEIGHT - _BOTTOM}"/>'
+        )
+    label_heights = _spread([down(mark.y) for mark in marks])
+    for number, (mark, height) in enumerate(zip(marks, label_heights, strict=True)):
+        x, y = across(mark.x), down(mark.y)
+        parts.append(
+            f'<g class="mark mark{number % len(_SHAPES)}"><title>{escape(mark.label)}: {escape(x_title)} '
+            f"{mark.x:.4f}, {escape(y_title)} {mark.y:.3f}</title>{_shape(number, x, y)}"
+            f'<line class="leader" x1="{x + 7:.1f}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT + 8}" y2="{height:.1f}"/>'
+            f'<text class="name" x="{_WIDTH - _RIGHT + 12}" y="{height + 4:.1f}">{escape(mark.label[:20])}</text></g>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _shape(number: int, x: float, y: float) -> str:
+    kind = _SHAPES[number % len(_SHAPES)]
+    if kind == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
+    if kind == "square":
+        return f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>'
+    corners = {
+        "triangle": ((0, -7), (7, 6), (-7, 6)),
+        "diamond": ((0, -7), (7, 0), (0, 7), (-7, 0)),
+        "cross": (
+            (-2, -6),
+            (2, -6),
+            (2, -2),
+            (6, -2),
+            (6, 2),
+            (2, 2),
+            (2, 6),
+            (-2, 6),
+            (-2, 2),
+            (-6, 2),
+            (-6, -2),
+            (-2, -2),
+        ),
+    }[kind]
+    return '<polygon points="{}"/>'.format(" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners))
+
+
+def _spread(heights: list[float], gap: float = 16) -> list[float]:
+    """Label heights near the points' own, moved apart until they do not overlap."""
+    order = sorted(range(len(heights)), key=lambda n: heights[n])
+    placed = list(heights)
+    for before, now in zip(order, order[1:], strict=False):
+        placed[now] = max(placed[now], placed[before] + gap)
+    overshoot = max(0.0, max(placed) - (_HEIGHT - _BOTTOM))
+    return [height - overshoot for height in placed]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Five or so round values that enclose a range."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / 4
+    step = 10 ** math.floor(math.log10(raw))
+    step *= next(f for f in (1, 2, 2.5, 5, 10) if f * step >= raw)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(n * step, 10) for n in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,28 @@
+"""Metrics, one file each: arrays of top lists in, one figure per query out.
+
+Lists are (Q, K) catalog rows, best first, −1 where a list is shorter; `k` cuts them. Order within a list is
+given by the one tie rule in `novelret.search`: score rounded to six decimals, then item id, descending.
+"""
+
+from novelret.evaluate.metrics.coverage import catalog_coverage
+from novelret.evaluate.metrics.judged import judged
+from novelret.evaluate.metrics.merged import Merged, merge
+from novelret.evaluate.metrics.mrr import reciprocal_rank
+from novelret.evaluate.metrics.ndcg import ndcg
+from novelret.evaluate.metrics.novelty import novel_precision, novelty, relevant_novelty
+from novelret.evaluate.metrics.precision import precision
+from novelret.evaluate.metrics.recall import recall
+
+__all__ = [
+    "Merged",
+    "catalog_coverage",
+    "judged",
+    "merge",
+    "ndcg",
+    "novel_precision",
+    "novelty",
+    "precision",
+    "recall",
+    "reciprocal_rank",
+    "relevant_novelty",
+]

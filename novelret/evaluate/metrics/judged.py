@@ -1,0 +1,13 @@
+"""Judged@k: how much of a list the judge has seen. Read it beside every judged metric."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from novelret.label.table import UNKNOWN
+
+
+def judged(rows: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
+    """Share of judged items among the items of the top k, per query."""
+    present = (rows[:, :k] >= 0).sum(axis=1)
+    return (verdicts[:, :k] != UNKNOWN).sum(axis=1) / np.maximum(present, 1)

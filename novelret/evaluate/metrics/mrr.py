@@ -1,0 +1,15 @@
+"""Reciprocal rank over held-out feedback."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from novelret.evaluate.metrics.membership import feedback_hits
+
+
+def reciprocal_rank(
+    rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int
+) -> np.ndarray:
+    """1 / rank of the first feedback item in the top k, 0 where there is none, per query."""
+    hits = feedback_hits(rows[:, :k], feedback_queries, feedback_items)
+    return np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0)

@@ -1,0 +1,17 @@
+"""nDCG@k over held-out feedback, each pair with gain 1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from novelret.evaluate.metrics.membership import feedback_hits
+
+
+def ndcg(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:
+    """Σ_i hit_i / log₂(i + 1) over the same of an ideal list, per query (Järvelin and Kekäläinen, 2002)."""
+    top = rows[:, :k]
+    discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
+    gain = feedback_hits(top, feedback_queries, feedback_items) @ discount
+    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
+    count = np.minimum(np.bincount(feedback_queries, minlength=len(rows)), k)
+    return gain / ideal[count]

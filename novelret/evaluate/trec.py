@@ -1,0 +1,80 @@
+"""TREC run files, in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from novelret.data.catalog import Catalog
+from novelret.data.source import read_lines
+from novelret.errors import UserError
+from novelret.search import DECIMALS
+
+
+def write_run(
+    path: Path, rows: np.ndarray, scores: np.ndarray, query_ids: list[str], catalog: Catalog, name: str
+) -> None:
+    """Write lists as `query Q0 item rank score name`, scores with the six decimals that decide ties."""
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, len(rows), 1024):
+            chunk = rows[start : start + 1024]
+            present = chunk >= 0
+            ids = iter(catalog.ids_at(chunk[present]))
+            for q in range(len(chunk)):
+                query_id = query_ids[start + q]
+                file.writelines(
+                    f"{query_id} Q0 {next(ids)} {rank} {scores[start + q, rank - 1]:.{DECIMALS}f} {name}\n"
+                    for rank in range(1, int(present[q].sum()) + 1)
+                )
+
+
+def read_run(path: Path, query_ids: list[str], catalog: Catalog, k: int, id_rank: np.ndarray) -> np.ndarray:
+    """Read a run as (Q, k) catalog rows, −1 padded, ordered by score and the tie rule; ranks are ignored.
+
+    Raises:
+        UserError: a malformed line, an unknown item, a repeated item, a score that is no number, or no
+            query in common.
+    """
+    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
+    wheres: list[str] = []
+    queries: list[int] = []
+    items: list[str] = []
+    scores: list[float] = []
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        columns = line.split()
+        if len(columns) != 6:
+            raise UserError(f"{where}: {len(columns)} columns, expected query Q0 item rank score name")
+        try:
+            score = float(columns[4])
+        except ValueError:
+            score = float("nan")
+        if not np.isfinite(score):
+            raise UserError(f"{where}: the score {columns[4]!r} is not a finite number")
+        if columns[0] in row_of:
+            wheres.append(where)
+            queries.append(row_of[columns[0]])
+            items.append(columns[2])
+            scores.append(score)
+    if not queries:
+        raise UserError(f"{path}: no line is about the split's queries; is it the right run?")
+    rows = catalog.rows_of(items)
+    unknown = np.flatnonzero(rows < 0)
+    if len(unknown):
+        first = int(unknown[0])
+        raise UserError(f"{wheres[first]}: item id {items[first]!r} is not in the catalog")
+    query_rows = np.array(queries, dtype=np.int64)
+    rounded = np.round(np.array(scores), DECIMALS)
+    pair = query_rows * len(catalog) + rows
+    _, first_seen = np.unique(pair, return_index=True)
+    if len(first_seen) != len(pair):
+        again = int(np.setdiff1d(np.arange(len(pair)), first_seen)[0])
+        raise UserError(f"{wheres[again]}: item {items[again]!r} occurs twice for this query")
+    order = np.lexsort((-id_rank[rows].astype(np.int64), -rounded, query_rows))
+    ordered = query_rows[order]
+    place = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
+    kept = place < k
+    lists = np.full((len(query_ids), k), -1, dtype=np.int64)
+    lists[ordered[kept], place[kept]] = rows[order][kept]
+    return lists
