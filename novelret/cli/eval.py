@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -106,7 +107,7 @@ def evaluate(
 
 
 def parse_cuts(text: str) -> tuple[int, ...]:
-    """ "10,20,50" as numbers, ascending."""
+    """Cuts like 10,20,50 as numbers, ascending."""
     try:
         return tuple(sorted({int(part) for part in str(text).strip("[]() ").split(",")}))
     except ValueError:
@@ -119,17 +120,23 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
 
     names = headline_metrics(evaluation)
     table = Table(
-        title=f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}", title_justify="left"
+        title=f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("model")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(
+            name.replace("RelevantNovel", "Relevant\nNovel").replace("@", "\n@"), justify="right"
+        )
     for model, means in evaluation.means.items():
         cells = []
         for name in names:
             p = evaluation.significance[model].get(name, {}).get("p_holm", 1.0)
             stars = "**" if p < 0.01 else "*" if p < 0.05 else ""
-            cells.append(f"{means[name]:.3f}{stars}" if name in means else "–")
+            digits = 2 if "Novel" in name else 3
+            cells.append(f"{means[name]:.{digits}f}{stars}" if name in means else "–")
         table.add_row(escape(model), *cells)
     console.print(table)
     console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")

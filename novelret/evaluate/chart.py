@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 52
@@ -42,16 +43,17 @@ def scatter(marks: list[Mark], x_title: str, y_title: str, *, line_at: float | N
         return _HEIGHT - _BOTTOM - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(y_title)} by {escape(x_title)}">'
     ]
     for tick in x_ticks:
-        parts.append(
+        parts.append(  # noqa: PERF401 - a comprehension over these f-strings reads worse
             f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{_TOP}" '
             f'y2="{_HEIGHT - _BOTTOM}"/><text class="tick" text-anchor="middle" x="{across(tick):.1f}" '
             f'y="{_HEIGHT - _BOTTOM + 18}">{tick:g}</text>'
         )
     for tick in y_ticks:
-        parts.append(
+        parts.append(  # noqa: PERF401
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(tick):.1f}" '
             f'y2="{down(tick):.1f}"/><text class="tick" text-anchor="end" x="{_LEFT - 8}" '
             f'y="{down(tick) + 4:.1f}">{tick:g}</text>'
@@ -67,14 +69,15 @@ def scatter(marks: list[Mark], x_title: str, y_title: str, *, line_at: float | N
             f'<line class="rule" x1="{across(line_at):.1f}" x2="{across(line_at):.1f}" y1="{_TOP}" '
             f'y2="{_HEIGHT - _BOTTOM}"/>'
         )
+    edge = _WIDTH - _RIGHT
     label_heights = _spread([down(mark.y) for mark in marks])
     for number, (mark, height) in enumerate(zip(marks, label_heights, strict=True)):
         x, y = across(mark.x), down(mark.y)
         parts.append(
             f'<g class="mark mark{number % len(_SHAPES)}"><title>{escape(mark.label)}: {escape(x_title)} '
             f"{mark.x:.4f}, {escape(y_title)} {mark.y:.3f}</title>{_shape(number, x, y)}"
-            f'<line class="leader" x1="{x + 7:.1f}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT + 8}" y2="{height:.1f}"/>'
-            f'<text class="name" x="{_WIDTH - _RIGHT + 12}" y="{height + 4:.1f}">{escape(mark.label[:20])}</text></g>'
+            f'<line class="leader" x1="{x + 7:.1f}" y1="{y:.1f}" x2="{edge + 8}" y2="{height:.1f}"/>'
+            f'<text class="name" x="{edge + 12}" y="{height + 4:.1f}">{escape(mark.label[:20])}</text></g>'
         )
     return "".join(parts) + "</svg>"
 
@@ -110,7 +113,7 @@ def _spread(heights: list[float], gap: float = 16) -> list[float]:
     """Label heights near the points' own, moved apart until they do not overlap."""
     order = sorted(range(len(heights)), key=lambda n: heights[n])
     placed = list(heights)
-    for before, now in zip(order, order[1:], strict=False):
+    for before, now in pairwise(order):
         placed[now] = max(placed[now], placed[before] + gap)
     overshoot = max(0.0, max(placed) - (_HEIGHT - _BOTTOM))
     return [height - overshoot for height in placed]

@@ -35,7 +35,7 @@ from novelret.artifacts import (
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
-from novelret.evaluate.significance import bootstrap_interval, holm, randomization_test
+from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
 from novelret.evaluate.trec import read_run, write_run
 from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_index
 from novelret.label.candidates import Candidates
@@ -343,19 +343,19 @@ def _mean(values: np.ndarray) -> float:
 
 def _significance(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Intervals of every mean; p-values against the base, corrected over the models compared."""
-    result: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in per_query}
-    for metric in per_query[BASE]:
-        p_values = {
-            name: randomization_test(figures[metric], per_query[BASE][metric])
-            for name, figures in per_query.items()
-            if name != BASE
-        }
-        corrected = holm(p_values)
-        for name, figures in per_query.items():
-            low, high = bootstrap_interval(figures[metric])
-            result[name][metric] = {"low": low, "high": high}
-            if name != BASE:
-                result[name][metric] |= {"p": p_values[name], "p_holm": corrected[name]}
+    names = list(per_query[BASE])
+    figures = {model: np.stack([of[name] for name in names], axis=1) for model, of in per_query.items()}
+    others = [model for model in figures if model != BASE]
+    p_values = np.array([randomization_tests(figures[model] - figures[BASE]) for model in others])
+    corrected = holm(p_values) if others else p_values
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, values in figures.items():
+        low, high = bootstrap_intervals(values)
+        result[model] = {name: {"low": float(low[n]), "high": float(high[n])} for n, name in enumerate(names)}
+        if model != BASE:
+            row = others.index(model)
+            for n, name in enumerate(names):
+                result[model][name] |= {"p": float(p_values[row, n]), "p_holm": float(corrected[row, n])}
     return result
 
 

@@ -29,13 +29,14 @@ body { margin: 0 auto; max-width: 1100px; padding: 24px 20px 64px; background: v
 h1 { font-size: 1.6rem; margin: 0 0 4px; } h2 { font-size: 1.2rem; margin: 40px 0 8px; }
 h3 { font-size: 1rem; margin: 24px 0 4px; } p, li { max-width: 75ch; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 12px 5px 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th, td { padding: 5px 12px 5px 0; text-align: right; border-bottom: 1px solid var(--rule);
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td small { display: block; color: var(--soft); }
 svg { width: 100%; max-width: 760px; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
 svg .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--rule); }
 .rule { stroke: var(--soft); stroke-dasharray: 5 4; } .leader { stroke: var(--rule); }
-.mark0 { fill: var(--m0); } .mark1 { fill: var(--m1); } .mark2 { fill: var(--m2); } .mark3 { fill: var(--m3); }
-.mark4 { fill: var(--m4); } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
+.mark0 { fill: var(--m0); } .mark1 { fill: var(--m1); } .mark2 { fill: var(--m2); }
+.mark3 { fill: var(--m3); } .mark4 { fill: var(--m4); } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
 .pair ol { margin: 4px 0 0; padding-left: 1.6em; } .pair li { overflow-wrap: anywhere; }
 .novel { font-weight: 650; } code { font-size: .85em; overflow-wrap: anywhere; }
 @media (max-width: 640px) { .pair { grid-template-columns: 1fr; } body { padding: 16px 14px 48px; } }
@@ -86,8 +87,9 @@ def _summary(evaluation: Evaluation) -> str:
         rows.append(f"<tr><td>{escape(model)}</td>{cells}</tr>")
     return (
         f"<div class='scroll'><table><tr><th>model</th>{head}</tr>{''.join(rows)}</table></div>"
-        "<p class='soft'>Novelty and RelevantNovel are mean counts per query, the others shares. Small print: "
-        "95 % bootstrap intervals over queries. * differs from the base with p &lt; 0.05, ** with p &lt; 0.01 "
+        "<p class='soft'>Novelty and RelevantNovel are mean counts per query, the others shares. "
+        "Small print: 95 % bootstrap intervals over queries. * differs from the base with p &lt; 0.05, "
+        "** with p &lt; 0.01 "
         "(paired randomisation test, Holm-corrected over the models).</p>"
     )
 
@@ -137,7 +139,8 @@ def _merged(evaluation: Evaluation) -> str:
         "<h2>As deployed: the merged list</h2><p>The deployed top "
         f"{evaluation.config.base_depth}, then the novel items of the new model's top {deepest}. "
         "Density: relevant items per query. Coverage: share of queries with a relevant item.</p>"
-        "<div class='scroll'><table><tr><th>model</th><th>items added</th><th>density</th><th>coverage</th></tr>"
+        "<div class='scroll'><table>"
+        "<tr><th>model</th><th>items added</th><th>density</th><th>coverage</th></tr>"
         f"{rows}</table></div>"
     )
 
@@ -154,7 +157,8 @@ def _side_by_side(evaluation: Evaluation) -> str:
     gained = np.argsort(-change, kind="stable")[:_SHOWN_QUERIES]
     lost = [q for q in np.argsort(loss, kind="stable")[:_SHOWN_QUERIES] if loss[q] < 0]
     parts = [
-        f"<h2>Side by side: base and {escape(best)}</h2><p>＋ novel, ✓ judged relevant, ● held-out feedback.</p>",
+        f"<h2>Side by side: base and {escape(best)}</h2>",
+        "<p>＋ novel, ✓ judged relevant, ● held-out feedback.</p>",
         f"<h3>Most gained ({metric})</h3>",
         *(_query(evaluation, best, int(q), f"{change[q]:+g}") for q in gained),
     ]
