@@ -36,7 +36,8 @@ svg { width: 100%; max-width: 760px; height: auto; } svg text { fill: var(--ink)
 svg .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--rule); }
 .rule { stroke: var(--soft); stroke-dasharray: 5 4; } .leader { stroke: var(--rule); }
 .mark0 { fill: var(--m0); } .mark1 { fill: var(--m1); } .mark2 { fill: var(--m2); }
-.mark3 { fill: var(--m3); } .mark4 { fill: var(--m4); } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
+.mark3 { fill: var(--m3); } .mark4 { fill: var(--m4); }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
 .pair ol { margin: 4px 0 0; padding-left: 1.6em; } .pair li { overflow-wrap: anywhere; }
 .novel { font-weight: 650; } code { font-size: .85em; overflow-wrap: anywhere; }
 @media (max-width: 640px) { .pair { grid-template-columns: 1fr; } body { padding: 16px 14px 48px; } }

@@ -86,7 +86,9 @@ def train(config: TrainConfig, out: Path, *, force: bool = False, report: Report
         whole.subset(train_rows),
         lists[train_rows],
         config.base_depth,
-        _rows_of(labels, train_rows, len(whole)),
+        # Plain supervised training must not see judgements, not even to mask false negatives;
+        # on the held-back queries they still measure what a checkpoint is worth.
+        _rows_of(labels, train_rows[:0] if config.objective == "supervised" else train_rows, len(whole)),
         load_reward(config.reward),
     )
     validation = _validation(whole, validation_rows, lists, labels, config)
