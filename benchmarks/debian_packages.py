@@ -49,25 +49,28 @@ def main() -> None:
             "label", *common, "--split", "train", "--judge", judge, "--missing", "irrelevant",
             "--base-depth", "50", "--depth", "400", "--out", labels,
         )  # fmt: skip
-    chosen = {}
+    chosen, note = {}, {}
     for name, arguments in OBJECTIVES.items():
-        tried = {}
-        for rate in GRIDS[options.tune]:
-            model = out / f"{options.tune}-{options.steps}-{name}-{rate:g}"
-            if not model.is_dir():
-                novelret(
-                    "train", *common, "--split", "train", "--labels", labels, *arguments, "--tune", options.tune,
-                    "--steps", options.steps, "--learning-rate", rate, "--out", model,
-                )  # fmt: skip
-            point = json.loads((model / "manifest.json").read_text())["facts"]["chosen"]
-            tried[rate] = (point["relevant_novel"], point["novelty"])
-            print(
-                f"{name} {rate:g}: step {point['step']}, novelty {point['novelty']:.2f}, relevant novel "
-                f"{point['relevant_novel']:.3f}, recall {point['recall']:.4f} (held-back queries)",
-                flush=True,
-            )
-        rate = max(tried, key=lambda r: tried[r])
-        chosen[name] = out / f"{options.tune}-{options.steps}-{name}-{rate:g}"
+        kept = {}
+        # Where no checkpoint of any rate keeps the recall budget, show what the method does without one.
+        for budget in ("0.01", "1"):
+            tried = {}
+            for rate in GRIDS[options.tune]:
+                model = out / f"{options.tune}-{options.steps}-{name}-{rate:g}-{budget}"
+                if not model.is_dir():
+                    novelret(
+                        "train", *common, "--split", "train", "--labels", labels, *arguments,
+                        "--tune", options.tune, "--steps", options.steps, "--learning-rate", rate,
+                        "--max-recall-drop", budget, "--out", model,
+                    )  # fmt: skip
+                point = json.loads((model / "manifest.json").read_text())["facts"]["chosen"]
+                tried[model] = (point["relevant_novel"], point["novelty"])
+                kept[model] = f"{rate:g}" + ("" if budget != "1" else ", no recall budget")
+                print(model.name, {k: round(v, 4) for k, v in point.items()}, flush=True)
+            best = max(tried, key=lambda model: tried[model])
+            if tried[best][0] > 0:
+                break
+        chosen[name], note[name] = best, kept[best]
     models = [part for name, model in chosen.items() for part in ("--model", f"{name}={model}")]
     report = novelret(
         "eval", *common, "--split", "test", *models, "--judge", judge, "--missing", "irrelevant",
@@ -77,8 +80,7 @@ def main() -> None:
     print(f"\n| model ({options.tune}, {options.steps} steps) | lr |", " | ".join(columns), "|")
     print("| --- " * (len(columns) + 2) + "|")
     for name, means in report["models"].items():
-        rate = "–" if name == "base" else chosen[name].name.split(f"{name}-", 1)[1]
-        print(f"| {name} | {rate} |", " | ".join(f"{means[column]:.3f}" for column in columns), "|")
+        print(f"| {name} | {note.get(name, '–')} |", " | ".join(f"{means[c]:.3f}" for c in columns), "|")
 
 
 if __name__ == "__main__":

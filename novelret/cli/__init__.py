@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from novelret.cli import eval as eval_command
-from novelret.cli import index, label, train
+from novelret.cli import demo, index, label, search, train
 from novelret.cli.options import error_console
 from novelret.errors import UserError
 
@@ -46,6 +46,8 @@ app.command("index", epilog=index.EXAMPLES)(index.index)
 app.command("label", epilog=label.EXAMPLES)(label.label)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval_command.EXAMPLES)(eval_command.evaluate)
+app.command("search", epilog=search.EXAMPLES)(search.search)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 
 def main(arguments: list[str] | None = None) -> int:
