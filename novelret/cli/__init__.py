@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from novelret.cli import eval as eval_command
 from novelret.cli import demo, index, label, search, train
+from novelret.cli import eval as eval_command
 from novelret.cli.options import error_console
 from novelret.errors import UserError
 

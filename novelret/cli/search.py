@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,7 +48,7 @@ def search(
 
     def render(console: Console) -> None:
         table = Table(title=escape(query), title_justify="left", show_lines=False)
-        for name, hits in results.items():
+        for name in results:
             table.add_column(escape(name))
             table.add_column("score", justify="right")
             if name != "base":

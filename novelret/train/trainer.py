@@ -36,12 +36,15 @@ from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig, check_config
+from novelret.train.policy import entropy
 from novelret.train.rewards import load_reward
-from novelret.train.states import SOURCES, Batch, Material, draw_batch, gather_material
+from novelret.train.sampler import draw_with_replacement, uniform_numbers
+from novelret.train.states import POLICY, SOURCES, Batch, Material, draw_batch, gather_material
 from novelret.train.step import StepLoss, batch_loss
 from novelret.train.tower import Tower, adapter_tower, full_tower
 from novelret.train.validation import Point, Validation, choose, hold_back, mean_recall, measure
 
+_ENTROPY_QUERIES = 16
 _NOT_IDENTITY = ("data", "index", "labels", "init", "device", "log_every", "micro_batch")
 
 
@@ -149,10 +152,12 @@ def _run(
         for step in range(first, config.steps):
             began = time.perf_counter()
             batch = draw_batch(material, config, step)
-            loss, norm = _step(config, tower, optimizer, batch, material, index, step)
+            batch, loss, norm = _step(config, tower, optimizer, batch, material, index, step)
             if step % config.log_every == 0 or step + 1 == config.steps:
+                taken = time.perf_counter() - began
                 line = _log_line(batch, loss, norm, config, step)
-                log(line | {"step_time": round(time.perf_counter() - began, 5)})
+                line["entropy"] = _entropy(tower, batch, material, index, config)
+                log(line | {"step_time": round(taken, 5)})
             advance(1)
             if (step + 1) % config.steps_between_validations == 0 or step + 1 == config.steps:
                 validate(step + 1)
@@ -167,9 +172,10 @@ def _step(
     material: Material,
     index: Index,
     step: int,
-) -> tuple[StepLoss, float]:
+) -> tuple[Batch, StepLoss, float]:
     """One optimizer step; micro-batches add up to the same loss and gradient."""
     device = next(tower.module.parameters()).device
+    batch = _draw_policy_states(config, tower, batch, material, index, step)
 
     def gather(rows: np.ndarray) -> Tensor:
         found = np.asarray(index.embeddings[np.maximum(rows, 0)], dtype=np.float32)
@@ -194,7 +200,38 @@ def _step(
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepLoss(torch.tensor(total), feedback, states), norm
+    return batch, StepLoss(torch.tensor(total), feedback, states), norm
+
+
+def _draw_policy_states(
+    config: TrainConfig, tower: Tower, batch: Batch, material: Material, index: Index, step: int
+) -> Batch:
+    """Draw the α share's items from the current policy over the whole catalog, and look up their rewards."""
+    places = np.flatnonzero(batch.sources == POLICY)
+    if len(places) == 0:
+        return batch
+    queries = batch.queries[places]
+    with torch.no_grad():
+        embeddings = tower.embed(queries)
+        excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
+        numbers = uniform_numbers(config.seed, step, places, 2)
+        draw = draw_with_replacement(
+            embeddings, index.embeddings, numbers, config.sampling_temperature, excluded
+        )
+    items, rewards = batch.items.copy(), batch.rewards.copy()
+    items[places] = draw.rows[:, 0].cpu().numpy()
+    rewards[places] = material.rewards(queries, items[places])
+    return Batch(batch.queries, items, batch.sources, rewards)
+
+
+def _entropy(tower: Tower, batch: Batch, material: Material, index: Index, config: TrainConfig) -> float:
+    """Mean entropy of the policy over the whole catalog, in nats, on a few of the batch's queries."""
+    some = batch.queries[:: max(1, len(batch.queries) // _ENTROPY_QUERIES)][:_ENTROPY_QUERIES]
+    with torch.no_grad():
+        embeddings = tower.embed(some)
+        excluded = torch.from_numpy(material.split.excluded[some]).to(embeddings.device)
+        values = entropy(embeddings, index.embeddings, config.temperature, excluded)
+    return round(float(values.mean()), 4)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -1,0 +1,123 @@
+"""The policy π(z | q) = softmax over all items of s(q,z)/τ, streamed: memory does not grow with the catalog.
+
+Items come as a (N, d) numpy array, memory-mapped or not, or as a tensor that may live on a GPU; float32,
+float16 or bfloat16. Blocks are turned into the queries' dtype one at a time. `excluded` are (B, E) catalog
+rows that a query's policy never selects, −1 padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from novelret.errors import UserError
+
+CELL = 4_096
+"""Items that are drawn among together. Blocks are whole cells, so draws do not depend on the block size."""
+
+BLOCK = 4 * CELL
+
+Items = np.ndarray | Tensor
+
+
+def item_blocks(items: Items, like: Tensor, block: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
+    """(first row, (n, d) block) over all items, in the dtype and on the device of `like`."""
+    for start in range(0, len(items), block):
+        yield start, rows_to_tensor(items[start : start + block], like)
+
+
+def rows_to_tensor(rows: Items, like: Tensor) -> Tensor:
+    """Some item rows in the dtype and on the device of `like`."""
+    if isinstance(rows, Tensor):
+        return rows.to(like.device, like.dtype)
+    # A read-only memory map must be copied before torch may wrap it.
+    array = rows if rows.flags.writeable else np.array(rows)
+    return torch.from_numpy(array).to(like.device, like.dtype)
+
+
+def block_logits(
+    queries: Tensor, block: Tensor, start: int, temperature: float, excluded: Tensor | None
+) -> Tensor:
+    """(B, n) logits s/τ of one block, −inf where an item is excluded."""
+    logits = (queries / temperature) @ block.T
+    if excluded is not None:
+        inside = (excluded >= start) & (excluded < start + len(block))
+        query, column = inside.nonzero(as_tuple=True)
+        logits[query, excluded[query, column] - start] = -torch.inf
+    return logits
+
+
+def moments(
+    queries: Tensor, items: Items, temperature: float, excluded: Tensor | None = None, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Log-partition log Z(q) = log Σ_z exp(s(q,z)/τ) and the policy's mean item E_π[g(z)], in one pass.
+
+    Args:
+        queries: (B, d) embeddings.
+        items: (N, d) embeddings.
+        temperature: τ.
+        excluded: (B, E) int64 rows left out.
+        block: items at a time.
+
+    Returns:
+        (B,) log-partitions and (B, d) means, without gradient.
+
+    Raises:
+        UserError: every item is left out for some query, or τ is not positive.
+    """
+    _check_temperature(temperature)
+    highest = queries.new_full((len(queries),), -torch.inf)
+    total = queries.new_zeros(len(queries))
+    mean = torch.zeros_like(queries)
+    with torch.no_grad():
+        for start, part in item_blocks(items, queries, block):
+            logits = block_logits(queries, part, start, temperature, excluded)
+            raised = torch.maximum(highest, logits.amax(dim=1))
+            # A query that has seen excluded items alone keeps −inf; its sums stay 0 instead of NaN.
+            shift = torch.where(torch.isinf(raised), 0.0, raised)
+            weights = torch.exp(logits - shift[:, None])
+            keep = torch.exp(highest - shift)
+            total = total * keep + weights.sum(dim=1)
+            mean = mean * keep[:, None] + weights @ part
+            highest = raised
+    if bool((total == 0).any()):
+        raise UserError(f"query {int((total == 0).nonzero()[0])} of the batch: every item is left out")
+    return highest + torch.log(total), mean / total[:, None]
+
+
+class _LogPartition(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, items: Items, temperature: float, excluded: Tensor | None, block: int
+    ) -> Tensor:
+        log_z, mean = moments(queries.detach(), items, temperature, excluded, block)
+        ctx.save_for_backward(mean / temperature)
+        return log_z
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient[:, None] * slope, None, None, None, None
+
+
+def log_partition(
+    queries: Tensor, items: Items, temperature: float, excluded: Tensor | None = None, block: int = BLOCK
+) -> Tensor:
+    """Log-partition log Z(q), (B,), with its gradient E_π[g(z)]/τ in the queries (see `moments`)."""
+    result: Tensor = _LogPartition.apply(queries, items, temperature, excluded, block)
+    return result
+
+
+def entropy(queries: Tensor, items: Items, temperature: float, excluded: Tensor | None = None) -> Tensor:
+    """Entropy of the policy in nats, (B,): log Z − E[s]/τ, and E[s] is q's product with the mean item."""
+    log_z, mean = moments(queries, items, temperature, excluded)
+    return log_z - (queries * mean).sum(dim=1) / temperature
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise UserError(f"temperature {temperature}: must be above 0")

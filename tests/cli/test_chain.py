@@ -1,0 +1,319 @@
+"""The four verbs as a user types them, on a tiny world: index, label, train, eval, search."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from sentence_transformers import SentenceTransformer
+
+from novelret.cli import main
+from novelret.index import open_index
+from tests.conftest import make_encoder, make_world, write_jsonl
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def result(capsys, *arguments) -> dict:
+    code, out, err = run(capsys, *arguments, "--json", "--quiet")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line of a user's error."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, ""), err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+TRAIN = ("--tune", "adapter", "--base-depth", 3, "--depth", 12, "--steps", 20, "--batch-size", 16,
+         "--learning-rate", 0.02, "--max-recall-drop", 1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(world, encoder, tmp_path_factory):
+    """index → label → train (two objectives) → eval, once for the module."""
+    out = tmp_path_factory.mktemp("chain")
+    judge = f"file:{world / 'judgements.tsv'}"
+    data = ["--data", str(world)]
+    index = ["--index", str(out / "index")]
+    commands = [
+        ["index", *data, "--model", str(encoder), "--out", str(out / "index"), "--device", "cpu"],
+        ["label", *data, *index, "--judge", judge, "--missing", "irrelevant", "--base-depth", "3", "--depth", "12",
+         "--out", str(out / "labels")],
+        *(
+            ["train", *data, *index, "--labels", str(out / "labels"), "--objective", objective,
+             "--out", str(out / objective), "--validation-fraction", "0.2", *map(str, TRAIN)]
+            for objective in ("supervised", "supervised-judged", "pg-ret")
+        ),
+        ["eval", *data, *index, "--model", f"new={out / 'pg-ret'}", "--model", f"old={out / 'supervised'}",
+         "--judge", judge, "--missing", "irrelevant", "--base-depth", "3", "--k", "2,5", "--out", str(out / "report")],
+    ]  # fmt: skip
+    before = None
+    for command in commands:
+        assert main([*command, "--quiet"]) == 0
+        if command[0] == "index":
+            before = (out / "index" / "embeddings.npy").read_bytes()
+    # 1. The item side is frozen: bit-identical after every later stage.
+    assert (out / "index" / "embeddings.npy").read_bytes() == before
+    return out
+
+
+def test_labels_hold_the_novel_ranks_and_the_judges_word(chain, world):
+    rows = pq.read_table(chain / "labels" / "judgements.parquet").to_pylist()
+    truth = {tuple(line.split("\t")[:2]) for line in (world / "judgements.tsv").read_text().splitlines()[1:]}
+    assert len(rows) == 20 * 9
+    assert all(row["verdict"] == ((row["query_id"], row["item_id"]) in truth) for row in rows)
+
+
+def test_model_loads_alone_and_works_against_the_index(chain):
+    model = SentenceTransformer(str(chain / "pg-ret"), device="cpu")
+    index = open_index(chain / "index")
+    embeddings = model.encode(["buy red sofa"])
+    assert embeddings.shape == (1, index.dimension)
+    assert np.isclose(np.linalg.norm(embeddings), 1, atol=1e-5)
+    base = index.query_encoder().encode(["buy red sofa"])
+    assert not np.allclose(base, embeddings)
+
+
+def test_metrics_have_the_promised_shape(chain):
+    metrics = json.loads((chain / "report" / "metrics.json").read_text())
+    assert (metrics["k"], metrics["base_depth"], metrics["queries"]) == ([2, 5], 3, 20)
+    assert set(metrics["models"]) == {"base", "new", "old"}
+    base = metrics["models"]["base"]
+    assert base["Novelty@2"] == 0
+    assert base["Novelty@5"] == 2  # ranks 4 and 5 lie beyond L = 3
+    assert {"Recall@5", "Precision@2", "Judged@2", "RelevantNovel@5"} <= set(base)
+    html = (chain / "report" / "report.html").read_text()
+    assert "<svg" in html
+    assert "http://" not in html
+    assert "https://" not in html
+    rows = pq.read_table(chain / "report" / "per_query.parquet")
+    assert rows.num_rows == 3 * 20
+    run_file = (chain / "report" / "runs" / "new.trec").read_text().splitlines()
+    assert len(run_file) == 20 * 5
+    assert run_file[0].split()[1] == "Q0"
+
+
+def test_a_written_run_reads_back_to_the_same_figures(chain, world, capsys, tmp_path):
+    judge = f"file:{world / 'judgements.tsv'}"
+    metrics = result(
+        capsys, "eval", "--data", world, "--index", chain / "index", "--judge", judge, "--missing", "irrelevant",
+        "--run", f"again={chain / 'report' / 'runs' / 'new.trec'}", "--base-depth", 3, "--k", "2,5",
+        "--out", tmp_path / "report",
+    )["models"]  # fmt: skip
+    first = json.loads((chain / "report" / "metrics.json").read_text())["models"]["new"]
+    assert metrics["again"] == pytest.approx(first, abs=1e-12)
+
+
+def test_training_log_has_the_promised_names(chain):
+    lines = [json.loads(line) for line in (chain / "pg-ret" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 11, 20]
+    names = {"loss", "reward", "reward_std", "rewarded/base", "unknown/feedback", "entropy", "step_time"}
+    assert names <= set(lines[-1])
+    assert all(line["rewarded/base"] == 1 for line in lines)
+
+
+def test_resolved_configuration_runs_again_and_flags_override_it(chain, capsys, tmp_path):
+    config = yaml.safe_load((chain / "pg-ret" / "config.yaml").read_text())
+    assert config["objective"] == "pg-ret"
+    again = result(capsys, "train", "--config", chain / "pg-ret" / "config.yaml", "--out", tmp_path / "again")
+    assert [p["recall"] for p in again["points"]] == [
+        p["recall"] for p in json.loads((chain / "pg-ret" / "validation.json").read_text())
+    ]
+    fewer = result(
+        capsys,
+        "train",
+        "--config",
+        chain / "pg-ret" / "config.yaml",
+        "--steps",
+        4,
+        "--out",
+        tmp_path / "fewer",
+    )
+    assert fewer["points"][-1]["step"] == 4
+
+
+def test_same_seed_same_weights_other_seed_others(chain, world, capsys, tmp_path):
+    def train(name, seed):
+        result(
+            capsys, "train", "--data", world, "--index", chain / "index", "--labels", chain / "labels", *TRAIN,
+            "--seed", seed, "--validation-fraction", 0, "--out", tmp_path / name,
+        )  # fmt: skip
+        return json.loads((tmp_path / name / "manifest.json").read_text())["fingerprint"]
+
+    assert train("a", 1) == train("b", 1) != train("c", 2)
+
+
+def test_search_marks_novel_items(chain, world, capsys):
+    found = result(
+        capsys, "search", "--data", world, "--index", chain / "index", "--model", f"new={chain / 'pg-ret'}",
+        "--base-depth", 2, "--k", 6, "buy red sofa",
+    )["results"]  # fmt: skip
+    assert [hit["novel"] for hit in found["base"]] == [False] * 2 + [True] * 4
+    base_ids = [hit["id"] for hit in found["base"]][:2]
+    assert all(hit["novel"] == (hit["id"] not in base_ids) for hit in found["new"])
+    code, out, _ = run(
+        capsys, "search", "--data", world, "--index", chain / "index", "--base-depth", 5, "buy red sofa"
+    )
+    assert code == 0
+    assert "score" in out
+
+
+def test_unfinished_training_is_not_dropped_silently(chain, world, capsys, tmp_path, monkeypatch):
+    from novelret.train import trainer
+
+    arguments = [
+        "train", "--data", world, "--index", chain / "index", "--labels", chain / "labels", *TRAIN,
+        "--eval-every", 5, "--validation-fraction", 0.2, "--out", tmp_path / "model",
+    ]  # fmt: skip
+    whole = result(capsys, *arguments[:-1], tmp_path / "undisturbed")
+    real_step, calls = trainer._step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 13:
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    monkeypatch.setattr(trainer, "_step", dies)
+    assert run(capsys, *arguments)[0] == 130
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(trainer, "_step", real_step)
+    message = fails(capsys, *arguments, "--learning-rate", 0.5)
+    assert "learning_rate 0.02 → 0.5" in message
+    resumed = result(capsys, *arguments)
+    assert resumed["points"] == whole["points"]
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("model", "undisturbed")]
+    loss = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert loss[0] == loss[1]
+
+
+# Bad input: each its own clear line, exit code 2, nothing overwritten.
+
+
+def test_wrong_pairings_are_refused(chain, world, encoder, capsys, tmp_path):
+    other = make_world(tmp_path / "other")
+    write_jsonl(other / "corpus.jsonl", [{"_id": f"i{n:02d}", "text": f"thing {n}"} for n in range(40)])
+    common = ["--data", world, "--index", chain / "index"]
+    assert "its corpus is not the one" in fails(
+        capsys, "eval", "--data", other, "--index", chain / "index", "--out", tmp_path / "r"
+    )
+    assert main(
+        ["index", "--data", str(other), "--model", str(encoder), "--out", str(tmp_path / "index2"), "--quiet"]
+    ) == 0  # fmt: skip
+    capsys.readouterr()
+    second = ["--data", other, "--index", tmp_path / "index2"]
+    assert "was labelled with another index" in fails(
+        capsys, "train", *second, "--labels", chain / "labels", *TRAIN, "--out", tmp_path / "m"
+    )
+    assert "was trained for another index" in fails(
+        capsys,
+        "eval",
+        *second,
+        "--model",
+        f"x={chain / 'pg-ret'}",
+        "--k",
+        5,
+        "--base-depth",
+        5,
+        "--out",
+        tmp_path / "r",
+    )
+    wide = make_encoder(tmp_path / "wide", dimension=32)
+    assert "gives 32 dimensions" in fails(
+        capsys, "eval", *common, "--model", f"x={wide}", "--k", 5, "--base-depth", 5, "--out", tmp_path / "r"
+    )
+    assert "they must be one deployed pair" in fails(
+        capsys, "index", "--data", world, "--model", encoder, "--query-model", wide, "--out", tmp_path / "i"
+    )
+    assert "is a novelret index, expected a labels" in fails(
+        capsys, "train", *common, "--labels", chain / "index", *TRAIN, "--out", tmp_path / "m"
+    )
+    assert not any((tmp_path / name).exists() for name in ("r", "m", "i"))
+
+
+def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    out = ["--out", tmp_path / "out"]
+    common = ["--data", world, "--index", chain / "index"]
+    train = ["train", *common, "--labels", chain / "labels", *out]
+    cases = {
+        "--k 41: the catalog holds 40 items": ["eval", *common, "--k", "41", *out],
+        "--base-depth 41": ["eval", *common, "--base-depth", "41", "--k", "5", *out],
+        "depth 41 is more than the catalog's 40": ["label", *common, "--judge", f"file:{world}/judgements.tsv",
+                                                   "--depth", "41", "--base-depth", 3, *out],
+        "--judge oracle: unknown": ["label", *common, "--judge", "oracle", *out],
+        "no such prompt": ["label", *common, "--judge", "openai:m", "--prompt", "poem", *out],
+        "OPENAI_API_KEY is not set": ["label", *common, "--judge", "openai:m", *out],
+        "--objective best: unknown": [*train, "--objective", "best"],
+        "--loss huge: unknown": [*train, "--loss", "huge"],
+        "--reward eq9: expected": [*train, *TRAIN, "--reward", "eq9"],
+        "must sum to 1": [*train, *TRAIN, "--alpha", "0.5"],
+        "needs --labels": ["train", *common, *TRAIN, *out],
+        "holds no sentence-transformers model": ["index", "--data", world, "--model", world, *out],
+        "no such model folder": ["index", "--data", world, "--model", "/no/such/model", *out],
+        "expected NAME=PATH": ["eval", *common, "--model", "nameless", "--k", 5, "--base-depth", 5, *out],
+        "no such folder; make it with `novelret index`": ["eval", "--data", world, "--index", tmp_path / "x", *out],
+        "expected float32 or float16": ["index", "--data", world, "--model", encoder, "--dtype", "int4", *out],
+        "faiss does not know it": ["index", "--data", world, "--model", encoder, "--factory", "Best", *out],
+        "unknown option 'colour'": ["index", "--config", tmp_path / "bad.yaml", *out],
+    }  # fmt: skip
+    (tmp_path / "bad.yaml").write_text("colour: red\n")
+    if "OPENAI" in str(cases):
+        monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
+    for message, arguments in cases.items():
+        if "prompt" in message:
+            monkeypatch.setenv("OPENAI_API_KEY", "k")
+        else:
+            monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        assert message in fails(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_kept_without_force(chain, world, encoder, capsys, tmp_path):
+    shutil.copytree(chain / "report", tmp_path / "report")
+    arguments = ["eval", "--data", world, "--index", chain / "index", "--k", 5, "--base-depth", 5]
+    assert "exists already" in fails(capsys, *arguments, "--out", tmp_path / "report")
+    assert len(json.loads((tmp_path / "report" / "metrics.json").read_text())["models"]) == 3
+    assert run(capsys, *arguments, "--out", tmp_path / "report", "--force")[0] == 0
+    assert len(json.loads((tmp_path / "report" / "metrics.json").read_text())["models"]) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "was not made by novelret" in fails(capsys, *arguments, "--out", tmp_path / "mine", "--force")
+
+
+def test_a_full_disk_is_one_line(chain, world, capsys, tmp_path, monkeypatch):
+    import errno
+
+    from novelret.evaluate import evaluate
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "report"))
+
+    monkeypatch.setattr(evaluate, "_write", full)
+    message = fails(
+        capsys, "eval", "--data", world, "--index", chain / "index", "--k", 5, "--base-depth", 5,
+        "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert "no space left on the device" in message
+    assert not (tmp_path / "report").exists()
+
+
+def test_help_is_there_for_every_command(capsys):
+    for command in ("index", "label", "train", "eval", "search", "demo"):
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert "examples:" in out
+        assert f"novelret {command}" in out
