@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).parents[1] / "sample_data"
@@ -106,11 +107,24 @@ def test_it_is_small():
     assert size(HERE / "deployed_model") < 2_000_000
 
 
-def test_the_deployed_model_loads_and_knows_some_synonyms():
+def test_the_deployed_model_has_the_figures_of_the_readme(corpus, queries):
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(HERE / "deployed_model"), device="cpu", local_files_only=True)
-    couch, sofa, drill = model.encode(["couch", "Nordhem sofa in grey", "Hexley keyless drill"])
-    assert couch.shape == (96,)
-    assert couch @ couch == pytest.approx(1, abs=1e-5)
-    assert couch @ sofa > couch @ drill
+    clicked = pairs("qrels/test.tsv")
+    judged = set(pairs("judgements.tsv"))
+    asked, items = sorted({query for query, _ in clicked}), list(corpus)
+    found = model.encode([queries[query] for query in asked])
+    scores = found @ model.encode(list(corpus.values())).T
+    assert found.shape == (300, 96)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    best = np.argsort(-scores, axis=1)
+    ranked = {query: [items[row] for row in rows] for query, rows in zip(asked, best, strict=True)}
+
+    per_query = Counter(query for query, _ in clicked)
+    recall = sum((item in ranked[query][:50]) / per_query[query] for query, item in clicked) / len(asked)
+    relevant = {query: [(query, item) in judged for item in ranked[query]] for query in asked}
+    assert recall == pytest.approx(0.707, abs=0.005)
+    assert np.mean([flags[:10] for flags in relevant.values()]) == pytest.approx(0.495, abs=0.005)
+    assert np.mean([flags[:50] for flags in relevant.values()]) == pytest.approx(0.295, abs=0.005)
+    assert np.mean([sum(flags[50:200]) for flags in relevant.values()]) == pytest.approx(8.5, abs=0.1)
