@@ -1,0 +1,51 @@
+"""Intervals and tests against scipy and against their nominal rates."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
+
+
+def test_bootstrap_agrees_with_scipy():
+    values = np.random.default_rng(0).exponential(size=400)
+    low, high = bootstrap_intervals(values[:, None], samples=4000)
+    theirs = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=4000, rng=1
+    ).confidence_interval
+    assert low[0] == pytest.approx(theirs.low, abs=0.01)
+    assert high[0] == pytest.approx(theirs.high, abs=0.01)
+
+
+def test_bootstrap_leaves_missing_figures_out():
+    values = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan], [2.0, np.nan]])
+    low, high = bootstrap_intervals(values)
+    assert 1 <= low[0] <= 2 <= high[0] <= 3
+    assert np.isnan(low[1])
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    low, high = bootstrap_intervals(rng.normal(1, 2, size=(80, 400)), samples=1000)
+    assert 0.91 <= np.mean((low <= 1) & (high >= 1)) <= 0.97
+
+
+def test_randomization_test_agrees_with_scipy():
+    difference = np.random.default_rng(3).normal(0.25, 1, size=(60, 1))
+    theirs = stats.permutation_test(
+        (difference[:, 0],), np.mean, permutation_type="samples", n_resamples=20_000, rng=0
+    ).pvalue
+    assert randomization_tests(difference, samples=20_000)[0] == pytest.approx(theirs, abs=0.01)
+
+
+def test_randomization_test_rejects_rarely_under_the_null_and_counts_ties():
+    p = randomization_tests(np.random.default_rng(4).normal(size=(40, 500)), samples=1000)
+    assert 0.03 <= (p < 0.05).mean() <= 0.075
+    assert randomization_tests(np.zeros((10, 1)))[0] == 1
+    # Two equal differences: the sum of signs is as extreme as seen in half of all flips.
+    assert randomization_tests(np.array([[1.0], [1.0]]))[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_holm_by_hand():
+    corrected = holm(np.array([[0.01], [0.04], [0.03], [0.005]]))
+    assert corrected[:, 0].tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
