@@ -1,0 +1,75 @@
+"""Artifacts appear whole or not at all."""
+
+import json
+
+import pytest
+
+from novelret.artifacts import (
+    Manifest,
+    fingerprint_of,
+    fingerprint_strings,
+    open_output,
+    read_manifest,
+    write_manifest,
+)
+from novelret.errors import UserError
+
+
+def make(out, text, identity="a", force=False, settings=None):
+    with open_output(out, identity, force=force, settings=settings) as folder:
+        (folder / "content").write_text(text)
+        write_manifest(folder, Manifest("labels", {}, {}, identity))
+
+
+def test_an_artifact_appears_only_when_it_is_whole(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), open_output(out, "a", force=False) as folder:
+        (folder / "half").write_text("x")
+        raise ZeroDivisionError
+    assert not out.exists()
+    # The same run finds what was done; another one does not.
+    with open_output(out, "a", force=False) as folder:
+        assert (folder / "half").exists()
+        write_manifest(folder, Manifest("labels", {}, {}, "a"))
+    assert read_manifest(out, "labels").fingerprint == "a"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_force_replaces_only_once_the_new_one_is_whole(tmp_path):
+    out = tmp_path / "out"
+    make(out, "first")
+    with pytest.raises(UserError, match="exists already"):
+        make(out, "second")
+    with pytest.raises(ZeroDivisionError), open_output(out, "b", force=True):
+        raise ZeroDivisionError
+    assert (out / "content").read_text() == "first"
+    make(out, "second", "b", force=True)
+    assert (out / "content").read_text() == "second"
+
+
+def test_dear_unfinished_work_is_not_dropped_for_other_settings(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), open_output(out, "a", force=False, settings={"steps": 400}):
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match=r"steps 400 → 500"):
+        make(out, "x", "b", settings={"steps": 500})
+    make(out, "x", "b", force=True, settings={"steps": 500})
+
+
+def test_manifests_of_other_kinds_and_layouts_are_refused(tmp_path):
+    make(tmp_path / "out", "x")
+    with pytest.raises(UserError, match="is a novelret labels, expected a index"):
+        read_manifest(tmp_path / "out", "index")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(UserError, match="has layout 99"):
+        read_manifest(tmp_path / "out", "labels")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        read_manifest(tmp_path / "out", "labels")
+
+
+def test_fingerprints_tell_apart_what_differs():
+    assert fingerprint_strings(["ab", "c"]) != fingerprint_strings(["a", "bc"])
+    assert fingerprint_of({"a": 1, "b": 2}) == fingerprint_of({"b": 2, "a": 1})
+    assert fingerprint_of(1) != fingerprint_of("1")

@@ -1,0 +1,71 @@
+"""Building an index: resumed after a kill, through faiss, in float16, with another query side."""
+
+import numpy as np
+import pytest
+
+from novelret import encode
+from novelret.data.split import load_split
+from novelret.index import IndexConfig, base_lists, build_index, open_index
+from tests.conftest import make_encoder
+
+
+def build(world, encoder, out, **settings):
+    return build_index(IndexConfig(str(world), str(encoder), device="cpu", **settings), out)
+
+
+def test_goes_on_from_the_last_chunk_after_a_kill(world, encoder, index_folder, tmp_path, monkeypatch):
+    real, calls = encode.encode_items, []
+
+    def dies(model, texts, batch_size):
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, texts, batch_size)
+
+    monkeypatch.setattr(encode, "encode_items", dies)
+    with pytest.raises(KeyboardInterrupt):
+        build(world, encoder, tmp_path / "index", batch_size=1)
+    assert not (tmp_path / "index").exists()
+    index = build(world, encoder, tmp_path / "index", batch_size=1)
+    assert calls == [32, 8, 8]  # the first 32 items are not encoded again
+    assert np.allclose(index.embeddings, open_index(index_folder).embeddings, atol=1e-6)
+
+
+def test_float16_halves_the_matrix_and_keeps_the_lists(world, encoder, index_folder, tmp_path):
+    half, whole = build(world, encoder, tmp_path / "half", dtype="float16"), open_index(index_folder)
+    assert half.embeddings.dtype == np.float16
+    split = load_split(str(world), "train", whole.catalog)
+    a, b = base_lists(half, split, 5)[0], base_lists(whole, split, 5)[0]
+    assert (a == b).mean() > 0.9
+
+
+@pytest.mark.parametrize("factory", ["IVF2,Flat", "HNSW8"])
+def test_a_faiss_factory_is_searched(world, encoder, index_folder, tmp_path, factory):
+    index, exact = build(world, encoder, tmp_path / "index", factory=factory), open_index(index_folder)
+    split = load_split(str(world), "train", exact.catalog)
+    rows, scores = base_lists(index, split, 3)
+    found = (rows >= 0) & (rows == base_lists(exact, split, 3)[0])
+    assert found.mean() > 0.4  # approximate, but the same items with the same scores
+    assert np.allclose(scores[found], base_lists(exact, split, 3)[1][found], atol=2e-6)
+
+
+def test_another_query_side_is_kept(world, encoder, tmp_path):
+    other = make_encoder(tmp_path / "other", seed=5)
+    index = build(world, encoder, tmp_path / "index", query_model=str(other))
+    assert encode.fingerprint_encoder(index.query_encoder()) == encode.fingerprint_encoder(
+        encode.load_encoder(other)
+    )
+    items = encode.load_encoder(index.folder / "item_encoder")
+    assert np.allclose(
+        encode.encode_items(items, index.catalog.texts_at([7]), 1), index.embeddings[7], atol=1e-6
+    )
+
+
+def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    first = base_lists(index, split, 12)
+    monkeypatch.setattr("novelret.index.search_exact", lambda *_, **__: pytest.fail("searched again"))
+    again = base_lists(index, split, 5)
+    assert (again[0] == first[0][:, :5]).all()
+    assert (again[1] == first[1][:, :5]).all()
