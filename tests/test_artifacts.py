@@ -23,9 +23,14 @@ def make(out, text, identity="a", force=False, settings=None):
 
 def test_an_artifact_appears_only_when_it_is_whole(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), open_output(out, "a", force=False) as folder:
-        (folder / "half").write_text("x")
-        raise ZeroDivisionError
+
+    def fails():
+        with open_output(out, "a", force=False) as folder:
+            (folder / "half").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert not out.exists()
     # The same run finds what was done; another one does not.
     with open_output(out, "a", force=False) as folder:
