@@ -16,10 +16,10 @@ from torch import Tensor
 
 from novelret.errors import UserError
 
-CELL = 4_096
+CELL = 1_024
 """Items that are drawn among together. Blocks are whole cells, so draws do not depend on the block size."""
 
-BLOCK = 4 * CELL
+BLOCK = 16 * CELL
 
 Items = np.ndarray | Tensor
 

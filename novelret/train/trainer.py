@@ -38,7 +38,7 @@ from novelret.progress import Reporter
 from novelret.train.config import TrainConfig, check_config
 from novelret.train.policy import entropy
 from novelret.train.rewards import load_reward
-from novelret.train.sampler import draw_with_replacement, uniform_numbers
+from novelret.train.sampler import Key, draw_with_replacement
 from novelret.train.states import POLICY, SOURCES, Batch, Material, draw_batch, gather_material
 from novelret.train.step import StepLoss, batch_loss
 from novelret.train.tower import Tower, adapter_tower, full_tower
@@ -214,9 +214,9 @@ def _draw_policy_states(
     with torch.no_grad():
         embeddings = tower.embed(queries)
         excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
-        numbers = uniform_numbers(config.seed, step, places, 2)
+        key = Key(config.seed, step, torch.from_numpy(places).to(embeddings.device))
         draw = draw_with_replacement(
-            embeddings, index.embeddings, numbers, config.sampling_temperature, excluded
+            embeddings, index.embeddings, 1, key, config.sampling_temperature, excluded
         )
     items, rewards = batch.items.copy(), batch.rewards.copy()
     items[places] = draw.rows[:, 0].cpu().numpy()

@@ -65,43 +65,157 @@ def test_everything_left_out_is_the_users_error():
     with pytest.raises(UserError, match="every item is left out"):
         policy.log_partition(QUERIES, ITEMS, TAU, everything)
     with pytest.raises(UserError, match="every item is left out"):
-        sampler.draw_with_replacement(QUERIES, ITEMS, np.zeros((4, 2)), TAU, everything)
+        sampler.draw_with_replacement(QUERIES, ITEMS, 1, sampler.Key(0, 0, torch.arange(4)), TAU, everything)
     with pytest.raises(UserError, match="must be above 0"):
         policy.log_partition(QUERIES, ITEMS, 0.0)
 
 
-def draw(n, cells_of=4):
-    numbers = sampler.uniform_numbers(0, 0, np.arange(4), 2 * n)
-    return sampler.draw_with_replacement(QUERIES, ITEMS, numbers, TAU, EXCLUDED, cells_of)
+def key(places, step=0):
+    return sampler.Key(0, step, torch.as_tensor(places))
 
 
-@pytest.mark.parametrize("cell", [4, 7, 4096])
-def test_draws_follow_the_exact_softmax(monkeypatch, cell):
-    monkeypatch.setattr(sampler, "CELL", cell)
-    drawn = draw(20_000)
-    probability = torch.softmax(exact_logits(QUERIES), dim=1)
+def exact_probability():
+    return torch.softmax(exact_logits(QUERIES), dim=1)
+
+
+def check_counts(seen, expected):
+    """Chi-square of counts against expected ones, rare outcomes lumped together."""
+    assert seen[expected == 0].sum() == 0
+    often = expected > 5
+    counts, means = ([*x[often], x[~often].sum()] for x in (seen, expected))
+    if means[-1] == 0:
+        counts, means = counts[:-1], means[:-1]
+    assert stats.chisquare(counts, np.array(means) * sum(counts) / sum(means)).pvalue > 1e-4
+
+
+@pytest.fixture(params=[4, 7, 1024])
+def cell(request, monkeypatch):
+    for module in (policy, sampler):
+        monkeypatch.setattr(module, "CELL", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("cell")
+def test_draws_with_replacement_follow_the_exact_softmax():
+    drawn = sampler.draw_with_replacement(QUERIES, ITEMS, 20_000, key(range(4)), TAU, EXCLUDED, block=28)
+    probability = exact_probability()
     assert torch.allclose(drawn.log_probability, probability.log().gather(1, drawn.rows))
+    assert torch.allclose(drawn.log_partition, torch.logsumexp(exact_logits(QUERIES), dim=1))
     for q in range(4):
-        seen = np.bincount(drawn.rows[q].numpy(), minlength=37)
-        expected = probability[q].numpy() * 20_000
-        assert seen[expected == 0].sum() == 0
-        often = expected > 5
-        counts, means = ([*x[often], x[~often].sum()] for x in (seen, expected))
-        if means[-1] == 0:
-            counts, means = counts[:-1], means[:-1]
-        assert stats.chisquare(counts, means).pvalue > 1e-4
+        check_counts(np.bincount(drawn.rows[q].numpy(), minlength=37), probability[q].numpy() * 20_000)
 
 
-def test_draws_do_not_depend_on_blocks_or_on_company(monkeypatch):
-    monkeypatch.setattr(sampler, "CELL", 5)
-    whole = draw(50)
-    assert torch.equal(draw(50, cells_of=1).rows, whole.rows)
-    numbers = sampler.uniform_numbers(0, 0, np.array([2]), 100)
-    alone = sampler.draw_with_replacement(QUERIES[2:3], ITEMS, numbers, TAU, EXCLUDED[2:3])
+@pytest.mark.usefixtures("cell")
+def test_draws_without_replacement_are_plackett_luce():
+    """Counts of all ordered pairs against p(a) p(b) / (1 − p(a)), many places of one query at once."""
+    many = 60_000
+    probability = exact_probability()[2].numpy()
+    drawn = sampler.draw_without_replacement(
+        QUERIES[2:3].expand(many, -1),
+        ITEMS,
+        2,
+        key(range(many)),
+        TAU,
+        EXCLUDED[2:3].expand(many, -1),
+        block=28,
+    )
+    a, b = drawn.rows.numpy().T
+    assert (a != b).all()
+    order = np.outer(probability, probability) / (1 - probability)[:, None]
+    np.fill_diagonal(order, 0)
+    check_counts(np.bincount(a * 37 + b, minlength=37 * 37), order.ravel() * many)
+    # The perturbed scores are Gumbel order statistics: the largest is Gumbel around log Z.
+    largest = (drawn.perturbed[:, 0] - drawn.log_partition).numpy()
+    assert stats.kstest(largest, stats.gumbel_r.cdf).pvalue > 1e-4
+
+
+def test_perturbed_scores_have_the_right_gaps():
+    """κ, the third largest, against plain noise on every item."""
+    many = 20_000
+    drawn = sampler.draw_without_replacement(QUERIES[:1].expand(many, -1), ITEMS, 3, key(range(many)), TAU)
+    plain = (QUERIES[:1] @ ITEMS.T / TAU).numpy() + np.random.default_rng(0).gumbel(size=(many, 37))
+    for place in range(3):
+        theirs = np.sort(plain, axis=1)[:, -1 - place]
+        assert stats.ks_2samp(drawn.perturbed[:, place].numpy(), theirs).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("draw", [sampler.draw_with_replacement, sampler.draw_without_replacement])
+def test_draws_do_not_depend_on_blocks_company_or_device_order(monkeypatch, draw):
+    for module in (policy, sampler):
+        monkeypatch.setattr(module, "CELL", 5)
+    whole = draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED, block=40)
+    for block in (5, 15):
+        assert torch.equal(
+            draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED, block=block).rows, whole.rows
+        )
+    alone = draw(QUERIES[2:3], ITEMS, 6, key([2]), TAU, EXCLUDED[2:3])
     assert torch.equal(alone.rows[0], whole.rows[2])
+    assert not torch.equal(draw(QUERIES, ITEMS, 6, key(range(4), step=1), TAU, EXCLUDED).rows, whole.rows)
 
 
-def test_another_step_draws_anew_and_the_same_step_the_same():
-    first, again, other = (sampler.uniform_numbers(3, step, np.arange(8), 4) for step in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+def test_the_whole_catalog_can_be_drawn_and_no_more():
+    drawn = sampler.draw_without_replacement(QUERIES[:1], ITEMS, 35, key([0]), TAU, EXCLUDED[:1])
+    assert sorted(drawn.rows[0].tolist()) == [r for r in range(37) if r not in (0, 36)]
+    with pytest.raises(UserError, match="fewer than 36 items are left"):
+        sampler.draw_without_replacement(QUERIES[:1], ITEMS, 36, key([0]), TAU, EXCLUDED[:1])
+
+
+def test_extreme_scores_are_drawn():
+    for scale in (1e4, 1e-4):
+        queries = (QUERIES * scale).float()
+        for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
+            drawn = draw(queries, ITEMS.float(), 5, key(range(4)), 1.0)
+            assert torch.isfinite(drawn.log_probability).all()
+            assert (drawn.rows >= 0).all()
+    dominating = torch.cat([torch.ones(1, 6), -torch.ones(36, 6)]) * 100
+    drawn = sampler.draw_without_replacement(torch.ones(3, 6), dominating, 2, key(range(3)), 1.0)
+    assert (drawn.rows[:, 0] == 0).all()
+
+
+def test_approximate_draws_report_the_mass_they_cover():
+    scores = QUERIES @ ITEMS.T
+    top = torch.topk(scores, 10, dim=1)
+    exact = torch.logsumexp(scores / TAU, dim=1)
+    drawn, covered = sampler.draw_from_top(top.indices, top.values, 20_000, key(range(4)), TAU, exact)
+    inside = torch.softmax(scores / TAU, dim=1).gather(1, top.indices)
+    assert torch.allclose(covered, inside.sum(dim=1))
+    for q in range(4):
+        seen = np.bincount(drawn.rows[q].numpy(), minlength=37)[top.indices[q].numpy()]
+        check_counts(seen, (inside[q] / inside[q].sum()).numpy() * 20_000)
+
+
+def _one_of_two(rank, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    for module in (policy, sampler):
+        module.CELL = 5
+    first = rank * 20
+    shard = sampler.Shard(first, 37)
+    mine = ITEMS[first : first + 20]
+    for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
+        drawn = draw(QUERIES, mine, 6, key(range(4)), TAU, EXCLUDED, shard=shard)
+        results[rank, draw.__name__] = (drawn.rows, drawn.log_probability, drawn.log_partition)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_draw_what_one_draws(monkeypatch, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        workers = [
+            context.Process(target=_one_of_two, args=(r, tmp_path / "rendezvous", results)) for r in range(2)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        found = dict(results)
+    for module in (policy, sampler):
+        monkeypatch.setattr(module, "CELL", 5)
+    for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
+        whole = draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED)
+        for rank in range(2):
+            rows, log_probability, log_partition = found[rank, draw.__name__]
+            assert torch.equal(rows, whole.rows)
+            assert torch.allclose(log_probability, whole.log_probability)
+            assert torch.allclose(log_partition, whole.log_partition)
