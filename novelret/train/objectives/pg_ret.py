@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from novelret.train.objectives.lists import log_included
+
 
 def conservative(score: Tensor, negative_scores: Tensor, reward: Tensor) -> Tensor:
     """Triplet loss with margin 0 against the base model's top item (PG-Ret, §4.3, M = 1).
@@ -69,8 +71,6 @@ def inclusion(score: Tensor, threshold: Tensor, reward: Tensor, temperature: flo
         (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) = |R| exp((s − κ)/τ) for R < 0.
     """
     logit = (score - threshold) / temperature
-    # Beyond ±30 the two logarithms equal their asymptotes in float32; clamping keeps exp finite.
-    bounded = logit.clamp(-30.0, 30.0)
-    rate = torch.exp(bounded)
-    log_in = torch.where(logit < -15.0, logit, torch.log(-torch.expm1(-rate.clamp_min(1e-12))))
-    return torch.where(reward > 0, -reward * log_in, -reward * rate)
+    # Beyond 30 the loss of a bad item is clamped, so that one of them cannot overflow the batch.
+    rate = torch.exp(logit.clamp(max=30.0))
+    return torch.where(reward > 0, -reward * log_included(logit), -reward * rate)

@@ -1,0 +1,74 @@
+"""Credit-assigned policy gradient as published (arXiv 2605.26385): r(a) ∇ log π_K(a) of each candidate.
+
+π_K(a) = P(a ∈ S) is put together from the K highest scores by a plug-in that is biased: Σ_a π_K(a) comes out
+above K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from novelret.train.objectives.lists import log_less
+
+
+def plug_in(
+    logits: Tensor,
+    log_partition: Tensor,
+    reward: Tensor,
+    top_logits: Tensor,
+    is_top: Tensor,
+    *,
+    baseline: bool,
+) -> Tensor:
+    """CA-PG: Σ_{a ∈ S} r(a) ∇ log π_K(a).
+
+    π_K(a) = 1 − Π_{k=1..K} (1 − p_k(a)), p_k(a) = e^φ_a / (Z − Σ_{j<k} e^φ_σ(j)), σ the items other than a
+    by descending score.
+
+    Args:
+        logits: (B, K) of items drawn without replacement, with gradient.
+        log_partition: (B,) log Z, with gradient.
+        reward: (B, K), 0 where unknown.
+        top_logits: (B, K) the K highest logits of the catalog, descending, with gradient.
+        is_top: (B, K, K) bool, whether drawn item i is the catalog's j-th best.
+        baseline: take the mean reward of the other candidates away from each one's.
+
+    Returns:
+        (B,) surrogate losses.
+    """
+    credit = reward - (leave_one_out(reward) if baseline else 0.0)
+    return -(credit * log_inclusion(logits, log_partition, top_logits, is_top)).sum(dim=1)
+
+
+def log_inclusion(logits: Tensor, log_partition: Tensor, top_logits: Tensor, is_top: Tensor) -> Tensor:
+    """Log-probability log π_K(a) of the plug-in for each drawn item, (B, K)."""
+    k = logits.shape[1]
+    # For each drawn item, the best others before place k: its own entry among the best does not count.
+    others = top_logits[:, None, :].masked_fill(is_top, -torch.inf)
+    # An item that is itself among the best shifts the rest one place up: cumulate in its own order.
+    order = torch.argsort(is_top.to(torch.int8), dim=2, stable=True)
+    ordered = others.gather(2, order)
+    removed = torch.logcumsumexp(ordered, dim=2)[:, :, : k - 1]
+    left = torch.cat(
+        [
+            log_partition[:, None, None].expand(-1, k, 1),
+            log_less(log_partition[:, None, None].expand(-1, k, k - 1), removed),
+        ],
+        dim=2,
+    )
+    # a's own mass is always among what is left, so p_k ≤ 1 up to rounding.
+    log_p = (logits[:, :, None] - left).clamp(max=-torch.finfo(logits.dtype).eps)
+    log_missed = torch.log(-torch.expm1(log_p)).sum(dim=2)
+    return torch.log(-torch.expm1(log_missed.clamp(max=-torch.finfo(logits.dtype).tiny)))
+
+
+def with_replacement(logits: Tensor, log_partition: Tensor, reward: Tensor) -> Tensor:
+    """CA-PG-SwR, also TOP1: Σ_{a ∈ S} r(a) ∇ log p(a). Biased; arguments as `plug_in`."""
+    return -(reward * (logits - log_partition[:, None])).sum(dim=1)
+
+
+def leave_one_out(reward: Tensor) -> Tensor:
+    """Mean reward of the other candidates of the list, (B, K); 0 for lists of one."""
+    others = max(1, reward.shape[1] - 1)
+    return (reward.sum(dim=1, keepdim=True) - reward) / others

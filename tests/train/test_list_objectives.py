@@ -1,0 +1,281 @@
+"""Every list estimator's mean update against the exact gradient, by enumeration of all ordered lists."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from novelret.train.objectives import ca_pg, gumbel_threshold, pl_rank, reinforce, swap
+from novelret.train.objectives.lists import log_included, log_remaining
+from novelret.train.policy import log_partition
+from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
+
+N, K, MANY = 6, 3, 150_000
+ITEMS = torch.eye(N, dtype=torch.float64)  # so that a query's coordinates are its logits
+ADDITIVE = torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, -0.5], dtype=torch.float64)
+
+
+POSITIVE = torch.tensor([0.9, 0.1, 0.6, 0.3, 1.0, 0.2], dtype=torch.float64)
+
+
+@pytest.fixture
+def positive_rewards(monkeypatch):
+    """Rewards from 0 to 1, where a missing baseline hurts most."""
+    monkeypatch.setitem(globals(), "ADDITIVE", POSITIVE)
+
+
+def logits_of(spread, seed=0):
+    return torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
+
+
+def additive_reward(rows):
+    return ADDITIVE[rows].sum(dim=1)
+
+
+def shown_by_a_misaligned_ranker(rows):
+    """Only one item of the set is shown and rewarded: the one with the lowest row."""
+    return ADDITIVE[rows.min(dim=1).values]
+
+
+def exact(phi, set_reward):
+    """(E R(S), its gradient) by summing over all ordered lists of K items."""
+    phi = phi.clone().requires_grad_()
+    value = phi.new_zeros(())
+    for order in itertools.permutations(range(N), K):
+        chosen = phi[list(order)]
+        log_p = (chosen - log_remaining(chosen[None], torch.logsumexp(phi, 0)[None])[0]).sum()
+        value = value + torch.exp(log_p) * set_reward(torch.tensor([order]))[0]
+    (gradient,) = torch.autograd.grad(value, phi)
+    return value.item(), gradient
+
+
+def updates(phi, estimator):
+    """(MANY, N) updates of one estimator, from draws by the sampler."""
+    queries = phi.expand(MANY, -1).clone().requires_grad_()
+    key = Key(7, 0, torch.arange(MANY))
+    surrogate = estimator(queries, key)
+    (gradient,) = torch.autograd.grad(surrogate.sum(), queries)
+    return -gradient
+
+
+def without_replacement(queries, key, n=K):
+    drawn = draw_without_replacement(queries.detach(), ITEMS, n, key, 1.0)
+    return drawn, queries.gather(1, drawn.rows), log_partition(queries, ITEMS, 1.0)
+
+
+def v_pg(set_reward):
+    def estimator(queries, key):
+        drawn, logits, log_z = without_replacement(queries, key)
+        return reinforce.top_k(logits, log_z, set_reward(drawn.rows))
+
+    return estimator
+
+
+def v_pg_with_replacement(queries, key):
+    drawn, logits, log_z = without_replacement(queries, key)
+    return reinforce.top_k_with_replacement(logits, log_z, additive_reward(drawn.rows))
+
+
+def item_wise(queries, key):
+    drawn = draw_with_replacement(queries.detach(), ITEMS, K, key, 1.0)
+    log_z = log_partition(queries, ITEMS, 1.0)
+    return reinforce.item_wise(queries.gather(1, drawn.rows), log_z, ADDITIVE[drawn.rows])
+
+
+def plug_in(baseline):
+    def estimator(queries, key):
+        drawn, logits, log_z = without_replacement(queries, key)
+        top = torch.topk(queries.detach(), K, dim=1).indices
+        is_top = drawn.rows[:, :, None] == top[:, None, :]
+        return ca_pg.plug_in(
+            logits, log_z, ADDITIVE[drawn.rows], queries.gather(1, top), is_top, baseline=baseline
+        )
+
+    return estimator
+
+
+def top_1(queries, key):
+    drawn, logits, log_z = without_replacement(queries, key)
+    return ca_pg.with_replacement(logits, log_z, ADDITIVE[drawn.rows])
+
+
+def threshold(queries, key):
+    drawn, logits, _ = without_replacement(queries, key, K + 1)
+    return gumbel_threshold.pathwise(
+        logits[:, :K], logits[:, K], drawn.perturbed[:, K], ADDITIVE[drawn.rows[:, :K]]
+    )
+
+
+def swap_additive(queries, key):
+    drawn, logits, _ = without_replacement(queries, key, K + 1)
+    gain = swap.additive_gain(ADDITIVE[drawn.rows[:, :K]], ADDITIVE[drawn.rows[:, K]])
+    return swap.swap(logits[:, :K], drawn.perturbed[:, K], gain)
+
+
+def swap_any(set_reward):
+    def estimator(queries, key):
+        drawn, logits, _ = without_replacement(queries, key, K + 1)
+        gain = swap.set_gain(drawn.rows[:, :K], drawn.rows[:, K], set_reward)
+        return swap.swap(logits[:, :K], drawn.perturbed[:, K], gain)
+
+    return estimator
+
+
+def to_go(queries, key):
+    drawn, logits, log_z = without_replacement(queries, key)
+    return pl_rank.reward_to_go(logits, log_z, ADDITIVE[drawn.rows])
+
+
+def pl_rank_3(queries, key):
+    drawn, logits, log_z = without_replacement(queries, key)
+    every = torch.arange(N)[None, :, None] == drawn.rows[:, None, :]
+    place = torch.where(every.any(dim=2), every.to(torch.int8).argmax(dim=2), K)
+    return pl_rank.pl_rank_3(logits, log_z, ADDITIVE[drawn.rows], queries, ADDITIVE.expand(MANY, -1), place)
+
+
+UNBIASED = {
+    "v-pg": (v_pg(additive_reward), additive_reward),
+    "v-pg, misaligned": (v_pg(shown_by_a_misaligned_ranker), shown_by_a_misaligned_ranker),
+    "gumbel threshold": (threshold, additive_reward),
+    "swap": (swap_additive, additive_reward),
+    "swap, any set reward": (swap_any(additive_reward), additive_reward),
+    "swap, misaligned": (swap_any(shown_by_a_misaligned_ranker), shown_by_a_misaligned_ranker),
+    "reward to go": (to_go, additive_reward),
+    "pl-rank-3": (pl_rank_3, additive_reward),
+}
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+@pytest.mark.parametrize("name", UNBIASED)
+def test_unbiased_estimators_agree_within_sampling_error(name, spread):
+    estimator, set_reward = UNBIASED[name]
+    phi = logits_of(spread)
+    _, gradient = exact(phi, set_reward)
+    found = updates(phi, estimator)
+    # An item that is next to never drawn has next to no spread either, hence the absolute part.
+    error = (found.mean(dim=0) - gradient).abs() / (found.std(dim=0) / math.sqrt(MANY) + 2e-5)
+    assert error.max() < 4.5
+
+
+def test_item_wise_is_unbiased_for_one_item():
+    phi = logits_of(1.0).requires_grad_()
+    (gradient,) = torch.autograd.grad((torch.softmax(phi, 0) * ADDITIVE).sum(), phi)
+    found = updates(phi.detach(), item_wise)
+    error = (found.mean(dim=0) - gradient) / (found.std(dim=0) / math.sqrt(MANY))
+    assert error.abs().max() < 4.5
+
+
+def cosine(estimator, spread):
+    worst, total = 1.0, 0.0
+    for seed in range(4):
+        phi = logits_of(spread, seed)
+        found = updates(phi, estimator).mean(dim=0)
+        # Adding a constant to all logits changes nothing, so updates are compared without it.
+        found, gradient = found - found.mean(), exact(phi, additive_reward)[1]
+        value = torch.nn.functional.cosine_similarity(found, gradient, dim=0).item()
+        worst, total = min(worst, value), total + value / 4
+    return total, worst
+
+
+@pytest.mark.usefixtures("positive_rewards")
+def test_biased_estimators_show_their_bias():
+    """The published plug-in is off without a baseline and nearly right with one; TOP1 fails for peaked policies."""
+    with_baseline, _ = cosine(plug_in(True), 1.0)
+    without, worst = cosine(plug_in(False), 1.0)
+    assert with_baseline > 0.98
+    assert worst < 0.97
+    assert with_baseline > without
+    top_1_flat, _ = cosine(top_1, 0.3)
+    top_1_peaked, worst_peaked = cosine(top_1, 2.0)
+    assert top_1_flat > 0.95
+    assert worst_peaked < 0.9
+    assert top_1_peaked < top_1_flat
+
+
+def test_the_plug_ins_probabilities_sum_to_more_than_k():
+    phi = logits_of(1.0)
+    drawn = torch.arange(N)[None]
+    top = torch.topk(phi, N).indices
+    is_top = drawn[:, :, None] == top[None, None, :]
+    # The function takes as many best items as drawn ones; only K − 1 of them are ever removed.
+    log_pi = torch.stack(
+        [
+            ca_pg.log_inclusion(
+                torch.cat([phi[a : a + 1], phi[top[: K - 1]]])[None, :],
+                torch.logsumexp(phi, 0)[None],
+                phi[top[:K]][None],
+                (torch.cat([torch.tensor([a]), top[: K - 1]])[:, None] == top[:K][None])[None],
+            )[0, 0]
+            for a in range(N)
+        ]
+    )
+    assert is_top.any()
+    assert K < log_pi.exp().sum() < K + 1
+    by_hand = []
+    for a in range(N):
+        others = [phi[j].item() for j in top.tolist() if j != a]
+        missed, left = 1.0, phi.exp().sum().item()
+        for k in range(K):
+            missed *= 1 - math.exp(phi[a].item()) / left
+            left -= math.exp(others[k])
+        by_hand.append(1 - missed)
+    assert log_pi.exp().tolist() == pytest.approx(by_hand)
+
+
+@pytest.mark.usefixtures("positive_rewards")
+def test_variances_are_as_claimed():
+    """Credit assignment reduces variance: swap and reward-to-go against V-PG; V-PG's grows with the spread of R."""
+    phi = logits_of(1.0)
+    variance = {name: updates(phi, UNBIASED[name][0]).var(dim=0).sum().item() for name in UNBIASED}
+    assert variance["swap"] < variance["v-pg"] / 10
+    assert variance["swap, misaligned"] < variance["v-pg, misaligned"] / 5
+    assert variance["pl-rank-3"] < variance["reward to go"] < variance["v-pg"]
+
+
+@pytest.mark.parametrize("size", [1e4, 1.0])
+@pytest.mark.parametrize("k", [1, 3, N - 1])
+def test_extreme_scores_stay_finite(size, k):
+    for phi in (torch.tensor([1.0, 0, 0, 0, 0, 0]), torch.zeros(N), torch.linspace(-1, 1, N)):
+        queries = (phi * size)[None].expand(8, -1).clone().requires_grad_()
+        items = ITEMS.float()
+        drawn = draw_without_replacement(queries.detach(), items, k + 1, Key(0, 0, torch.arange(8)), 1.0)
+        every = queries.gather(1, drawn.rows)
+        logits, log_z = every[:, :k], log_partition(queries, items, 1.0)
+        reward = ADDITIVE.float()[drawn.rows]
+        top = torch.topk(queries.detach(), k, dim=1).indices
+        is_top = drawn.rows[:, :k, None] == top[:, None, :]
+        place = torch.arange(k).expand(8, -1)
+        losses = [
+            reinforce.top_k(logits, log_z, reward.sum(dim=1)),
+            reinforce.item_wise(logits, log_z, reward[:, :k]),
+            ca_pg.plug_in(logits, log_z, reward[:, :k], queries.gather(1, top), is_top, baseline=True),
+            ca_pg.with_replacement(logits, log_z, reward[:, :k]),
+            gumbel_threshold.pathwise(logits, every[:, k], drawn.perturbed[:, k], reward[:, :k]),
+            swap.swap(logits, drawn.perturbed[:, k], swap.additive_gain(reward[:, :k], reward[:, k])),
+            pl_rank.reward_to_go(logits, log_z, reward[:, :k]),
+            pl_rank.pl_rank_3(logits, log_z, reward[:, :k], logits, reward[:, :k], place),
+        ]
+        for loss in losses:
+            assert torch.isfinite(loss).all()
+            (gradient,) = torch.autograd.grad(loss.sum(), queries, retain_graph=True)
+            assert torch.isfinite(gradient).all()
+
+
+def test_k_equal_to_n_is_finite():
+    queries = logits_of(1.0)[None].requires_grad_()
+    drawn = draw_without_replacement(queries.detach(), ITEMS, N, Key(0, 0, torch.arange(1)), 1.0)
+    logits, log_z = queries.gather(1, drawn.rows), log_partition(queries, ITEMS, 1.0)
+    loss = reinforce.top_k(logits, log_z, torch.ones(1, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss.sum(), queries)
+    assert torch.isfinite(gradient).all()
+
+
+def test_gradients_of_the_shared_pieces():
+    logits = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+    log_z = (torch.logsumexp(logits, dim=1).detach() + 0.5).requires_grad_()
+    assert gradcheck(log_remaining, (logits, log_z))
+    assert gradcheck(log_included, (torch.linspace(-20, 3, 12, dtype=torch.float64).requires_grad_(),))
