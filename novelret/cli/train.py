@@ -37,11 +37,17 @@ def train(
     data: DataOption,
     index: IndexOption,
     out: Annotated[Path, typer.Option(help="The MODEL folder to make.")],
-    objective: Annotated[str, typer.Option(help="supervised, supervised-judged or pg-ret.")] = "pg-ret",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="supervised, supervised-judged, pg-ret; or over lists drawn from the policy: reinforce, "
+            "v-pg, v-pg-swr, ca-pg, ca-pg-loo, ca-pg-swr, gumbel-threshold, pl-rank, swap."
+        ),
+    ] = "pg-ret",
     labels: Annotated[Path | None, typer.Option(help="LABELS made by `novelret label`.")] = None,
     split: Annotated[str, typer.Option(help="The feedback to train on.")] = "train",
     loss: Annotated[
-        str, typer.Option(help="pg-ret's form: conservative, aggressive or boundary.")
+        str, typer.Option(help="pg-ret's form: conservative, aggressive, boundary or inclusion.")
     ] = "boundary",
     reward: Annotated[str, typer.Option(help="eq6, eq7, or your own as module:function.")] = "eq7",
     tune: Annotated[str, typer.Option(help="full query encoder, or a residual adapter behind it.")] = "full",
@@ -71,6 +77,10 @@ def train(
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     depth: Annotated[int, typer.Option(help="Deepest base rank that states are drawn from.")] = 400,
     negatives: Annotated[int, typer.Option(help="M: top base items that aggressive contrasts with.")] = 5,
+    hard_negatives: Annotated[
+        int, typer.Option(help="Top base items among the negatives of supervised-judged.")
+    ] = 0,
+    list_size: Annotated[int, typer.Option(help="K: items that a list objective draws per query.")] = 50,
     window: Annotated[float, typer.Option(help="boundary contrasts with base ranks (1 ± window) L.")] = 0.2,
     temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.05,
     sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from novelret.errors import UserError
 
-OBJECTIVES = ("supervised", "supervised-judged", "pg-ret")
+LIST_OBJECTIVES = (
+    "reinforce",
+    "v-pg",
+    "v-pg-swr",
+    "ca-pg",
+    "ca-pg-loo",
+    "ca-pg-swr",
+    "gumbel-threshold",
+    "pl-rank",
+    "swap",
+)
+OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
 TUNES = ("full", "adapter")
 LEARNING_RATES = {"full": 2e-5, "adapter": 1e-3}
@@ -21,7 +32,9 @@ class TrainConfig:
         index: INDEX folder.
         split: the feedback to train on.
         labels: LABELS folder; every objective but plain `supervised` needs it.
-        objective: "supervised", "supervised-judged" or "pg-ret".
+        objective: "supervised", "supervised-judged", "pg-ret", or one that credits lists drawn from the
+            policy: "reinforce" (item-wise), "v-pg", "v-pg-swr", "ca-pg" (published plug-in), "ca-pg-loo"
+            (with leave-one-out baseline), "ca-pg-swr", "gumbel-threshold", "pl-rank", "swap".
         loss: how PG-Ret estimates the action's probability: "conservative", "aggressive", "boundary"
             or "inclusion".
         reward: "eq6", "eq7" or "module:function".
@@ -43,6 +56,8 @@ class TrainConfig:
         base_depth: L, the deployed list's length: items beyond it are novel.
         depth: deepest base rank that states are drawn from.
         negatives: M, the base model's top items that "aggressive" contrasts with.
+        hard_negatives: the base model's top items added to the negatives of "supervised-judged".
+        list_size: K, items that a list objective draws per query.
         window: "boundary" contrasts with base ranks (1 − window)·L to (1 + window)·L.
         temperature: τ of the loss.
         sampling_temperature: τ of the policy that states are drawn from.
@@ -80,6 +95,8 @@ class TrainConfig:
     base_depth: int = 50
     depth: int = 400
     negatives: int = 5
+    hard_negatives: int = 0
+    list_size: int = 50
     window: float = 0.2
     temperature: float = 0.05
     sampling_temperature: float = 0.05
@@ -114,7 +131,7 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     _one_of("--tune", config.tune, TUNES)
     _one_of("--draw", config.draw, ("labelled", "plain"))
     _one_of("--precision", config.precision, ("fp32", "bf16", "fp16"))
-    for name in ("steps", "batch_size", "negatives", "base_depth", "log_every"):
+    for name in ("steps", "batch_size", "negatives", "list_size", "base_depth", "log_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{_flag(name)} {getattr(config, name)}: must be at least 1")
     for name in ("temperature", "sampling_temperature", "peak_learning_rate"):
@@ -131,7 +148,7 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         raise UserError(
             f"--depth {config.depth}: must exceed --base-depth {config.base_depth}; novel items lie beyond it"
         )
-    for name in ("base_depth", "depth", "negatives"):
+    for name in ("base_depth", "depth", "negatives", "hard_negatives", "list_size"):
         if getattr(config, name) > catalog_size:
             raise UserError(
                 f"{_flag(name)} {getattr(config, name)}: the catalog holds {catalog_size} items; lower it"

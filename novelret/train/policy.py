@@ -112,6 +112,28 @@ def log_partition(
     return result
 
 
+def top_k(
+    queries: Tensor, items: Items, k: int, excluded: Tensor | None = None, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """The k items with the highest scores under the current policy, (B, k) rows and scores, no gradient.
+
+    Raises:
+        UserError: a query has fewer than k items.
+    """
+    rows = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+    scores = queries.new_empty((len(queries), 0))
+    with torch.no_grad():
+        for start, part in item_blocks(items, queries, block):
+            found = block_logits(queries, part, start, 1.0, excluded)
+            best = torch.topk(found, min(k, found.shape[1]), dim=1)
+            rows = torch.cat([rows, best.indices + start], dim=1)
+            top = torch.topk(torch.cat([scores, best.values], dim=1), min(k, rows.shape[1]), dim=1)
+            rows, scores = rows.gather(1, top.indices), top.values
+    if scores.shape[1] < k or bool(torch.isneginf(scores[:, -1]).any()):
+        raise UserError(f"fewer than {k} items are left for some query of the batch; lower the list's size")
+    return rows, scores
+
+
 def entropy(queries: Tensor, items: Items, temperature: float, excluded: Tensor | None = None) -> Tensor:
     """Entropy of the policy in nats, (B,): log Z − E[s]/τ, and E[s] is q's product with the mean item."""
     log_z, mean = moments(queries, items, temperature, excluded)

@@ -15,7 +15,7 @@ import torch
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.label.table import LabelTable
-from novelret.train.config import TrainConfig
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.rewards import RewardFunction
 
 FEEDBACK, BASE, POLICY = 0, 1, 2
@@ -63,6 +63,22 @@ class Material:
         judged = self.labels.lookup(query_rows, item_rows) == 1
         return judged | _is_feedback(self.split, self.labels.catalog_size, query_rows, item_rows)
 
+    def rewarded_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labelled items of queries with a reward: (b, M) rows, −1 padded, and their rewards, 0 padded."""
+        found = []
+        for states in (self.positives, self.negatives):
+            first, last = (np.searchsorted(states[:, 0], queries, side) for side in ("left", "right"))
+            places = first[:, None] + np.arange(max(0, int((last - first).max(initial=0))))[None]
+            inside = places < last[:, None]
+            rows = np.full(places.shape, -1, dtype=np.int64)
+            rows[inside] = states[places[inside], 1]
+            found.append(rows)
+        rows = np.concatenate(found, axis=1)
+        rewards = np.zeros(rows.shape, dtype=np.float32)
+        query, column = np.nonzero(rows >= 0)
+        rewards[query, column] = self.rewards(queries[query], rows[query, column])
+        return rows, rewards
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -85,7 +101,8 @@ def gather_material(
     split: Split, base_rows: np.ndarray, base_depth: int, labels: LabelTable, reward: RewardFunction
 ) -> Material:
     """Put together what states are drawn from; rewards of all labelled states are computed once."""
-    material = Material(split, base_rows, base_depth, labels, reward, np.empty((0, 2)), np.empty((0, 2)))
+    none = np.empty((0, 2), dtype=np.int64)
+    material = Material(split, base_rows, base_depth, labels, reward, none, none)
     queries, items = labels.query_rows, labels.item_rows
     rewards = material.rewards(queries, items)
     states = np.stack([queries, items], axis=1)
@@ -101,16 +118,16 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
         UserError: base states are asked for and no labelled one has a reward.
     """
     alpha, beta = (0.0, 0.0) if config.objective == "supervised" else (config.alpha, config.beta)
+    if config.objective in LIST_OBJECTIVES:
+        # Every draw of a list objective comes from the policy itself.
+        alpha, beta = alpha + beta, 0.0
     n_policy, n_base = round(alpha * config.batch_size), round(beta * config.batch_size)
     parts = [_draw_feedback(material, config, step, config.batch_size - n_policy - n_base)]
     if n_base:
         draw = _draw_labelled if config.draw == "labelled" else _draw_plain
         parts.append(draw(material, config, step, n_base))
     if n_policy:
-        generator = np.random.default_rng((config.seed, POLICY, step))
-        parts.append(
-            _states(generator.integers(len(material.split), size=n_policy), -np.ones(n_policy), POLICY)
-        )
+        parts.append(_draw_queries(material, config, step, n_policy))
     queries, items, sources = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     rewards = np.full(len(queries), np.nan, dtype=np.float32)
     known = items >= 0
@@ -144,6 +161,15 @@ def _draw_labelled(material: Material, config: TrainConfig, step: int, count: in
         less = negatives[shuffled(len(negatives), n_negative, step, (config.seed, BASE, -1))]
         chosen = np.concatenate([chosen, less])
     return _states(chosen[:, 0], chosen[:, 1], BASE)
+
+
+def _draw_queries(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
+    """Queries for policy draws; list objectives spend theirs on queries that have something to find."""
+    generator = np.random.default_rng((config.seed, POLICY, step))
+    pool = np.arange(len(material.split))
+    if config.objective in LIST_OBJECTIVES and config.draw == "labelled" and len(material.positives):
+        pool = np.unique(material.positives[:, 0])
+    return _states(generator.choice(pool, size=count), np.full(count, -1), POLICY)
 
 
 def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> _Part:

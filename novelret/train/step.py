@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from novelret.train.config import TrainConfig
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig
+from novelret.train.list_step import gather_rows, list_losses
 from novelret.train.objectives import pg_ret
 from novelret.train.objectives.supervised import in_batch_infonce
+from novelret.train.policy import Items, top_k
+from novelret.train.sampler import Key
 from novelret.train.states import FEEDBACK, Batch, Material
 
 
@@ -31,7 +33,13 @@ class StepLoss:
 
 
 def batch_loss(
-    embeddings: Tensor, rows: slice, batch: Batch, material: Material, config: TrainConfig, gather: Gather
+    embeddings: Tensor,
+    rows: slice,
+    batch: Batch,
+    material: Material,
+    config: TrainConfig,
+    items: Items,
+    step: int,
 ) -> StepLoss:
     """Loss of some of a batch's examples, weighted so that the parts of a batch add up to the whole.
 
@@ -41,14 +49,14 @@ def batch_loss(
     Args:
         embeddings: (b, d) query embeddings of `rows`, with gradient.
         rows: which examples of the batch these are.
-        batch: the whole batch, every item drawn.
+        batch: the whole batch. A list objective writes the mean known reward of each list it draws into
+            `batch.rewards`.
         material: lists and labels.
         config: objective, loss, temperature and so on.
-        gather: rows → item embeddings, float32, on the embeddings' device.
+        items: (N, d) the frozen catalog.
+        step: the optimizer step, part of the key of draws made here.
     """
-    infonce = np.ones(len(batch.queries), dtype=bool)
-    if config.objective == "pg-ret":
-        infonce = batch.sources == FEEDBACK
+    infonce = _is_pair(batch, config)
     weights = _weights(batch, infonce, config)
     here = np.arange(len(batch.queries))[rows]
     feedback = embeddings.new_zeros(())
@@ -56,26 +64,45 @@ def batch_loss(
     of_pairs, of_states = here[infonce[here]], here[~infonce[here] & (weights[here] > 0)]
     if len(of_pairs):
         losses = _pair_losses(
-            embeddings[of_pairs - rows.start], of_pairs, batch, infonce, material, config, gather
+            embeddings[of_pairs - rows.start], of_pairs, batch, infonce, material, config, items
         )
         feedback = (losses * losses.new_tensor(weights[of_pairs])).sum()
     if len(of_states):
-        losses = _state_losses(embeddings[of_states - rows.start], of_states, batch, material, config, gather)
+        chosen = embeddings[of_states - rows.start]
+        if config.objective in LIST_OBJECTIVES:
+            key = Key(config.seed, step, torch.from_numpy(of_states).to(embeddings.device))
+            losses, rewards = list_losses(chosen, batch.queries[of_states], material, items, config, key)
+            batch.rewards[of_states] = _known_mean(rewards)
+        else:
+            losses = _state_losses(chosen, of_states, batch, material, config, items)
         states = (losses * losses.new_tensor(weights[of_states])).sum()
     return StepLoss(feedback + states, feedback.item(), states.item())
 
 
-Gather = Callable[[np.ndarray], Tensor]
+def _is_pair(batch: Batch, config: TrainConfig) -> np.ndarray:
+    """Which examples are (query, relevant item) pairs for InfoNCE rather than states to be rewarded."""
+    if config.objective.startswith("supervised"):
+        return np.ones(len(batch.queries), dtype=bool)
+    return batch.sources == FEEDBACK
+
+
+def _known_mean(rewards: np.ndarray) -> np.ndarray:
+    """Mean of the known rewards of each list, NaN where none is known."""
+    known = ~np.isnan(rewards)
+    total = np.where(known, rewards, 0).sum(axis=1)
+    return np.divide(total, known.sum(axis=1), out=np.full(len(rewards), np.nan), where=known.any(axis=1))
 
 
 def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarray:
     """Each kind of example is averaged, then weighted by its share of the mixture; no reward, no weight."""
-    if config.objective != "pg-ret":
+    if infonce.all():
         return np.full(len(batch.queries), 1 / len(batch.queries), dtype=np.float32)
-    known = ~infonce & ~np.isnan(batch.rewards)
+    rewarded = ~infonce
+    if config.objective not in LIST_OBJECTIVES:
+        rewarded &= ~np.isnan(batch.rewards)
     weights = np.zeros(len(batch.queries), dtype=np.float32)
     weights[infonce] = config.gamma / max(1, infonce.sum())
-    weights[known] = (1 - config.gamma) / max(1, known.sum())
+    weights[rewarded] = (1 - config.gamma) / max(1, rewarded.sum())
     return weights
 
 
@@ -86,13 +113,19 @@ def _pair_losses(
     infonce: np.ndarray,
     material: Material,
     config: TrainConfig,
-    gather: Gather,
+    items: Items,
 ) -> Tensor:
     columns = np.flatnonzero(infonce)
-    items = batch.items[columns]
-    known = material.known_relevant(batch.queries[pairs][:, None], items[None, :])
-    known |= batch.items[pairs][:, None] == items[None, :]
-    scores = embeddings @ gather(items).T
+    others = batch.items[columns]
+    known = material.known_relevant(batch.queries[pairs][:, None], others[None, :])
+    known |= batch.items[pairs][:, None] == others[None, :]
+    scores = embeddings @ gather_rows(items, torch.from_numpy(others), embeddings).T
+    if config.objective == "supervised-judged" and config.hard_negatives:
+        hard = material.base_rows[batch.queries[pairs], : config.hard_negatives]
+        vectors = gather_rows(items, torch.from_numpy(np.maximum(hard, 0)), embeddings)
+        scores = torch.cat([scores, torch.einsum("sd,snd->sn", embeddings, vectors)], dim=1)
+        relevant = material.known_relevant(batch.queries[pairs][:, None], hard) | (hard < 0)
+        known = np.concatenate([known, relevant], axis=1)
     positive = torch.from_numpy(np.searchsorted(columns, pairs)).to(scores.device)
     return in_batch_infonce(scores, positive, torch.from_numpy(known).to(scores.device), config.temperature)
 
@@ -103,24 +136,48 @@ def _state_losses(
     batch: Batch,
     material: Material,
     config: TrainConfig,
-    gather: Gather,
+    items: Items,
 ) -> Tensor:
-    queries, items = batch.queries[states], batch.items[states]
+    queries, chosen = batch.queries[states], batch.items[states]
     reward = torch.from_numpy(batch.rewards[states]).to(embeddings.device)
+    if config.loss == "inclusion":
+        return _inclusion_losses(embeddings, queries, chosen, reward, material, config, items)
     first, last = negative_ranks(config)
     negatives = material.base_rows[queries, first:last]
-    vectors = gather(np.concatenate([items[:, None], negatives], axis=1))
+    every = np.maximum(np.concatenate([chosen[:, None], negatives], axis=1), 0)
+    vectors = gather_rows(items, torch.from_numpy(every), embeddings)
     scores = torch.einsum("sd,snd->sn", embeddings, vectors)
     score, negative_scores = scores[:, 0], scores[:, 1:]
     if config.loss == "conservative":
         return pg_ret.conservative(score, negative_scores, reward)
-    mask = (negatives != items[:, None]) & (negatives >= 0)
+    mask = (negatives != chosen[:, None]) & (negatives >= 0)
     if config.loss == "boundary":
         # What is known to be relevant is no item to be displaced.
         mask &= ~material.known_relevant(queries[:, None], negatives)
     return pg_ret.contrastive(
         score, negative_scores, torch.from_numpy(mask).to(score.device), reward, config.temperature
     )
+
+
+def _inclusion_losses(
+    embeddings: Tensor,
+    queries: np.ndarray,
+    chosen: np.ndarray,
+    reward: Tensor,
+    material: Material,
+    config: TrainConfig,
+    items: Items,
+) -> Tensor:
+    """Against the current policy's K-th item other than z, whose score moves too: the list's boundary."""
+    excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
+    k = config.base_depth
+    best, _ = top_k(embeddings.detach(), items, k + 1, excluded)
+    own = torch.from_numpy(chosen).to(best.device)
+    inside = (best[:, :k] == own[:, None]).any(dim=1)
+    threshold_rows = torch.where(inside, best[:, k], best[:, k - 1])
+    pair = gather_rows(items, torch.stack([own, threshold_rows], dim=1), embeddings)
+    scores = torch.einsum("sd,snd->sn", embeddings, pair)
+    return pg_ret.inclusion(scores[:, 0], scores[:, 1], reward, config.temperature)
 
 
 def negative_ranks(config: TrainConfig) -> tuple[int, int]:

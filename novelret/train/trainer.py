@@ -35,8 +35,8 @@ from novelret.index import Index, base_lists, base_query_embeddings, embed_queri
 from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
-from novelret.train.config import TrainConfig, check_config
-from novelret.train.policy import entropy
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
+from novelret.train.policy import Items, entropy
 from novelret.train.rewards import load_reward
 from novelret.train.sampler import Key, draw_with_replacement
 from novelret.train.states import POLICY, SOURCES, Batch, Material, draw_batch, gather_material
@@ -132,6 +132,9 @@ def _run(
     """The loop: steps, log lines, validations, and a place to resume from after each validation."""
     parameters = [p for p in tower.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
+    items: Items = index.embeddings
+    if device != "cpu":
+        items = torch.from_numpy(np.array(items)).to(device)  # gathers and passes read it at every step
     (folder / "resume").mkdir(exist_ok=True)
     points = _resume(tower, optimizer, folder)
     first = points[-1].step if points else 0
@@ -152,11 +155,11 @@ def _run(
         for step in range(first, config.steps):
             began = time.perf_counter()
             batch = draw_batch(material, config, step)
-            batch, loss, norm = _step(config, tower, optimizer, batch, material, index, step)
+            batch, loss, norm = _step(config, tower, optimizer, batch, material, items, step)
             if step % config.log_every == 0 or step + 1 == config.steps:
                 taken = time.perf_counter() - began
                 line = _log_line(batch, loss, norm, config, step)
-                line["entropy"] = _entropy(tower, batch, material, index, config)
+                line["entropy"] = _entropy(tower, batch, material, items, config)
                 log(line | {"step_time": round(taken, 5)})
             advance(1)
             if (step + 1) % config.steps_between_validations == 0 or step + 1 == config.steps:
@@ -170,22 +173,16 @@ def _step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     material: Material,
-    index: Index,
+    items: Items,
     step: int,
 ) -> tuple[Batch, StepLoss, float]:
     """One optimizer step; micro-batches add up to the same loss and gradient."""
-    device = next(tower.module.parameters()).device
-    batch = _draw_policy_states(config, tower, batch, material, index, step)
-
-    def gather(rows: np.ndarray) -> Tensor:
-        found = np.asarray(index.embeddings[np.maximum(rows, 0)], dtype=np.float32)
-        return torch.from_numpy(found).to(device)
-
+    batch = _draw_policy_states(config, tower, batch, material, items, step)
     size = config.micro_batch or config.batch_size
     total, feedback, states = 0.0, 0.0, 0.0
     for start in range(0, len(batch.queries), size):
         rows = slice(start, min(start + size, len(batch.queries)))
-        part = batch_loss(tower.embed(batch.queries[rows]), rows, batch, material, config, gather)
+        part = batch_loss(tower.embed(batch.queries[rows]), rows, batch, material, config, items, step)
         if part.loss.requires_grad:
             torch.autograd.backward(part.loss)
         total, feedback, states = total + part.loss.item(), feedback + part.feedback, states + part.states
@@ -204,33 +201,31 @@ def _step(
 
 
 def _draw_policy_states(
-    config: TrainConfig, tower: Tower, batch: Batch, material: Material, index: Index, step: int
+    config: TrainConfig, tower: Tower, batch: Batch, material: Material, items: Items, step: int
 ) -> Batch:
     """Draw the α share's items from the current policy over the whole catalog, and look up their rewards."""
     places = np.flatnonzero(batch.sources == POLICY)
-    if len(places) == 0:
+    if len(places) == 0 or config.objective in LIST_OBJECTIVES:
         return batch
     queries = batch.queries[places]
     with torch.no_grad():
         embeddings = tower.embed(queries)
         excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
         key = Key(config.seed, step, torch.from_numpy(places).to(embeddings.device))
-        draw = draw_with_replacement(
-            embeddings, index.embeddings, 1, key, config.sampling_temperature, excluded
-        )
+        draw = draw_with_replacement(embeddings, items, 1, key, config.sampling_temperature, excluded)
     items, rewards = batch.items.copy(), batch.rewards.copy()
     items[places] = draw.rows[:, 0].cpu().numpy()
     rewards[places] = material.rewards(queries, items[places])
     return Batch(batch.queries, items, batch.sources, rewards)
 
 
-def _entropy(tower: Tower, batch: Batch, material: Material, index: Index, config: TrainConfig) -> float:
+def _entropy(tower: Tower, batch: Batch, material: Material, items: Items, config: TrainConfig) -> float:
     """Mean entropy of the policy over the whole catalog, in nats, on a few of the batch's queries."""
     some = batch.queries[:: max(1, len(batch.queries) // _ENTROPY_QUERIES)][:_ENTROPY_QUERIES]
     with torch.no_grad():
         embeddings = tower.embed(some)
         excluded = torch.from_numpy(material.split.excluded[some]).to(embeddings.device)
-        values = entropy(embeddings, index.embeddings, config.temperature, excluded)
+        values = entropy(embeddings, items, config.temperature, excluded)
     return round(float(values.mean()), 4)
 
 

@@ -1,0 +1,105 @@
+"""List objectives on the full catalog: draw K items per query from the policy, reward and credit them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from novelret.train.config import TrainConfig
+from novelret.train.objectives import ca_pg, gumbel_threshold, pl_rank, reinforce, swap
+from novelret.train.policy import Items, log_partition, top_k
+from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
+from novelret.train.states import Material
+
+
+def list_losses(
+    embeddings: Tensor, queries: np.ndarray, material: Material, items: Items, config: TrainConfig, key: Key
+) -> tuple[Tensor, np.ndarray]:
+    """Surrogate losses of one drawn list per query, and the lists' rewards.
+
+    Lists are drawn on-policy at the loss's own temperature; items with unknown labels get no credit.
+
+    Args:
+        embeddings: (b, d) with gradient.
+        queries: (b,) query rows.
+        material: labels, rewards and what each query leaves out.
+        items: (N, d) the frozen catalog.
+        config: objective, temperature and list size.
+        key: what decides the draws.
+
+    Returns:
+        (b,) losses and (b, K) float32 rewards of the drawn items, NaN where unknown.
+    """
+    k, tau = config.list_size, config.temperature
+    excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
+    threshold_based = config.objective in ("gumbel-threshold", "swap")
+    draw = draw_with_replacement if config.objective == "reinforce" else draw_without_replacement
+    drawn = draw(embeddings.detach(), items, k + threshold_based, key, tau, excluded)
+    logits = _logits(embeddings, items, drawn.rows, tau)
+    rewards = _rewards(material, queries, drawn.rows)
+    credit = torch.from_numpy(np.nan_to_num(rewards)).to(embeddings.device)
+    if threshold_based:
+        assert drawn.perturbed is not None
+        kappa = drawn.perturbed[:, k]
+        if config.objective == "swap":
+            losses = swap.swap(logits[:, :k], kappa, swap.additive_gain(credit[:, :k], credit[:, k]))
+        else:
+            losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])
+        return losses, rewards[:, :k]
+    log_z = log_partition(embeddings, items, tau, excluded)
+    if config.objective == "reinforce":
+        losses = reinforce.item_wise(logits, log_z, credit)
+    elif config.objective == "v-pg":
+        losses = reinforce.top_k(logits, log_z, credit.sum(dim=1))
+    elif config.objective == "v-pg-swr":
+        losses = reinforce.top_k_with_replacement(logits, log_z, credit.sum(dim=1))
+    elif config.objective == "ca-pg-swr":
+        losses = ca_pg.with_replacement(logits, log_z, credit)
+    elif config.objective == "pl-rank":
+        losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_z, credit, material, items, tau)
+    else:
+        best, _ = top_k(embeddings.detach(), items, k, excluded)
+        is_best = drawn.rows[:, :, None] == best[:, None, :]
+        best_logits = _logits(embeddings, items, best, tau)
+        baseline = config.objective == "ca-pg-loo"
+        losses = ca_pg.plug_in(logits, log_z, credit, best_logits, is_best, baseline=baseline)
+    return losses, rewards
+
+
+def gather_rows(items: Items, rows: Tensor, like: Tensor) -> Tensor:
+    """Item embeddings of any shape of rows, in the dtype and on the device of `like`."""
+    if isinstance(items, Tensor):
+        return items[rows.to(items.device)].to(like.device, like.dtype)
+    found = np.asarray(items[rows.cpu().numpy()], dtype=np.float32)
+    return torch.from_numpy(found).to(like.device, like.dtype)
+
+
+def _logits(embeddings: Tensor, items: Items, rows: Tensor, temperature: float) -> Tensor:
+    return torch.einsum("bd,bnd->bn", embeddings, gather_rows(items, rows, embeddings)) / temperature
+
+
+def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> np.ndarray:
+    drawn = rows.cpu().numpy()
+    repeated = np.repeat(queries, drawn.shape[1])
+    return material.rewards(repeated, drawn.ravel()).reshape(drawn.shape)
+
+
+def _pl_rank(
+    embeddings: Tensor,
+    queries: np.ndarray,
+    rows: Tensor,
+    logits: Tensor,
+    log_z: Tensor,
+    credit: Tensor,
+    material: Material,
+    items: Items,
+    temperature: float,
+) -> Tensor:
+    rewarded, rewards = material.rewarded_of(queries)
+    wanted = torch.from_numpy(rewarded).to(rows.device)
+    same = wanted[:, :, None] == rows[:, None, :]
+    place = torch.where(same.any(dim=2), same.to(torch.int8).argmax(dim=2), rows.shape[1])
+    rewarded_logits = _logits(embeddings, items, wanted.clamp_min(0), temperature)
+    values = torch.from_numpy(rewards).to(embeddings.device)
+    return pl_rank.pl_rank_3(logits, log_z, credit, rewarded_logits, values, place)
