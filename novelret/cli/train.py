@@ -49,7 +49,7 @@ def train(
     loss: Annotated[
         str, typer.Option(help="pg-ret's form: conservative, aggressive, boundary or inclusion.")
     ] = "boundary",
-    reward: Annotated[str, typer.Option(help="eq6, eq7, or your own as module:function.")] = "eq7",
+    reward: Annotated[str, typer.Option(help="eq6, eq7, graded, or your own as module:function.")] = "eq7",
     tune: Annotated[str, typer.Option(help="full query encoder, or a residual adapter behind it.")] = "full",
     init: Annotated[
         str | None, typer.Option(help="MODEL to start from instead of the deployed query encoder.")

@@ -231,7 +231,9 @@ def _label_from_file(
     with pq.ParquetWriter(out, SCHEMA) as writer:
         for start in range(0, len(known), _CHUNK):
             rows = known[start : start + _CHUNK]
-            writer.write_table(_table(index, split, candidates, rows, {"verdict": verdicts[rows].tolist()}))
+            grades = table.lookup_grades(candidates.query_rows[rows], candidates.item_rows[rows])
+            columns = {"verdict": verdicts[rows].tolist(), "grade": grades.tolist()}
+            writer.write_table(_table(index, split, candidates, rows, columns))
     return {
         "verdicts": _count(verdicts[known]),
         "sources": candidates.counts(),

@@ -53,7 +53,7 @@ class Labels:
 def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:
     """Usable verdicts of judgements.parquet by (row in `query_ids`, catalog row).
 
-    Reads a row group at a time: 10 million judgements need their 9 bytes each and one group's strings.
+    Reads a row group at a time: 10 million judgements need their 13 bytes each and one group's strings.
 
     Raises:
         UserError: it names items that the catalog does not hold.
@@ -61,18 +61,26 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
     queries = [np.empty(0, dtype=np.int64)]
     items = [np.empty(0, dtype=np.int64)]
     verdicts = [np.empty(0, dtype=np.int8)]
+    grades = [np.empty(0, dtype=np.float32)]
     wanted = pa.array(query_ids, pa.string())
     file = pq.ParquetFile(path)
-    for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict"]):
+    for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict", "grade"]):
         rows = pc.index_in(batch["query_id"], value_set=wanted)
         kept = rows.is_valid()
         queries.append(rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
         items.append(catalog.rows_of(batch["item_id"].filter(kept)))
         verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
+        grades.append(batch["grade"].filter(kept).to_numpy(zero_copy_only=False))
     item_rows = np.concatenate(items)
     if (item_rows < 0).any():
         raise UserError(f"{path}: names items that the catalog does not hold; label again")
-    return make_table(np.concatenate(queries), item_rows, np.concatenate(verdicts), len(catalog))
+    return make_table(
+        np.concatenate(queries),
+        item_rows,
+        np.concatenate(verdicts),
+        len(catalog),
+        grades=np.concatenate(grades),
+    )
 
 
 def open_labels(folder: Path, index: Index) -> Labels:

@@ -12,19 +12,21 @@ RELEVANT, IRRELEVANT, UNKNOWN = 1, 0, -1
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Verdicts by (query row, catalog row); 9 bytes per judgement.
+    """Verdicts by (query row, catalog row); 9 bytes per judgement, 13 with grades.
 
     Attributes:
         keys: (J,) int64, query row × catalog size + catalog row; ascending, unique.
         verdicts: (J,) int8, RELEVANT or IRRELEVANT.
         catalog_size: number of items N.
         missing: what an absent pair means: UNKNOWN, or IRRELEVANT for complete judgements.
+        grades: (J,) float32 graded relevance, NaN where a judge gave none; None where none ever did.
     """
 
     keys: np.ndarray
     verdicts: np.ndarray
     catalog_size: int
     missing: int = UNKNOWN
+    grades: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -41,14 +43,30 @@ class LabelTable:
 
     def lookup(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Verdicts of pairs, int8, in the broadcast shape of the two; UNKNOWN for item rows of −1."""
+        found, position = self._find(query_rows, item_rows)
+        verdicts = np.full(found.shape, self.missing, dtype=np.int8)
+        verdicts[found] = self.verdicts[position[found]]
+        verdicts[np.broadcast_to(np.asarray(item_rows) < 0, found.shape)] = UNKNOWN
+        return verdicts
+
+    def lookup_grades(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
+        """Grades of pairs, float32: a judge's grade, else 1 or 0 by its verdict; NaN where unknown."""
+        verdicts = self.lookup(query_rows, item_rows)
+        grades = np.where(verdicts == UNKNOWN, np.nan, verdicts).astype(np.float32)
+        if self.grades is not None:
+            found, position = self._find(query_rows, item_rows)
+            given = self.grades[position[found]]
+            grades[found] = np.where(np.isnan(given), grades[found], given)
+        return grades
+
+    def _find(self, query_rows: np.ndarray, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which pairs are in the table, and where."""
         rows = np.asarray(item_rows, dtype=np.int64)
         wanted = np.asarray(query_rows, dtype=np.int64) * self.catalog_size + rows
         if len(self.keys) == 0:
-            found = np.full(wanted.shape, self.missing, dtype=np.int8)
-        else:
-            position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-            found = np.where(self.keys[position] == wanted, self.verdicts[position], self.missing)
-        return np.where(rows < 0, UNKNOWN, found).astype(np.int8)
+            return np.zeros(wanted.shape, dtype=bool), np.zeros(wanted.shape, dtype=np.int64)
+        position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return (self.keys[position] == wanted) & (rows >= 0), position
 
 
 def make_table(
@@ -57,6 +75,7 @@ def make_table(
     verdicts: np.ndarray,
     catalog_size: int,
     missing: int = UNKNOWN,
+    grades: np.ndarray | None = None,
 ) -> LabelTable:
     """Sort judgements into a table; the last one for a pair counts, unusable ones are dropped."""
     usable = verdicts != UNKNOWN
@@ -64,6 +83,9 @@ def make_table(
     kept = verdicts[usable].astype(np.int8)
     order = np.argsort(keys, kind="stable")
     keys, kept = keys[order], kept[order]
+    graded = None if grades is None else grades[usable][order].astype(np.float32)
     last = np.ones(len(keys), dtype=bool)
     last[:-1] = keys[1:] != keys[:-1]
-    return LabelTable(keys[last], kept[last], catalog_size, missing)
+    if graded is not None:
+        graded = None if np.isnan(graded[last]).all() else graded[last]
+    return LabelTable(keys[last], kept[last], catalog_size, missing, graded)

@@ -37,7 +37,7 @@ class TrainConfig:
             (with leave-one-out baseline), "ca-pg-swr", "gumbel-threshold", "pl-rank", "swap".
         loss: how PG-Ret estimates the action's probability: "conservative", "aggressive", "boundary"
             or "inclusion".
-        reward: "eq6", "eq7" or "module:function".
+        reward: "eq6", "eq7", "graded" or "module:function".
         tune: "full" query encoder, or "adapter", a residual linear map behind the frozen one.
         init: MODEL folder to start from instead of the deployed query encoder.
         steps: optimizer steps.
@@ -148,7 +148,8 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         raise UserError(
             f"--depth {config.depth}: must exceed --base-depth {config.base_depth}; novel items lie beyond it"
         )
-    for name in ("base_depth", "depth", "negatives", "hard_negatives", "list_size"):
+    sizes = ["base_depth", "depth", "negatives", "hard_negatives"]
+    for name in [*sizes, "list_size"] if config.objective in LIST_OBJECTIVES else sizes:
         if getattr(config, name) > catalog_size:
             raise UserError(
                 f"{_flag(name)} {getattr(config, name)}: the catalog holds {catalog_size} items; lower it"

@@ -112,6 +112,29 @@ def log_partition(
     return result
 
 
+def check_embeddings(items: Items, *, normalized: bool, what: str, tolerance: float = 1e-2) -> None:
+    """Refuse a matrix with values that are not finite or, where scores are cosines, of a length other than 1.
+
+    Done once before training, not at every step.
+
+    Raises:
+        UserError: names the first bad row.
+    """
+    like = torch.zeros(1)
+    for start, block in item_blocks(items, like):
+        length = block.norm(dim=1)
+        bad = ~torch.isfinite(length)
+        if bool(bad.any()):
+            raise UserError(f"{what}: row {start + int(bad.nonzero()[0])} holds values that are not finite")
+        bad = (length - 1).abs() > tolerance
+        if normalized and bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            raise UserError(
+                f"{what}: row {start + first} has length {float(length[first]):.4f}, not 1, though scores "
+                "are cosines; make the index again"
+            )
+
+
 def top_k(
     queries: Tensor, items: Items, k: int, excluded: Tensor | None = None, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:

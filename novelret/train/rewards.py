@@ -15,18 +15,20 @@ from torch import Tensor
 from novelret.errors import UserError
 from novelret.label.table import RELEVANT, UNKNOWN
 
-RewardFunction = Callable[[Tensor, Tensor], Tensor]
-"""(verdicts, in_base) → rewards, all of one shape: verdicts int8 as in `novelret.label.table`,
-in_base bool (the item is in a deployed model's top L), rewards float32, NaN for no reward."""
+RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(verdicts, grades, in_base) → rewards, all of one shape: verdicts int8 as in `novelret.label.table`;
+grades float32, the judge's own scale (1 and 0 where it only says yes or no), NaN where unknown; in_base bool,
+whether a deployed model's top L holds the item, of several models whether any does; rewards float32, NaN for
+none."""
 
 
-def eq6(verdicts: Tensor, in_base: Tensor) -> Tensor:
+def eq6(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
     """+1 for relevant and novel, −1 otherwise (PG-Ret, Eq. 6)."""
     reward = torch.where((verdicts == RELEVANT) & ~in_base, 1.0, -1.0)
     return reward.masked_fill(verdicts == UNKNOWN, torch.nan)
 
 
-def eq7(verdicts: Tensor, in_base: Tensor) -> Tensor:
+def eq7(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
     """+1 for relevant and novel, −1 for relevant but not novel, 0 for irrelevant (PG-Ret, Eq. 7).
 
     For noisy judges: an item called irrelevant is left alone instead of pushed away.
@@ -35,19 +37,26 @@ def eq7(verdicts: Tensor, in_base: Tensor) -> Tensor:
     return reward.masked_fill(verdicts == UNKNOWN, torch.nan)
 
 
+def graded(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
+    """Eq. 7 with the judge's grade in place of 1: a better novel item weighs more; 0 for irrelevant ones."""
+    reward = torch.where(in_base, -1.0, 1.0) * torch.where(verdicts == RELEVANT, grades, 0.0)
+    return reward.masked_fill(verdicts == UNKNOWN, torch.nan)
+
+
 def load_reward(name: str) -> RewardFunction:
-    """The reward called "eq6" or "eq7", or a user's own as "module:function".
+    """The reward called "eq6", "eq7" or "graded", or a user's own as "module:function".
 
     A user's function is wrapped so that a wrong shape is told at once.
 
     Raises:
         UserError: no such reward, or the module or the function cannot be found.
     """
-    if name in ("eq6", "eq7"):
-        return eq6 if name == "eq6" else eq7
+    named: dict[str, RewardFunction] = {"eq6": eq6, "eq7": eq7, "graded": graded}
+    if name in named:
+        return named[name]
     module_name, separator, function_name = name.partition(":")
     if not separator:
-        raise UserError(f"--reward {name}: expected eq6, eq7 or your own as module:function")
+        raise UserError(f"--reward {name}: expected eq6, eq7, graded or your own as module:function")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ImportError as error:
@@ -55,8 +64,8 @@ def load_reward(name: str) -> RewardFunction:
     except AttributeError:
         raise UserError(f"--reward {name}: {module_name} has no function {function_name}") from None
 
-    def checked(verdicts: Tensor, in_base: Tensor) -> Tensor:
-        reward = function(verdicts, in_base)
+    def checked(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
+        reward = function(verdicts, grades, in_base)
         if not isinstance(reward, Tensor) or reward.shape != verdicts.shape:
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
             raise UserError(

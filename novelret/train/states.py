@@ -205,8 +205,9 @@ def _rewards(
     item_rows: np.ndarray,
     in_base: np.ndarray,
 ) -> np.ndarray:
-    verdicts = labels.lookup(query_rows, item_rows)
-    values: np.ndarray = reward(torch.from_numpy(verdicts), torch.from_numpy(in_base)).numpy()
+    verdicts = torch.from_numpy(labels.lookup(query_rows, item_rows))
+    grades = torch.from_numpy(labels.lookup_grades(query_rows, item_rows))
+    values: np.ndarray = reward(verdicts, grades, torch.from_numpy(in_base)).numpy()
     return values
 
 

@@ -36,7 +36,7 @@ from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
-from novelret.train.policy import Items, entropy
+from novelret.train.policy import Items, check_embeddings, entropy
 from novelret.train.rewards import load_reward
 from novelret.train.sampler import Key, draw_with_replacement
 from novelret.train.states import POLICY, SOURCES, Batch, Material, draw_batch, gather_material
@@ -82,6 +82,7 @@ def train(config: TrainConfig, out: Path, *, force: bool = False, report: Report
     model = load_finetuned(config.init, index, device) if config.init else index.query_encoder(device)
     if config.init:
         inputs["init"] = encode.fingerprint_encoder(model)
+    check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY} | inputs
     lists, _ = base_lists(index, whole, min(config.depth, len(index)), device=device, report=report)
     train_rows, validation_rows = hold_back(whole, config.validation_fraction, config.seed)
@@ -354,8 +355,9 @@ def _rows_of(labels: _Labels, rows: np.ndarray, n_queries: int) -> LabelTable:
     new_row[rows] = np.arange(len(rows))
     queries = new_row[table.query_rows]
     kept = queries >= 0
+    grades = None if table.grades is None else table.grades[kept]
     return make_table(
-        queries[kept], table.item_rows[kept], table.verdicts[kept], table.catalog_size, table.missing
+        queries[kept], table.item_rows[kept], table.verdicts[kept], table.catalog_size, table.missing, grades
     )
 
 

@@ -22,7 +22,7 @@ def file_table(
     missing: str = "unknown",
     report: Reporter | None = None,
 ) -> LabelTable:
-    """The verdicts of a qrels file for some queries; a score above 0 is relevant.
+    """The verdicts of a qrels file for some queries; a score above 0 is relevant, and is the grade.
 
     Args:
         path: qrels, tab-separated or TREC. Lines of other queries are passed over, since one file may
@@ -40,13 +40,13 @@ def file_table(
     row_of = {query_id: row for row, query_id in enumerate(query_ids)}
     queries: list[int] = []
     items: list[str] = []
-    verdicts: list[int] = []
+    grades: list[float] = []
     for _, query_id, item_id, score in read_qrels_file(path):
         row = row_of.get(query_id)
         if row is not None:
             queries.append(row)
             items.append(item_id)
-            verdicts.append(RELEVANT if score > 0 else IRRELEVANT)
+            grades.append(score)
     if not queries:
         raise UserError(
             f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?"
@@ -58,7 +58,8 @@ def file_table(
     return make_table(
         np.array(queries, dtype=np.int64)[known],
         rows[known],
-        np.array(verdicts, dtype=np.int8)[known],
+        np.where(np.array(grades)[known] > 0, RELEVANT, IRRELEVANT),
         len(catalog),
         MISSING[missing],
+        np.array(grades, dtype=np.float32)[known],
     )

@@ -1,0 +1,182 @@
+"""Which states a step trains on, and that a batch's loss does not depend on how it is cut."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from novelret.data.split import make_split
+from novelret.errors import UserError
+from novelret.label.table import make_table
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
+from novelret.train.policy import check_embeddings
+from novelret.train.rewards import load_reward
+from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material, shuffled
+from novelret.train.step import batch_loss
+
+RNG = np.random.default_rng(0)
+Q, N, L, DEPTH = 12, 90, 5, 30
+ITEMS = RNG.normal(size=(N, 8)).astype(np.float32)
+ITEMS /= np.linalg.norm(ITEMS, axis=1, keepdims=True)
+QUERIES = torch.nn.functional.normalize(torch.from_numpy(RNG.normal(size=(Q, 8)).astype(np.float32)), dim=1)
+
+
+@pytest.fixture(scope="module")
+def material():
+    lists = np.argsort(-(QUERIES.numpy() @ ITEMS.T), axis=1)[:, :DEPTH]
+    feedback = np.stack([np.repeat(np.arange(Q), 3), RNG.integers(0, N, 3 * Q)])
+    split = make_split("train", [str(q) for q in range(Q)], ["x"] * Q, *feedback, np.full((Q, 1), -1))
+    judged = np.concatenate([lists[:, :20], RNG.integers(0, N, (Q, 5))], axis=1)
+    labels = make_table(np.repeat(np.arange(Q), 25), judged.ravel(), RNG.integers(-1, 2, Q * 25), N)
+    return gather_material(split, lists, L, labels, load_reward("eq7"))
+
+
+def config(**changes):
+    settings = {
+        "batch_size": 24,
+        "base_depth": L,
+        "depth": DEPTH,
+        "labels": "x",
+        "list_size": 6,
+        "negatives": 3,
+    }
+    return TrainConfig("data", "index", **(settings | changes))
+
+
+def test_shares_of_the_mixture(material):
+    batch = draw_batch(material, config(alpha=0.25, beta=0.5, gamma=0.25), 3)
+    assert [(batch.sources == s).sum() for s in (FEEDBACK, BASE, POLICY)] == [6, 12, 6]
+    assert (batch.items[batch.sources == POLICY] == -1).all()
+    assert (batch.rewards[batch.sources == BASE] == 1).all()
+    assert draw_batch(material, config(objective="supervised"), 0).sources.tolist() == [FEEDBACK] * 24
+
+
+def test_labelled_draws_are_novel_and_relevant_or_as_asked(material):
+    batch = draw_batch(material, config(beta=1.0, gamma=0.0, negative_share=0.25), 0)
+    assert (batch.rewards > 0).sum() == 18
+    assert (batch.rewards < 0).sum() == 6
+    for q, i, r in zip(batch.queries, batch.items, batch.rewards, strict=True):
+        assert (i in material.base_rows[q, :L]) == (r < 0)
+
+
+def test_plain_draws_are_the_ranks_beyond_l_and_may_be_unknown(material):
+    batch = draw_batch(material, config(beta=1.0, gamma=0.0, draw="plain", batch_size=400), 0)
+    ranks = [material.base_rows[q].tolist().index(i) for q, i in zip(batch.queries, batch.items, strict=True)]
+    assert min(ranks) == L
+    assert max(ranks) == DEPTH - 1
+    assert 0.3 < np.isnan(batch.rewards).mean() < 0.8
+
+
+def test_batches_depend_on_seed_and_step_alone(material):
+    first, again = (draw_batch(material, config(), 5) for _ in range(2))
+    assert np.array_equal(first.items, again.items)
+    assert not np.array_equal(first.items, draw_batch(material, config(), 6).items)
+    assert not np.array_equal(first.items, draw_batch(material, config(seed=1), 5).items)
+
+
+def test_every_pair_is_seen_once_an_epoch():
+    seen = np.concatenate([shuffled(10, 4, step, (0,)) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert not np.array_equal(seen[:10], seen[10:])
+
+
+def test_without_a_positive_reward_the_user_is_told(material):
+    empty = make_table(*(np.empty(0, dtype=np.int64) for _ in range(3)), N)
+    nothing = gather_material(material.split, material.base_rows, L, empty, load_reward("eq7"))
+    with pytest.raises(UserError, match="no labelled state has a positive reward"):
+        draw_batch(nothing, config(), 0)
+
+
+def gradient(material, settings, size):
+    """Gradient of a whole batch's loss in the query table, summed over parts of the given size."""
+    batch = draw_batch(material, settings, 2)
+    if settings.objective not in LIST_OBJECTIVES:
+        policy = batch.items < 0
+        items = np.where(policy, 7, batch.items)
+        rewards = np.where(policy, 1, batch.rewards).astype(np.float32)
+        batch = dataclasses.replace(batch, items=items, rewards=rewards)
+    table = QUERIES.double().requires_grad_()  # what V-PG leaves of Z cancels badly in float32
+    for start in range(0, len(batch.queries), size):
+        rows = slice(start, min(start + size, len(batch.queries)))
+        part = batch_loss(
+            table[torch.from_numpy(batch.queries[rows])], rows, batch, material, settings, ITEMS, 2
+        )
+        if part.loss.requires_grad:
+            part.loss.backward()
+    return table.grad
+
+
+OBJECTIVES = [
+    {"objective": "supervised"},
+    {"objective": "supervised-judged"},
+    {"objective": "supervised-judged", "hard_negatives": 3},
+    *(
+        {"objective": "pg-ret", "loss": loss}
+        for loss in ("conservative", "aggressive", "boundary", "inclusion")
+    ),
+    {"objective": "pg-ret", "alpha": 0.25, "beta": 0.25},
+    {"objective": "pg-ret", "reward": "eq6", "draw": "plain", "negative_share": 0.3},
+    *({"objective": name} for name in LIST_OBJECTIVES),
+]
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES, ids=str)
+def test_micro_batches_add_up_to_the_same_gradient(material, changes):
+    settings = config(**changes)
+    whole = gradient(material, settings, 24)
+    assert whole.abs().max() > 0
+    for size in (1, 7):
+        assert torch.allclose(gradient(material, settings, size), whole, atol=1e-6)
+
+
+def test_supervised_loss_is_written_out(material):
+    settings = config(objective="supervised", batch_size=6)
+    batch = draw_batch(material, settings, 0)
+    scores = (
+        QUERIES[torch.from_numpy(batch.queries)] @ torch.from_numpy(ITEMS[batch.items]).T / 0.05
+    ).numpy()
+    liked = {q: set(material.split.feedback_items[material.split.feedback_queries == q]) for q in range(Q)}
+    expected = 0.0
+    for n, q in enumerate(batch.queries):
+        judged = {i for i in range(N) if material.labels.lookup(np.array(q), np.array(i)) == 1}
+        others = [m for m in range(6) if m == n or batch.items[m] not in liked[q] | judged | {batch.items[n]}]
+        expected += np.log(np.exp(scores[n, others]).sum()) - scores[n, n]
+    embeddings = QUERIES[torch.from_numpy(batch.queries)].clone().requires_grad_()
+    found = batch_loss(embeddings, slice(0, 6), batch, material, settings, ITEMS, 0)
+    assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
+
+
+def test_rewarded_items_of_queries(material):
+    rows, rewards = material.rewarded_of(np.array([3, 0]))
+    for place, q in enumerate((3, 0)):
+        found = {(i, r) for i, r in zip(rows[place], rewards[place], strict=True) if i >= 0}
+        expected = {(i, 1.0) for a, i in material.positives if a == q} | {
+            (i, -1.0) for a, i in material.negatives if a == q
+        }
+        assert found == expected
+
+
+def test_bad_settings_each_have_their_line():
+    check_config(config(), N)
+    for changes, message in [
+        ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
+        ({"negatives": 91}, "--negatives 91: the catalog holds 90 items"),
+        ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
+        ({"alpha": 0.3}, "must sum to 1"),
+        ({"depth": L}, "must exceed --base-depth"),
+        ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_config(config(**changes), N)
+
+
+def test_bad_item_embeddings_are_refused():
+    check_embeddings(ITEMS, normalized=True, what="items")
+    bad = ITEMS.copy()
+    bad[17, 2] = np.nan
+    with pytest.raises(UserError, match="items: row 17 holds values that are not finite"):
+        check_embeddings(bad, normalized=False, what="items")
+    with pytest.raises(UserError, match=r"row 0 has length 2\.0000, not 1"):
+        check_embeddings(ITEMS * 2, normalized=True, what="items")
