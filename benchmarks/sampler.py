@@ -9,9 +9,9 @@ process's peak grew by during the draws. Items are a float32 memory map on the C
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -71,34 +71,49 @@ def main() -> None:
         product()  # warm the page cache
         for _ in range(options.rounds):
             for name, act in kinds.items():
-                before, began = peak(options.device), time.perf_counter()
-                act()
-                if options.device != "cpu":
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - began)
-                peaks[name] = max(peaks.get(name, 0.0), peak(options.device) - before)
+                with Peak(options.device) as memory:
+                    began = time.perf_counter()
+                    act()
+                    if options.device != "cpu":
+                        torch.cuda.synchronize()
+                    times[name].append(time.perf_counter() - began)
+                peaks[name] = max(peaks.get(name, 0.0), memory.highest - memory.before)
     floor = statistics.median(times["blocked product"])
-    print(
-        f"{options.items:,} items x {options.dimension}, batch {options.batch}, {options.draws} draws, {options.device}"
-    )
+    size = f"{options.items:,} items x {options.dimension}, batch {options.batch}"
+    print(f"{size}, {options.draws} draws, {options.device}")
     print("| what | median s | of the product | peak grew by MB |\n| --- | --- | --- | --- |")
     for name, taken in times.items():
         median = statistics.median(taken)
         print(f"| {name} | {median:.3f} | {median / floor:.2f} | {peaks[name]:.0f} |")
 
 
-def peak(device: str) -> float:
-    """Peak memory so far, MB; on the CPU without the mapped items, which the page cache owns."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 1e6
-    status = dict(
-        line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-    )
-    anonymous = int(status["RssAnon"].split()[0]) / 1e3
-    return max(
-        anonymous,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - int(status["RssFile"].split()[0]) / 1e3,
-    )
+class Peak:
+    """Highest memory while the block runs, less what was there before, in MB; without the mapped items."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __enter__(self) -> Peak:
+        self.running = True
+        self.before = self.highest = self.now()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        self.thread.join()
+
+    def now(self) -> float:
+        if self.device != "cpu":
+            return torch.cuda.memory_allocated() / 1e6
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1e3
+
+    def watch(self) -> None:
+        while self.running:
+            self.highest = max(self.highest, self.now())
+            time.sleep(0.002)
 
 
 if __name__ == "__main__":

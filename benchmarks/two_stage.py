@@ -29,7 +29,7 @@ from novelret.train.objectives import ca_pg, gumbel_threshold, reinforce, swap
 USERS = ACTIONS = 1_000
 DIMENSION, BATCH, NOISE = 10, 128, 0.7
 METHODS = ("v-pg", "v-pg-swr", "ca-pg", "ca-pg-loo", "ca-pg-swr", "gumbel-threshold", "swap")
-GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+GRID = (1e-2, 1e-1, 3e-1, 1.0, 3.0)
 PUBLISHED = {"v-pg": 1e-1, "ca-pg": 1e-2}
 POINTS = 40
 

@@ -7,6 +7,7 @@ rows that a query's policy never selects, −1 padded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,9 +35,11 @@ def rows_to_tensor(rows: Items, like: Tensor) -> Tensor:
     """Some item rows in the dtype and on the device of `like`."""
     if isinstance(rows, Tensor):
         return rows.to(like.device, like.dtype)
-    # A read-only memory map must be copied before torch may wrap it.
-    array = rows if rows.flags.writeable else np.array(rows)
-    return torch.from_numpy(array).to(like.device, like.dtype)
+    with warnings.catch_warnings():
+        # torch warns of read-only memory maps; nothing here writes to them
+        warnings.simplefilter("ignore", UserWarning)
+        wrapped = torch.from_numpy(rows)
+    return wrapped.to(like.device, like.dtype)
 
 
 def block_logits(
