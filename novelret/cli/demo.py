@@ -35,11 +35,11 @@ def demo(
     """Run index, label, train and eval on the sample data: offline, no API key, a minute or two."""
     from novelret.cli.eval import render
     from novelret.errors import UserError
-    from novelret.evaluate.evaluate import EvalConfig, evaluate
+    from novelret.evaluate.evaluate import EvalConfig, evaluate_models
     from novelret.index import IndexConfig, build_index
-    from novelret.label.label import LabelConfig, label
+    from novelret.label.label import LabelConfig, build_labels
     from novelret.train.config import TrainConfig
-    from novelret.train.trainer import train
+    from novelret.train.trainer import train_model
 
     data = data or Path(__file__).parents[2] / "sample_data"
     if not (data / "deployed_model").is_dir():
@@ -75,7 +75,7 @@ def demo(
         "--out",
         names["labels"],
     )
-    label(
+    build_labels(
         LabelConfig(str(data), str(names["index"]), judge, missing="irrelevant", depth=DEPTH, device="cpu"),
         names["labels"],
         force=True,
@@ -86,7 +86,7 @@ def demo(
         models[objective] = out / objective
         options = ("--objective", objective, "--tune", "adapter", "--depth", DEPTH, "--steps", STEPS)
         say("train", *common, "--labels", names["labels"], *options, "--out", models[objective])
-        train(
+        train_model(
             TrainConfig(
                 str(data),
                 str(names["index"]),
@@ -104,7 +104,7 @@ def demo(
     given = tuple(f"{name}={path}" for name, path in models.items())
     flags = [word for model in given for word in ("--model", model)]
     say("eval", *common, *flags, "--judge", judge, "--missing", "irrelevant", "--out", names["report"])
-    evaluation = evaluate(
+    evaluation = evaluate_models(
         EvalConfig(
             str(data),
             str(names["index"]),

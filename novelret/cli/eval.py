@@ -74,8 +74,7 @@ def evaluate(
 ) -> None:
     """Measure novelty, recall and judged precision of query encoders over the unchanged index."""
     cuts = parse_cuts(k)
-    from novelret.evaluate.evaluate import EvalConfig
-    from novelret.evaluate.evaluate import evaluate as stage
+    from novelret.evaluate.evaluate import EvalConfig, evaluate_models
 
     settings = EvalConfig(
         data=data,
@@ -95,7 +94,7 @@ def evaluate(
         device=device,
         ignore_identical_ids=ignore_identical_ids,
     )
-    evaluation = stage(settings, out, force=force, report=reporter(quiet))
+    evaluation = evaluate_models(settings, out, force=force, report=reporter(quiet))
     result = {
         "k": list(cuts),
         "base_depth": base_depth,

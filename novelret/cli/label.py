@@ -115,7 +115,7 @@ def label(
         return
     if out is None:
         raise UserError("--out is missing: where should the LABELS go?")
-    facts = stage.label(settings, out, force=force, report=reporter(quiet)).facts
+    facts = stage.build_labels(settings, out, force=force, report=reporter(quiet)).facts
     show_result(
         {"labels": str(out), **facts}, as_json=as_json, render=lambda console: _render(console, out, facts)
     )

@@ -102,7 +102,7 @@ def train(
     """Finetune the query encoder; the items stay as they are in the index."""
     arguments = dict(locals())
     from novelret.train.config import TrainConfig
-    from novelret.train.trainer import train as run
+    from novelret.train.trainer import train_model
 
     values: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
@@ -110,7 +110,7 @@ def train(
         if name in TrainConfig.__dataclass_fields__
     }
     settings = TrainConfig(**values)
-    trained = run(settings, out, force=force, report=reporter(quiet))
+    trained = train_model(settings, out, force=force, report=reporter(quiet))
     result = {
         "model": str(out),
         "chosen": None if trained.chosen is None else asdict(trained.chosen),

@@ -9,6 +9,11 @@ from itertools import pairwise
 
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 52
+# Stands in the picture itself, so that a chart also looks right as a file of its own.
+_STYLE = (
+    "svg text{font:13px system-ui,sans-serif}.grid,.leader{stroke:#8884}"
+    ".rule{stroke:#888;stroke-dasharray:5 4}"
+)
 _SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 
 
@@ -43,7 +48,7 @@ def scatter(marks: list[Mark], x_title: str, y_title: str, *, line_at: float | N
         return _HEIGHT - _BOTTOM - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(y_title)} by {escape(x_title)}">'
     ]
     for tick in x_ticks:
@@ -79,7 +84,7 @@ def scatter(marks: list[Mark], x_title: str, y_title: str, *, line_at: float | N
             f'<line class="leader" x1="{x + 7:.1f}" y1="{y:.1f}" x2="{edge + 8}" y2="{height:.1f}"/>'
             f'<text class="name" x="{edge + 12}" y="{height + 4:.1f}">{escape(mark.label[:20])}</text></g>'
         )
-    return "".join(parts) + "</svg>"
+    return "".join(parts) + f"<style>{_STYLE}</style></svg>"
 
 
 def _shape(number: int, x: float, y: float) -> str:

@@ -133,7 +133,7 @@ class Evaluation:
     inputs: dict[str, str]
 
 
-def evaluate(
+def evaluate_models(
     config: EvalConfig, out: Path, *, force: bool = False, report: Reporter | None = None
 ) -> Evaluation:
     """Compare models with the deployed one and write the REPORT artifact.

@@ -107,7 +107,9 @@ class Plan:
     example: list[dict[str, str]]
 
 
-def label(config: LabelConfig, out: Path, *, force: bool = False, report: Reporter | None = None) -> Manifest:
+def build_labels(
+    config: LabelConfig, out: Path, *, force: bool = False, report: Reporter | None = None
+) -> Manifest:
     """Have the candidates judged and write LABELS; answers go to the store as they come.
 
     Raises:
@@ -148,7 +150,7 @@ def judge_candidates(
 
 
 def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
-    """What `label` would ask of an LLM, and what it would cost at most; sends nothing."""
+    """What `build_labels` would ask of an LLM, and what it would cost at most; sends nothing."""
     report = report or Reporter()
     kind, model = split_judge(config.judge)
     if kind != "openai":

@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,12 @@ from novelret.artifacts import (
 )
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
+from novelret.evaluate.chart import Mark, scatter
 from novelret.index import Index, base_lists, base_query_embeddings, embed_queries, load_finetuned, open_index
 from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
+from novelret.train.card import model_card
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.policy import Items, check_embeddings, entropy
 from novelret.train.rewards import load_reward
@@ -63,7 +66,9 @@ class Trained:
     points: list[Point]
 
 
-def train(config: TrainConfig, out: Path, *, force: bool = False, report: Reporter | None = None) -> Trained:
+def train_model(
+    config: TrainConfig, out: Path, *, force: bool = False, report: Reporter | None = None
+) -> Trained:
     """Run a training and write the MODEL artifact; goes on from the last validation when it was killed.
 
     Raises:
@@ -115,6 +120,10 @@ def train(config: TrainConfig, out: Path, *, force: bool = False, report: Report
         }
         fingerprint = encode.fingerprint_encoder(finished)
         write_json(folder / "validation.json", [asdict(point) for point in points])
+        card = model_card(config, index, labels.judge, points, chosen, version("novelret"))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if validation is not None:
+            (folder / "frontier.svg").write_text(_frontier(points, validation, config), encoding="utf-8")
         shutil.rmtree(folder / "resume", ignore_errors=True)
         write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
     return Trained(out, chosen, points)
@@ -331,6 +340,14 @@ def _load_weights(tower: Tower, path: Path) -> None:
     with torch.no_grad():
         for name, parameter in _trained(tower).items():
             parameter.copy_(weights[name])
+
+
+def _frontier(points: list[Point], validation: Validation, config: TrainConfig) -> str:
+    """Every validated checkpoint: relevant novel items against recall, the deployed recall dashed."""
+    marks = [Mark(f"step {point.step}", point.recall, point.relevant_novel) for point in points]
+    length = config.base_depth
+    line_at = mean_recall(validation.base_rows, validation.split)
+    return scatter(marks, f"Recall@{length}", f"RelevantNovel@{length}", line_at=line_at)
 
 
 @dataclass(frozen=True)

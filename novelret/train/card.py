@@ -1,0 +1,99 @@
+"""The model card: README.md in a MODEL folder, for whoever finds it later."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+from novelret.index import Index
+from novelret.train.config import TrainConfig
+from novelret.train.validation import Point
+
+_TEMPLATE = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [novelret, dense-retrieval]
+---
+
+# Query encoder finetuned for novelty
+
+Finetuned by novelret {version} so that its top {depth} holds relevant items that the deployed model does not
+already return. Item embeddings are those of the deployed model, unchanged: this encoder is for queries,
+against the index it was trained with.
+
+    from sentence_transformers import SentenceTransformer
+    query_encoder = SentenceTransformer("this folder")
+    embeddings = query_encoder.encode_query(["a query"]{normalize})
+
+## Results on held-back training queries
+
+{results}
+
+## Data
+
+| | |
+| --- | --- |
+| data | {data}, split {split} |
+| index | {index} ({items:,} items, {dimension} dimensions) |
+| deployed encoder | {encoder} |
+| labels | {labels} |
+
+## Settings that differ from the defaults
+
+{settings}
+"""
+
+
+def model_card(
+    config: TrainConfig,
+    index: Index,
+    judge: str | None,
+    points: list[Point],
+    chosen: Point | None,
+    version: str,
+) -> str:
+    """The card's text, in Markdown."""
+    made = index.manifest.config
+    labels = "none" if config.labels is None else f"{config.labels} (judge: {judge})"
+    return _TEMPLATE.format(
+        version=version,
+        depth=config.base_depth,
+        normalize=", normalize_embeddings=True" if index.normalized else "",
+        results=_results(config, points, chosen),
+        data=config.data,
+        split=config.split,
+        index=config.index,
+        items=len(index),
+        dimension=index.dimension,
+        encoder=made["query_model"] or made["model"],
+        labels=labels,
+        settings=_settings(config),
+    )
+
+
+def _results(config: TrainConfig, points: list[Point], chosen: Point | None) -> str:
+    if chosen is None:
+        return (
+            "No queries were held back (`--validation-fraction 0`): the weights are those of the last step."
+        )
+    length = config.base_depth
+    lines = [
+        f"| step | Novelty@{length} | RelevantNovel@{length} | Recall@{length} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for point in points:
+        mark = " (kept)" if point.step == chosen.step else ""
+        lines.append(
+            f"| {point.step}{mark} | {point.novelty:.2f} | {point.relevant_novel:.3f} | {point.recall:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def _settings(config: TrainConfig) -> str:
+    values = asdict(config)
+    skipped = ("data", "index", "labels", "split")
+    changed = [
+        f"* `{field.name}`: {values[field.name]}"
+        for field in fields(config)
+        if field.name not in skipped and values[field.name] != field.default
+    ]
+    return "\n".join(changed) or "None."
