@@ -185,12 +185,13 @@ def cell_log_masses(
         raise UserError(f"sampling temperature {temperature}: must be above 0")
     first = 0 if shard is None else shard.first
     block = -(-block // CELL) * CELL  # whole cells
-    parts = []
+    # Made in one piece: small results kept between the large blocks would pin those in the heap.
+    masses = torch.empty((len(queries), -(-len(items) // CELL)), dtype=torch.float64, device=queries.device)
     with torch.no_grad():
         for start, part in item_blocks(items, queries, block):
             logits = block_logits(queries, part, first + start, temperature, excluded)
-            parts += [torch.logsumexp(cell, dim=1) for cell in logits.split(CELL, dim=1)]
-    masses = torch.stack(parts, dim=1).double()
+            for cell, of_cell in enumerate(logits.split(CELL, dim=1), start // CELL):
+                masses[:, cell] = torch.logsumexp(of_cell, dim=1)
     if shard is not None:
         masses = _gather_columns(masses, shard)
     empty = torch.isneginf(masses).all(dim=1)
