@@ -199,3 +199,37 @@ def test_memory_of_questions_is_bounded(monkeypatch, arguments, tmp_path, capsys
         code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120)
         assert set(server.billed.values()) == {1}
+
+
+def test_eval_asks_for_what_no_one_has_judged_yet(
+    arguments, world, index_folder, tmp_path, capsys, monkeypatch
+):
+    store = arguments[-1]
+    with LoopbackJudge() as server:
+        ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        model = [
+            "train", "--data", world, "--index", index_folder, "--labels", tmp_path / "labels", "--tune", "adapter",
+            "--base-depth", 3, "--depth", 9, "--steps", 10, "--learning-rate", 0.05, "--max-recall-drop", 1,
+            "--out", tmp_path / "model",
+        ]  # fmt: skip
+        code, _, err = ask(capsys, server, monkeypatch, list(map(str, model)))
+        assert code == 0, err
+        before = len(server.seen)
+        evaluation = [
+            "eval", "--data", str(world), "--index", str(index_folder), "--model", f"new={tmp_path / 'model'}",
+            "--judge", "openai:tiny", "--prompt", "query-keyword", "--store", store, "--base-depth", "3",
+            "--k", "2,5", "--out",
+        ]  # fmt: skip
+        code, found, err = ask(capsys, server, monkeypatch, [*evaluation, str(tmp_path / "report")])
+        assert code == 0, err
+        assert found["models"]["new"]["Judged@5"] == 1
+        assert 0 < found["models"]["base"]["Precision@5"] < 1
+        assert len(server.seen) > before
+        assert "new was trained on labels of openai:tiny, which now judges it" in err
+        rows = rows_of(tmp_path / "report")
+        assert len({(row["query_id"], row["item_id"]) for row in rows}) == len(rows)
+        assert all(row["verdict"] == expected_verdict(row, world) for row in rows)
+        before = len(server.seen)
+        code, again, _ = ask(capsys, server, monkeypatch, [*evaluation, str(tmp_path / "again")])
+        assert (code, again["models"], len(server.seen)) == (0, found["models"], before)
+        assert set(server.billed.values()) == {1}
