@@ -11,6 +11,7 @@ cache/            embeddings and top lists of queries met before; may be deleted
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -220,6 +221,9 @@ def _encode_catalog(
     if done == 0:
         shape = (len(catalog), model.get_embedding_dimension())
         matrix = np.lib.format.open_memmap(path, "w+", np.dtype(config.dtype), shape)
+        # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     else:
         matrix = np.lib.format.open_memmap(path, "r+")
     if 0 < done < len(catalog):

@@ -64,18 +64,23 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(
-                f"{error.filename or 'the disk'}: no space left on the device; free some and run again", 2
-            )
-        raise
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        where = getattr(error, "filename", None) or "the output"
+        return _fail(f"{where}: no space left on the device; free some and run again", 2)
     return 0
 
 
 def run() -> None:
     """Entry point of the `novelret` script."""
     sys.exit(main())
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space; safetensors and SQLite say so in words alone."""
+    words = ("No space left on device", "database or disk is full")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words)
 
 
 def _fail(message: str, code: int) -> int:

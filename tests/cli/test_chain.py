@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sqlite3
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from novelret.cli import main
@@ -294,13 +297,19 @@ def test_an_existing_output_is_kept_without_force(chain, world, encoder, capsys,
     assert "was not made by novelret" in fails(capsys, *arguments, "--out", tmp_path / "mine", "--force")
 
 
-def test_a_full_disk_is_one_line(chain, world, capsys, tmp_path, monkeypatch):
-    import errno
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device", "report"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    sqlite3.OperationalError("database or disk is full"),
+]
 
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_one_line(chain, world, capsys, tmp_path, monkeypatch, error):
     from novelret.evaluate import evaluate
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "report"))
+        raise error
 
     monkeypatch.setattr(evaluate, "_write", full)
     message = fails(
