@@ -1,4 +1,4 @@
-"""A tiny world for the tests: forty items, a random two-layer encoder, and the real data set where it is."""
+"""A tiny world for the tests: forty items and a random two-layer encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 COLOURS = ("red", "blue", "green", "grey", "black")
 THINGS = ("sofa", "couch", "lamp", "chair", "table", "desk", "shelf", "rug")
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "debian-packages"
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
@@ -109,11 +108,3 @@ def index_folder(world: Path, encoder: Path, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("index") / "index"
     build_index(IndexConfig(str(world), str(encoder), device="cpu"), out)
     return out
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The debian-packages data set; tests that need it are skipped where it is absent."""
-    if not REAL_DATA.is_dir():
-        pytest.skip("the debian-packages data set is not here")
-    return REAL_DATA
