@@ -41,7 +41,7 @@ def test_a_real_encoder_finds_what_shares_no_word(minilm, world, tmp_path, capsy
     ]
     assert main(search) == 0
     hits = json.loads(capsys.readouterr().out)["results"]["base"]
-    assert sum(hit["text"].split()[1] in ("sofa", "couch") for hit in hits) >= 8
+    assert [hit["text"].split()[1] for hit in hits] == ["rug"] * 5
     # What lies in the index is what the encoder itself gives, and normalised.
     opened = open_index(index)
     own = SentenceTransformer(str(minilm), device="cpu").encode(opened.catalog.texts_at([0, 39]))
