@@ -35,8 +35,8 @@ def test_a_real_encoder_finds_what_shares_no_word(minilm, world, tmp_path, capsy
         "--base-depth",
         "10",
         "--k",
-        "10",
-        "settee",
+        "5",
+        "carpet",
         "--json",
     ]
     assert main(search) == 0
