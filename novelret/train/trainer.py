@@ -415,6 +415,12 @@ def _say_choice(chosen: Point, base_recall: float, config: TrainConfig, report: 
             f"no checkpoint keeps recall within {config.max_recall_drop:.1%} of the deployed "
             f"{base_recall:.4f}; step {chosen.step} loses least"
         )
+    elif chosen.step == 0:
+        report.warn(
+            f"every later checkpoint loses more than {config.max_recall_drop:.1%} of the deployed recall "
+            f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
+            "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
+        )
     report.note(
         f"chosen: step {chosen.step} of {config.steps}, on the held-back queries: novelty "
         f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}, recall {chosen.recall:.4f} "

@@ -159,6 +159,15 @@ def test_same_seed_same_weights_other_seed_others(chain, world, capsys, tmp_path
     assert train("a", 1) == train("b", 1) != train("c", 2)
 
 
+def test_a_run_that_gains_nothing_says_so(chain, world, capsys, tmp_path):
+    code, _, err = run(
+        capsys, "train", "--data", world, "--index", chain / "index", "--labels", chain / "labels", *TRAIN,
+        "--learning-rate", 1e-12, "--out", tmp_path / "model", "--quiet",
+    )  # fmt: skip
+    assert code == 0
+    assert "the saved encoder is the one it started from" in " ".join(err.split())
+
+
 def test_search_marks_novel_items(chain, world, capsys):
     found = result(
         capsys, "search", "--data", world, "--index", chain / "index", "--model", f"new={chain / 'pg-ret'}",
