@@ -17,10 +17,8 @@ from torch import Tensor
 
 from novelret.errors import UserError
 
-CELL = 1_024
-"""Items that are drawn among together. Blocks are whole cells, so draws do not depend on the block size."""
-
-BLOCK = 16 * CELL
+BLOCK = 16_384
+"""Items at a time."""
 
 Items = np.ndarray | Tensor
 
@@ -43,10 +41,15 @@ def rows_to_tensor(rows: Items, like: Tensor) -> Tensor:
 
 
 def block_logits(
-    queries: Tensor, block: Tensor, start: int, temperature: float, excluded: Tensor | None
+    queries: Tensor,
+    block: Tensor,
+    start: int,
+    temperature: float,
+    excluded: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(B, n) logits s/τ of one block, −inf where an item is excluded."""
-    logits = (queries / temperature) @ block.T
+    """(B, n) logits s/τ of one block, −inf where an item is excluded; written to `out` where it is given."""
+    logits = torch.mm(queries / temperature, block.T, out=out)
     if excluded is not None:
         inside = (excluded >= start) & (excluded < start + len(block))
         query, column = inside.nonzero(as_tuple=True)
@@ -72,7 +75,7 @@ def moments(
     Raises:
         UserError: every item is left out for some query, or τ is not positive.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     highest = queries.new_full((len(queries),), -torch.inf)
     total = queries.new_zeros(len(queries))
     mean = torch.zeros_like(queries)
@@ -166,6 +169,7 @@ def entropy(queries: Tensor, items: Items, temperature: float, excluded: Tensor 
     return log_z - (queries * mean).sum(dim=1) / temperature
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not above 0."""
     if not temperature > 0:
         raise UserError(f"temperature {temperature}: must be above 0")

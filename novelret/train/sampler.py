@@ -1,11 +1,14 @@
-"""Exact draws from the policy over the whole catalog, in memory that does not grow with it.
+"""Exact draws from the policy over the whole catalog, in one pass and in memory that does not grow with it.
 
-One pass gives each cell of items its log-mass; only the cells that can matter are looked at again. Both
-kinds of draw start from there, and both are functions of (seed, step, the query's place in the batch): the
-block size, the other queries and the number of processes change nothing.
+The pass turns each block of items into weights exp(s/τ) and sums these over small parts of 64 items. Draws
+with replacement then race cells of parts against each other by Gumbel noise on their log-masses, and choose
+the item only in cells that take the lead. Draws without replacement need the largest perturbed scores; that
+of a part is Gumbel around the part's log-mass, so the parts' maxima are drawn first and items get noise of
+their own only in parts that can still hold one of the n largest (Kool et al., 2019; Maddison et al., 2014).
 
-Sharded over processes, each holds a range of whole cells (`Shard`); masses and the few drawn items are
-gathered, items and scores never are.
+All noise is a function of (seed, step, the query's place in the batch, the cell, part or item): the block
+size, the other queries and the number of processes change nothing. Sharded over processes, each holds a range
+of whole cells (`Shard`); per query n candidates are gathered, items and scores never are.
 """
 
 from __future__ import annotations
@@ -16,12 +19,25 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from novelret.errors import UserError
 from novelret.train.noise import gumbel, uniform
-from novelret.train.policy import BLOCK, CELL, Items, block_logits, item_blocks, rows_to_tensor
+from novelret.train.policy import BLOCK, Items, block_logits, check_temperature, rows_to_tensor
 
-_CELLS, _ITEMS, _MAXIMA, _NOISE = range(4)  # streams of random numbers
+CELL = 4_096
+"""Items that race together for draws with replacement. Blocks and shards are whole cells."""
+
+PART = 64
+"""Items whose weights are summed together; cells are whole parts."""
+
+_CELLS, _ITEMS, _MAXIMA, _NOISE, _PARTS = range(5)  # streams of random numbers
+
+_MOST_NOISE = 38.0
+"""Bound on Gumbel noise: 53-bit uniform numbers cannot lie closer to 1 than what gives 37.4."""
+
+_TINY = 1e-30
+"""Masses below, relative to the shift, have lost digits to underflow."""
 
 
 @dataclass(frozen=True)
@@ -95,25 +111,39 @@ def draw_with_replacement(
         block: items per block of the pass.
 
     Raises:
-        UserError: τ is not positive or every item is left out for a query.
+        UserError: τ is not positive, every item is left out for a query, or scores are not finite.
     """
-    masses = cell_log_masses(queries, items, temperature, excluded, shard=shard, block=block)
-    log_z = torch.logsumexp(masses, dim=1)
-    places, draws = key.places[:, None], torch.arange(n, device=queries.device)[None]
-    cells = _inverse(torch.softmax(masses, dim=1), uniform(key.seed, _CELLS, key.step, places, draws))
-    numbers = uniform(key.seed, _ITEMS, key.step, places, draws)
-    rows = torch.full_like(cells, -1)
-    logits = torch.full(cells.shape, -torch.inf, dtype=torch.float64, device=queries.device)
-    for start, of_cell, query, place in _opened(cells, items, queries, temperature, excluded, shard):
-        inside = _inverse(torch.softmax(of_cell, dim=1), numbers[query, place][:, None])
-        rows[query, place] = start + inside[:, 0]
-        logits[query, place] = of_cell.gather(1, inside)[:, 0]
+    best = _Best.empty(queries, n)
+    log_z = best.values.new_full((len(queries),), -torch.inf)
+    places = key.places[:, None]
+    draws = torch.arange(n, device=queries.device)[None]
+    of_part = uniform(key.seed, _PARTS, key.step, places, draws)
+    of_item = uniform(key.seed, _ITEMS, key.step, places, draws)
+    for part in _scan(queries, items, temperature, excluded, shard, block):
+        masses = _whole_cells(part.masses).double()
+        cells = torch.log(masses.sum(dim=2)) + part.shift
+        log_z = torch.logaddexp(log_z, torch.logsumexp(cells, dim=1))
+        numbers = part.first // CELL + torch.arange(cells.shape[1], device=queries.device)
+        # One number per (draw, cell); catalogs stay below 2^40 cells.
+        noise = _noise(key, _CELLS, places[:, :, None], (draws[:, :, None] << 40) + numbers)
+        leader = torch.max(cells[:, None, :] + noise, dim=2)
+        query, place = (leader.values > best.values).nonzero(as_tuple=True)
+        if len(query) == 0:
+            continue
+        cell = leader.indices[query, place]
+        inside = cell * (CELL // PART) + _inverse(masses[query, cell], of_part[query, place])
+        item = _inverse(part.weights[query, inside].double(), of_item[query, place])
+        best.values[query, place] = leader.values[query, place]
+        best.rows[query, place] = part.first + inside * PART + item
+        best.logits[query, place] = part.logits[query, inside, item].double() + part.shift[query, 0]
     if shard is not None:
-        # Each draw was made by exactly one process; the others hold −1 and −inf.
-        dist.all_reduce(rows, dist.ReduceOp.MAX, shard.group)
-        dist.all_reduce(logits, dist.ReduceOp.MAX, shard.group)
-    log_probability = (logits - log_z[:, None]).to(queries.dtype)
-    return Draw(rows, log_probability, log_z.to(queries.dtype))
+        log_z = torch.logsumexp(_gathered(log_z[None], shard), dim=0)
+        everyone = _Best(*(_gathered(x[None], shard) for x in (best.values, best.rows, best.logits)))
+        winner = everyone.values.argmax(dim=0, keepdim=True)
+        best = _Best(*(x.gather(0, winner)[0] for x in (everyone.values, everyone.rows, everyone.logits)))
+    _check_log_partition(log_z)
+    log_probability = (best.logits - log_z[:, None]).to(queries.dtype)
+    return Draw(best.rows, log_probability, log_z.to(queries.dtype))
 
 
 def draw_without_replacement(
@@ -129,75 +159,46 @@ def draw_without_replacement(
 ) -> Draw:
     """The n items with the largest s/τ + Gumbel noise: an ordered Plackett-Luce draw (Gumbel-top-n).
 
-    Noise on every item would cost more than the scores. Instead the largest perturbed score of each cell is
-    drawn from its log-mass, as that is Gumbel around it; only the n cells with the largest maxima can hold
-    one of the top n items, and their items' noise is drawn given the cell's maximum (Kool et al., 2019).
-
     Arguments and errors as for `draw_with_replacement`; also an error where a query has fewer than n items.
     """
-    masses = cell_log_masses(queries, items, temperature, excluded, shard=shard, block=block)
-    log_z = torch.logsumexp(masses, dim=1)
-    n_cells = masses.shape[1]
-    places = key.places[:, None]
-    numbers = torch.arange(n_cells, device=queries.device)[None]
-    maxima = masses + gumbel(key.seed, _MAXIMA, key.step, places, numbers)
-    opened = torch.topk(maxima, min(n, n_cells), dim=1)
-    best = torch.full((len(queries), n), -torch.inf, dtype=torch.float64, device=queries.device)
-    best_rows = torch.full((len(queries), n), -1, dtype=torch.int64, device=queries.device)
-    best_logits = best.clone()
-    for start, logits, query, place in _opened(opened.indices, items, queries, temperature, excluded, shard):
-        rows = torch.arange(start, start + logits.shape[1], device=queries.device)[None]
-        free = logits + gumbel(key.seed, _NOISE, key.step, key.places[query][:, None], rows)
-        perturbed = _condition(free, opened.values[query, place][:, None])
-        values = torch.cat([best[query], perturbed], dim=1)
-        top = torch.topk(values, n, dim=1)
-        best[query] = top.values
-        best_rows[query] = torch.cat([best_rows[query], rows.expand(len(query), -1)], 1).gather(
-            1, top.indices
+    best = _Best.empty(queries, n)
+    log_z = best.values.new_full((len(queries),), -torch.inf)
+    within = torch.arange(PART, device=queries.device)
+    for part in _scan(queries, items, temperature, excluded, shard, block):
+        masses = part.masses.double()
+        log_z = torch.logaddexp(log_z, torch.log(masses.sum(dim=1)) + part.shift[:, 0])
+        numbers = part.first // PART + torch.arange(masses.shape[1], device=queries.device)
+        noise = _noise(key, _MAXIMA, key.places[:, None], numbers)
+        maxima = torch.log(masses.masked_fill(masses < _TINY, 0.0)) + part.shift + noise
+        # Each part's maximum is some item's, so n items reach the n-th of them.
+        least = best.values[:, -1:]
+        if masses.shape[1] >= n and bool(torch.isneginf(least).any()):
+            least = torch.maximum(least, torch.topk(maxima, n, dim=1).values[:, -1:])
+        _restore_tiny(maxima, masses, noise, part, least)
+        query, opened = ((maxima >= least) & ~torch.isneginf(maxima)).nonzero(as_tuple=True)
+        if len(query) == 0:
+            continue
+        logits = part.logits[query, opened].double() + part.shift[query]
+        rows = part.first + opened[:, None] * PART + within[: logits.shape[1]]
+        free = logits + _noise(key, _NOISE, key.places[query][:, None], rows)
+        perturbed = _condition(free, maxima[query, opened][:, None])
+        found, column = ((perturbed >= least[query]) & ~torch.isneginf(perturbed)).nonzero(as_tuple=True)
+        best = best.merged(
+            query[found], _Best(perturbed[found, column], rows[found, column], logits[found, column])
         )
-        best_logits[query] = torch.cat([best_logits[query], logits], dim=1).gather(1, top.indices)
     if shard is not None:
-        best, best_rows, best_logits = _merge(best, best_rows, best_logits, n, shard)
-    short = torch.isneginf(best[:, -1])
+        log_z = torch.logsumexp(_gathered(log_z[None], shard), dim=0)
+        everyone = (_gathered(x.T, shard).T for x in (best.values, best.rows, best.logits))
+        best = _Best(*everyone).largest(n)
+    _check_log_partition(log_z)
+    short = torch.isneginf(best.values[:, -1])
     if bool(short.any()):
         raise UserError(
             f"query {int(short.nonzero()[0])} of the batch: fewer than {n} items are left to draw"
         )
     dtype = queries.dtype
-    return Draw(best_rows, (best_logits - log_z[:, None]).to(dtype), log_z.to(dtype), best.to(dtype))
-
-
-def cell_log_masses(
-    queries: Tensor,
-    items: Items,
-    temperature: float,
-    excluded: Tensor | None = None,
-    *,
-    shard: Shard | None = None,
-    block: int = BLOCK,
-) -> Tensor:
-    """(B, cells of the whole catalog) log Σ exp(s/τ) of each cell, float64.
-
-    Raises:
-        UserError: τ is not positive or every item is left out for a query.
-    """
-    if not temperature > 0:
-        raise UserError(f"sampling temperature {temperature}: must be above 0")
-    first = 0 if shard is None else shard.first
-    block = -(-block // CELL) * CELL  # whole cells
-    # Made in one piece: small results kept between the large blocks would pin those in the heap.
-    masses = torch.empty((len(queries), -(-len(items) // CELL)), dtype=torch.float64, device=queries.device)
-    with torch.no_grad():
-        for start, part in item_blocks(items, queries, block):
-            logits = block_logits(queries, part, first + start, temperature, excluded)
-            for cell, of_cell in enumerate(logits.split(CELL, dim=1), start // CELL):
-                masses[:, cell] = torch.logsumexp(of_cell, dim=1)
-    if shard is not None:
-        masses = _gather_columns(masses, shard)
-    empty = torch.isneginf(masses).all(dim=1)
-    if bool(empty.any()):
-        raise UserError(f"query {int(empty.nonzero()[0])} of the batch: every item is left out")
-    return masses
+    log_probability = (best.logits - log_z[:, None]).to(dtype)
+    return Draw(best.rows, log_probability, log_z.to(dtype), best.values.to(dtype))
 
 
 def draw_from_top(
@@ -221,13 +222,17 @@ def draw_from_top(
     Returns:
         The draw, with probabilities within the support, and (B,) the share of the whole policy's mass that
         the support covers; NaN where `log_partition` is not given.
+
+    Raises:
+        UserError: τ is not positive, a query has no item, or scores are not finite.
     """
+    check_temperature(temperature)
     logits = (top_scores.double() / temperature).masked_fill(top_rows < 0, -torch.inf)
     log_z = torch.logsumexp(logits, dim=1)
+    _check_log_partition(log_z)
     draws = torch.arange(n, device=top_rows.device)[None]
-    chosen = _inverse(
-        torch.softmax(logits, dim=1), uniform(key.seed, _CELLS, key.step, key.places[:, None], draws)
-    )
+    numbers = uniform(key.seed, _ITEMS, key.step, key.places[:, None], draws)
+    chosen = _inverse(torch.softmax(logits, dim=1), numbers)
     log_probability = (logits.gather(1, chosen) - log_z[:, None]).to(top_scores.dtype)
     draw = Draw(top_rows.gather(1, chosen), log_probability, log_z.to(top_scores.dtype))
     if log_partition is None:
@@ -235,24 +240,128 @@ def draw_from_top(
     return draw, torch.exp(log_z - log_partition.double()).clamp(max=1.0)
 
 
-def _opened(
-    cells: Tensor,
-    items: Items,
+@dataclass(frozen=True)
+class _Best:
+    """Candidates held so far: perturbed scores, catalog rows and logits, all of one shape."""
+
+    values: Tensor
+    rows: Tensor
+    logits: Tensor
+
+    @staticmethod
+    def empty(queries: Tensor, n: int) -> _Best:
+        values = torch.full((len(queries), n), -torch.inf, dtype=torch.float64, device=queries.device)
+        return _Best(values, torch.full_like(values, -1, dtype=torch.int64), values.clone())
+
+    def largest(self, n: int) -> _Best:
+        top = torch.topk(self.values, n, dim=1)
+        return _Best(top.values, self.rows.gather(1, top.indices), self.logits.gather(1, top.indices))
+
+    def merged(self, query: Tensor, found: _Best) -> _Best:
+        """The n largest of these and of flat candidates, `query` telling whose each is, in rising order."""
+        counts = torch.bincount(query, minlength=len(self.values))
+        first = counts.cumsum(0) - counts
+        column = torch.arange(len(query), device=query.device) - first[query]
+        width = int(counts.max())
+        n = self.values.shape[1]
+        wide = _Best(
+            *(
+                pad(x, (0, width), value=-torch.inf if x.is_floating_point() else -1)
+                for x in (self.values, self.rows, self.logits)
+            )
+        )
+        for whole, flat in (
+            (wide.values, found.values),
+            (wide.rows, found.rows),
+            (wide.logits, found.logits),
+        ):
+            whole[query, n + column] = flat
+        return wide.largest(n)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some items of the pass, in parts; buffers are used again for the next.
+
+    Attributes:
+        first: catalog row of the first item.
+        shift: (B, 1) float64, what was taken from the logits so that weights neither overflow nor vanish.
+        logits: (B, parts, PART) s/τ less the shift; −inf for excluded items and padding.
+        weights: (B, parts, PART) their exponentials.
+        masses: (B, parts) sums of weights.
+    """
+
+    first: int
+    shift: Tensor
+    logits: Tensor
+    weights: Tensor
+    masses: Tensor
+
+
+@torch.no_grad()
+def _scan(
     queries: Tensor,
+    items: Items,
     temperature: float,
     excluded: Tensor | None,
     shard: Shard | None,
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """For each distinct cell held here: (first row, float64 logits, query and column that asked for it)."""
+    block: int,
+) -> Iterator[_Block]:
+    """Stream over the items held here."""
+    check_temperature(temperature)
     first = 0 if shard is None else shard.first
-    for cell in cells.unique().tolist():
-        start = cell * CELL
-        if not 0 <= start - first < len(items):
-            continue
-        query, place = (cells == cell).nonzero(as_tuple=True)
-        part = rows_to_tensor(items[start - first : start - first + CELL], queries)
-        left_out = None if excluded is None else excluded[query]
-        yield start, block_logits(queries[query], part, start, temperature, left_out).double(), query, place
+    if first % CELL:
+        raise ValueError(f"a shard begins at row {first}, which is no multiple of {CELL}")
+    if queries.dtype in (torch.float16, torch.bfloat16):
+        queries = queries.float()
+    width = max(1, min(PART, len(items)))  # a catalog below one part is not padded to it
+    block = min(-(-block // CELL) * CELL, max(1, -(-len(items) // width) * width))
+    logits, weights = (queries.new_empty(len(queries) * block) for _ in range(2))
+    shift = torch.zeros((len(queries), 1), dtype=torch.float64, device=queries.device)
+    seen = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    for start in range(0, len(items), block):
+        part = rows_to_tensor(items[start : start + block], queries)
+        padded = -(-len(part) // width) * width
+        shape = (len(queries), padded)
+        of_block = logits[: len(queries) * padded].view(shape)
+        block_logits(queries, part, first + start, temperature, excluded, out=of_block[:, : len(part)])
+        of_block[:, len(part) :] = -torch.inf
+        if bool(shift.any()):
+            of_block -= shift
+        exponentials = weights[: len(queries) * padded].view(len(queries), -1, width)
+        in_parts = of_block.view_as(exponentials)
+        masses = torch.exp(in_parts, out=exponentials).sum(dim=2)
+        largest = masses.amax(dim=1)
+        # What a query's weights are measured against is set where it first matters, and raised if need be.
+        off = (largest > 1e30) | (~seen & (largest < 1e-9))
+        if bool(off.any()):
+            highest = of_block.amax(dim=1, keepdim=True)
+            change = torch.where(off[:, None] & torch.isfinite(highest), highest, 0.0)
+            of_block -= change
+            shift += change
+            masses = torch.exp(in_parts, out=exponentials).sum(dim=2)
+        seen |= masses.amax(dim=1) > 0
+        yield _Block(first + start, shift, in_parts, exponentials, masses)
+
+
+def _restore_tiny(maxima: Tensor, masses: Tensor, noise: Tensor, part: _Block, least: Tensor) -> None:
+    """Draw, from the logits themselves, the maxima of parts whose mass underflowed but which could matter."""
+    reach = part.shift + torch.log(torch.tensor(_TINY, dtype=torch.float64)) + _MOST_NOISE
+    query, tiny = ((masses < _TINY) & (least < reach)).nonzero(as_tuple=True)
+    if len(query):
+        exact = torch.logsumexp(part.logits[query, tiny].double(), dim=1) + part.shift[query, 0]
+        maxima[query, tiny] = exact + noise[query, tiny]
+
+
+def _whole_cells(masses: Tensor) -> Tensor:
+    """(B, cells, parts of a cell) masses, the last cell padded with empty parts."""
+    size = CELL // PART
+    return pad(masses, (0, -masses.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _noise(key: Key, stream: int, places: Tensor, numbers: Tensor) -> Tensor:
+    """Gumbel noise, bounded by `_MOST_NOISE` also where a uniform number was rounded to 1."""
+    return gumbel(key.seed, stream, key.step, places, numbers).clamp(max=_MOST_NOISE)
 
 
 def _condition(free: Tensor, maximum: Tensor) -> Tensor:
@@ -265,34 +374,26 @@ def _condition(free: Tensor, maximum: Tensor) -> Tensor:
     return shifted.masked_fill(torch.isneginf(free), -torch.inf)
 
 
-def _inverse(probability: Tensor, numbers: Tensor) -> Tensor:
-    """Where uniform numbers fall in the cumulated probabilities, (B, n) columns; never on a 0."""
-    cumulated = torch.cumsum(probability, dim=1)
-    # The last sum may fall short of 1 by rounding; scaling keeps every number inside.
-    positions = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True)
-    last = probability.shape[1] - 1 - torch.argmax((probability > 0).flip(1).to(torch.int8), dim=1)
-    return torch.minimum(positions, last[:, None])
+def _inverse(masses: Tensor, numbers: Tensor) -> Tensor:
+    """Columns of (R, m) masses in which uniform numbers, (R,) or (R, n), fall; never one of mass 0."""
+    cumulated = torch.cumsum(masses, dim=1)
+    wanted = numbers.reshape(len(masses), -1) * cumulated[:, -1:]
+    positions = torch.searchsorted(cumulated, wanted, right=True)
+    # Rounding may put a number on the last sum itself, beyond the last column that has mass.
+    last = masses.shape[1] - 1 - torch.argmax((masses > 0).flip(1).to(torch.int8), dim=1)
+    return torch.minimum(positions, last[:, None]).view_as(numbers)
 
 
-def _gather_columns(local: Tensor, shard: Shard) -> Tensor:
-    """Columns of all processes side by side, in catalog order."""
-    size = dist.get_world_size(shard.group)
-    widths = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(size)]
-    dist.all_gather(widths, torch.tensor([local.shape[1]], device=local.device), shard.group)
-    widest = int(max(widths))
-    padded = local.new_full((len(local), widest), -torch.inf)
-    padded[:, : local.shape[1]] = local
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded, shard.group)
-    return torch.cat([part[:, : int(width)] for part, width in zip(parts, widths, strict=True)], dim=1)
+def _gathered(local: Tensor, shard: Shard) -> Tensor:
+    """All processes' tensors, one after the other along the first dimension."""
+    parts = [torch.empty_like(local).contiguous() for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, local.contiguous(), shard.group)
+    return torch.cat(parts)
 
 
-def _merge(best: Tensor, rows: Tensor, logits: Tensor, n: int, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-    """The n largest perturbed scores of all processes' own n largest."""
-    gathered = []
-    for local in (best, rows, logits):
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(shard.group))]
-        dist.all_gather(parts, local.contiguous(), shard.group)
-        gathered.append(torch.cat(parts, dim=1))
-    top = torch.topk(gathered[0], n, dim=1)
-    return top.values, gathered[1].gather(1, top.indices), gathered[2].gather(1, top.indices)
+def _check_log_partition(log_z: Tensor) -> None:
+    bad = ~torch.isfinite(log_z)
+    if bool(bad.any()):
+        query = int(bad.nonzero()[0])
+        what = "every item is left out" if bool(torch.isneginf(log_z[query])) else "scores are not finite"
+        raise UserError(f"query {query} of the batch: {what}")

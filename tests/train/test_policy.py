@@ -88,14 +88,17 @@ def check_counts(seen, expected):
     assert stats.chisquare(counts, np.array(means) * sum(counts) / sum(means)).pvalue > 1e-4
 
 
-@pytest.fixture(params=[4, 7, 1024])
-def cell(request, monkeypatch):
-    for module in (policy, sampler):
-        monkeypatch.setattr(module, "CELL", request.param)
-    return request.param
+def cut(cell, part, monkeypatch):
+    monkeypatch.setattr(sampler, "CELL", cell)
+    monkeypatch.setattr(sampler, "PART", part)
 
 
-@pytest.mark.usefixtures("cell")
+@pytest.fixture(params=[(4, 2), (8, 4), (21, 3), (4096, 64)])
+def cells(request, monkeypatch):
+    cut(*request.param, monkeypatch)
+
+
+@pytest.mark.usefixtures("cells")
 def test_draws_with_replacement_follow_the_exact_softmax():
     drawn = sampler.draw_with_replacement(QUERIES, ITEMS, 20_000, key(range(4)), TAU, EXCLUDED, block=28)
     probability = exact_probability()
@@ -105,7 +108,7 @@ def test_draws_with_replacement_follow_the_exact_softmax():
         check_counts(np.bincount(drawn.rows[q].numpy(), minlength=37), probability[q].numpy() * 20_000)
 
 
-@pytest.mark.usefixtures("cell")
+@pytest.mark.usefixtures("cells")
 def test_draws_without_replacement_are_plackett_luce():
     """Counts of all ordered pairs against p(a) p(b) / (1 − p(a)), many places of one query at once."""
     many = 60_000
@@ -141,10 +144,9 @@ def test_perturbed_scores_have_the_right_gaps():
 
 @pytest.mark.parametrize("draw", [sampler.draw_with_replacement, sampler.draw_without_replacement])
 def test_draws_do_not_depend_on_blocks_company_or_device_order(monkeypatch, draw):
-    for module in (policy, sampler):
-        monkeypatch.setattr(module, "CELL", 5)
+    cut(4, 2, monkeypatch)
     whole = draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED, block=40)
-    for block in (5, 15):
+    for block in (4, 12):
         assert torch.equal(
             draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED, block=block).rows, whole.rows
         )
@@ -186,8 +188,7 @@ def test_approximate_draws_report_the_mass_they_cover():
 
 def _one_of_two(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    for module in (policy, sampler):
-        module.CELL = 5
+    sampler.CELL, sampler.PART = 4, 2
     first = rank * 20
     shard = sampler.Shard(first, 37)
     mine = ITEMS[first : first + 20]
@@ -210,8 +211,7 @@ def test_two_processes_draw_what_one_draws(monkeypatch, tmp_path):
             worker.join(120)
         assert [worker.exitcode for worker in workers] == [0, 0]
         found = dict(results)
-    for module in (policy, sampler):
-        monkeypatch.setattr(module, "CELL", 5)
+    cut(4, 2, monkeypatch)
     for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
         whole = draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED)
         for rank in range(2):
