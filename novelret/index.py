@@ -297,6 +297,36 @@ def base_lists(
     return rows, scores
 
 
+def open_deployed(folders: tuple[str, ...], data: str) -> list[Index]:
+    """Open the indexes of several deployed models of one catalog.
+
+    Raises:
+        UserError: one cannot be opened, or they hold different catalogs.
+    """
+    indexes = [open_index(folder, data) for folder in folders]
+    for index in indexes[1:]:
+        if index.manifest.inputs["corpus"] != indexes[0].manifest.inputs["corpus"]:
+            raise UserError(f"{index.folder}: holds another catalog than {indexes[0].folder}")
+    return indexes
+
+
+def pooled_lists(
+    indexes: list[Index], split: Split, depth: int, *, device: str = "cpu", report: Reporter | None = None
+) -> np.ndarray:
+    """T_L of several deployed models: the union of their top lists (PG-Ret, Definition 1).
+
+    Returns:
+        (Q, models × depth) int64 catalog rows, each at most once in a row, −1 padded.
+    """
+    lists = [base_lists(index, split, depth, device=device, report=report)[0] for index in indexes]
+    pool = np.concatenate(lists, axis=1)
+    for start in range(depth, pool.shape[1], depth):
+        part = pool[:, start : start + depth]
+        for row, known in zip(part, pool[:, :start], strict=True):
+            row[np.isin(row, known)] = -1
+    return pool
+
+
 def base_query_embeddings(
     index: Index, split: Split, *, device: str = "cpu", report: Reporter | None = None
 ) -> np.ndarray:

@@ -44,12 +44,15 @@ class Reporter:
         if self.console is not None:
             self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody watches a terminal; a pipe or a log file stays clean."""
+        return self.console is not None and not self.quiet and self.console.is_terminal
+
     @contextlib.contextmanager
     def bar(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """A progress bar with rate and time left; gives a function to be told of each n done."""
-        # A terminal gets a live bar; a pipe or a log file stays clean.
-        shown = self.console is not None and not self.quiet and self.console.is_terminal
-        if not shown:
+        if not self.is_live:
             yield lambda _: None
             return
         with Progress(
@@ -57,7 +60,7 @@ class Reporter:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _Rate(),
+            RateColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -66,7 +69,12 @@ class Reporter:
             yield lambda n: progress.advance(task, n)
 
 
-class _Rate(ProgressColumn):
+class RateColumn(ProgressColumn):
+    """Things done per second."""
+
     def render(self, task: Task) -> Text:
+        """The rate, or nothing yet."""
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
+        if speed is None:
+            return Text("")
+        return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s", style="progress.data.speed")

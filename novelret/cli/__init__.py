@@ -14,7 +14,7 @@ import typer
 
 from novelret.cli import demo, index, label, search, train
 from novelret.cli import eval as eval_command
-from novelret.cli.options import error_console
+from novelret.cli.options import error_console, is_first_process
 from novelret.errors import UserError
 
 app = typer.Typer(
@@ -84,7 +84,8 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    error_console().print(f"[bold red]error:[/] {escape_line(message)}", soft_wrap=True, highlight=False)
+    if is_first_process():
+        error_console().print(f"[bold red]error:[/] {escape_line(message)}", soft_wrap=True, highlight=False)
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +21,20 @@ def error_console() -> Console:
     return Console(stderr=True)
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks; of those that `torchrun` starts, one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def reporter(quiet: bool) -> Reporter:
     """A reporter that speaks on stderr."""
-    return Reporter(quiet=quiet, console=error_console())
+    return Reporter(quiet=quiet, console=error_console()) if is_first_process() else Reporter()
 
 
 def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Console], None]) -> None:
     """Print a command's result on stdout: as one JSON object, or rendered for people."""
+    if not is_first_process():
+        return
     if as_json:
         typer.echo(json.dumps(result, default=str))
     else:
@@ -51,19 +59,26 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
         values = values[command]
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected option names and values, like `depth: 200`")
-    names = {}
+    names, repeated = {}, set()
     for parameter in context.command.params:
         for flag in parameter.opts:
-            names[flag.lstrip("-").replace("-", "_")] = parameter.name
+            name = flag.lstrip("-").replace("-", "_")
+            names[name] = parameter.name
+            if getattr(parameter, "multiple", False):
+                names[name + "s"] = parameter.name  # as the settings in config.yaml call it
+                repeated |= {name, name + "s"}
     unknown = [key for key in values if str(key).replace("-", "_") not in names]
     if unknown:
         options = ", ".join(sorted(name for name in names if name not in ("config", "help", "h")))
         raise UserError(
             f"{path}: unknown option {unknown[0]!r} for `novelret {command}` (it knows: {options})"
         )
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    for key in repeated & given.keys():
+        given[key] = given[key] if isinstance(given[key], list) else [given[key]]
     context.default_map = {
         **(context.default_map or {}),
-        **{str(names[str(key).replace("-", "_")]): value for key, value in values.items()},
+        **{str(names[key]): value for key, value in given.items()},
     }
     return path
 

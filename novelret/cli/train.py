@@ -16,7 +16,6 @@ from novelret.cli.options import (
     DeviceOption,
     ForceOption,
     IgnoreIdenticalOption,
-    IndexOption,
     JsonOption,
     QuietOption,
     reporter,
@@ -30,12 +29,21 @@ EXAMPLES = """
 
   novelret train --data my-data --split train --index runs/index --labels runs/labels --objective pg-ret
       --tune adapter --out runs/pg-ret
+
+  novelret train --data my-data --index runs/index --labels runs/labels --alpha 0.25 --beta 0.25
+      --judge openai:gpt-4o-mini --max-cost 20 --out runs/pg-ret
+
+  torchrun --nproc-per-node 4 -m novelret train --data my-data --index runs/index --labels runs/labels
+      --tune lora --precision bf16 --out runs/pg-ret
 """
 
 
 def train(
     data: DataOption,
-    index: IndexOption,
+    index: Annotated[
+        list[Path],
+        typer.Option(help="INDEX made by `novelret index`; several pool the top lists of several models."),
+    ],
     out: Annotated[Path, typer.Option(help="The MODEL folder to make.")],
     objective: Annotated[
         str,
@@ -50,7 +58,10 @@ def train(
         str, typer.Option(help="pg-ret's form: conservative, aggressive, boundary or inclusion.")
     ] = "boundary",
     reward: Annotated[str, typer.Option(help="eq6, eq7, graded, or your own as module:function.")] = "eq7",
-    tune: Annotated[str, typer.Option(help="full query encoder, or a residual adapter behind it.")] = "full",
+    tune: Annotated[
+        str, typer.Option(help="full query encoder, lora, or a residual adapter behind it.")
+    ] = "full",
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = 16,
     init: Annotated[
         str | None, typer.Option(help="MODEL to start from instead of the deployed query encoder.")
     ] = None,
@@ -60,9 +71,12 @@ def train(
         int | None, typer.Option(help="States per forward pass, if a batch does not fit; same result.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate. [default: 2e-5 full, 1e-3 adapter]")
+        float | None, typer.Option(help="Peak learning rate. [default: 2e-5 full, 2e-4 lora, 1e-3 adapter]")
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the steps for warm-up; then linear decay.")] = 0.1,
+    schedule: Annotated[
+        str, typer.Option(help="How the rate falls after the warm-up: linear, cosine or constant.")
+    ] = "linear",
+    warmup: Annotated[float, typer.Option(help="Share of the steps for warm-up.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping.")] = 1.0,
     alpha: Annotated[float, typer.Option(help="Share of states drawn from the current policy.")] = 0.0,
@@ -84,14 +98,41 @@ def train(
     window: Annotated[float, typer.Option(help="boundary contrasts with base ranks (1 ± window) L.")] = 0.2,
     temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.05,
     sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,
+    support: Annotated[
+        int | None,
+        typer.Option(help="Draw policy states among so many top items only. [default: the whole catalog]"),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Whom to ask about unlabelled policy states: openai:MODEL, file:PATH.")
+    ] = None,
+    missing: Annotated[
+        str, typer.Option(help="A pair that the judge's file does not list is unknown or irrelevant.")
+    ] = "unknown",
+    prompt: Annotated[
+        str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
+    ] = "query-document",
+    store: Annotated[
+        Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
+    ] = None,
+    max_judgements: Annotated[int | None, typer.Option(help="Ask at most so many questions.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Stop asking before so many dollars.")] = None,
+    price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of queries held back.")] = 0.1,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between validations. [default: steps / 10]")
     ] = None,
     max_recall_drop: Annotated[float, typer.Option(help="Relative recall a checkpoint may lose.")] = 0.01,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many validations in a row below the recall budget; 0: never.")
+    ] = 4,
+    keep: Annotated[int, typer.Option(help="Further checkpoints to save, the best first.")] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 forward passes.")] = "fp32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a fourth more time.")
+    ] = False,
     log_every: Annotated[int, typer.Option(help="Steps between lines of log.jsonl.")] = 10,
+    wandb: Annotated[str | None, typer.Option(help="Weights & Biases project to log to as well.")] = None,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,
     force: ForceOption = False,
@@ -103,12 +144,14 @@ def train(
     arguments = dict(locals())
     from novelret.train.config import TrainConfig
     from novelret.train.trainer import train_model
+    from novelret.train.validation import pareto
 
     values: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in arguments.items()
         if name in TrainConfig.__dataclass_fields__
     }
+    values["index"] = str(index[0]) if len(index) == 1 else tuple(map(str, index))
     settings = TrainConfig(**values)
     trained = train_model(settings, out, force=force, report=reporter(quiet))
     result = {
@@ -122,16 +165,17 @@ def train(
         names = ("step", f"Novelty@{base_depth}", f"RelevantNovel@{base_depth}", f"Recall@{base_depth}")
         for name in names:
             table.add_column(name, justify="right")
-        for point in trained.points:
+        for point, is_best in zip(trained.points, pareto(trained.points), strict=True):
             mark = " ←" if trained.chosen is not None and point.step == trained.chosen.step else ""
             table.add_row(
-                f"{point.step}{mark}",
+                f"{point.step}{'*' if is_best else ''}{mark}",
                 f"{point.novelty:.2f}",
                 f"{point.relevant_novel:.3f}",
                 f"{point.recall:.4f}",
             )
         if trained.points:
             console.print(table)
+            console.print("* no other has both more relevant novel items and more recall", style="dim")
         console.print(f"[bold]{out}[/]: query encoder, for SentenceTransformer({str(out)!r})")
 
     show_result(result, as_json=as_json, render=render)

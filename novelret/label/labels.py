@@ -83,16 +83,16 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
     )
 
 
-def open_labels(folder: Path, index: Index) -> Labels:
-    """Open a LABELS folder that was made with this index.
+def open_labels(folder: Path, *indexes: Index) -> Labels:
+    """Open a LABELS folder that was made with one of these indexes.
 
     Raises:
         UserError: no labels there, or they belong to another index.
     """
     manifest = read_manifest(folder, "labels")
-    if manifest.inputs["index"] != index.manifest.fingerprint:
+    if manifest.inputs["index"] not in [index.manifest.fingerprint for index in indexes]:
         raise UserError(
-            f"{folder}: was labelled with another index ({manifest.config['index']}) than {index.folder}; "
-            "pass the index it belongs to, or label again"
+            f"{folder}: was labelled with another index ({manifest.config['index']}) than "
+            f"{indexes[0].folder}; pass the index it belongs to, or label again"
         )
     return Labels(folder, manifest)

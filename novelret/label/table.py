@@ -89,3 +89,23 @@ def make_table(
     if graded is not None:
         graded = None if np.isnan(graded[last]).all() else graded[last]
     return LabelTable(keys[last], kept[last], catalog_size, missing, graded)
+
+
+def join_tables(older: LabelTable, newer: LabelTable) -> LabelTable:
+    """Both tables' judgements, over the same rows; the newer one's count where both hold a pair."""
+    grades = None
+    if older.grades is not None or newer.grades is not None:
+        grades = np.concatenate(
+            [
+                np.full(len(table), np.nan, dtype=np.float32) if table.grades is None else table.grades
+                for table in (older, newer)
+            ]
+        )
+    return make_table(
+        np.concatenate([older.query_rows, newer.query_rows]),
+        np.concatenate([older.item_rows, newer.item_rows]),
+        np.concatenate([older.verdicts, newer.verdicts]),
+        older.catalog_size,
+        older.missing,
+        grades,
+    )

@@ -19,8 +19,9 @@ LIST_OBJECTIVES = (
 )
 OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
-TUNES = ("full", "adapter")
-LEARNING_RATES = {"full": 2e-5, "adapter": 1e-3}
+TUNES = ("full", "lora", "adapter")
+SCHEDULES = ("linear", "cosine", "constant")
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class TrainConfig:
 
     Attributes:
         data: BEIR folder or Hugging Face data set.
-        index: INDEX folder.
+        index: INDEX folder; or several of the same catalog, whose top-L lists are pooled into one T_L
+            (Definition 1 for several deployed models). The first is the one that is finetuned against.
         split: the feedback to train on.
         labels: LABELS folder; every objective but plain `supervised` needs it.
         objective: "supervised", "supervised-judged", "pg-ret", or one that credits lists drawn from the
@@ -38,13 +40,16 @@ class TrainConfig:
         loss: how PG-Ret estimates the action's probability: "conservative", "aggressive", "boundary"
             or "inclusion".
         reward: "eq6", "eq7", "graded" or "module:function".
-        tune: "full" query encoder, or "adapter", a residual linear map behind the frozen one.
+        tune: "full" query encoder, "lora" on its linear layers, or "adapter", a residual linear map behind
+            the frozen one.
+        lora_rank: rank of the LoRA matrices.
         init: MODEL folder to start from instead of the deployed query encoder.
         steps: optimizer steps.
         batch_size: states per step.
         micro_batch: states per forward pass; the loss does not depend on it.
         learning_rate: peak learning rate; by default one per `tune`.
-        warmup: share of the steps over which the learning rate rises; it then falls linearly to 0.
+        schedule: how the learning rate falls after the warm-up: "linear" or "cosine" to 0, or "constant".
+        warmup: share of the steps over which the learning rate rises.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         alpha: share of states drawn from the current policy over the whole catalog (PG-Ret, §4.3).
@@ -61,29 +66,45 @@ class TrainConfig:
         window: "boundary" contrasts with base ranks (1 − window)·L to (1 + window)·L.
         temperature: τ of the loss.
         sampling_temperature: τ of the policy that states are drawn from.
+        support: draw policy states from the index's top items only, so many for a query; by default exactly,
+            from the whole catalog.
+        judge: whom to ask about drawn policy states that have no label, as for `novelret label`.
+        missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
+        prompt: name or file of the judge's prompt.
+        store: the judgement store.
+        max_judgements: stop asking before more requests than this.
+        max_cost: stop asking before this many dollars could be exceeded.
+        price: "INPUT,OUTPUT" in dollars per million tokens.
         validation_fraction: share of the split's queries held back to choose the checkpoint.
         eval_every: steps between validations; by default a tenth of all steps.
         max_recall_drop: how much of the base's recall a checkpoint may lose, relative.
+        patience: stop after so many validations in a row below the recall budget, if recall still falls; 0
+            never stops early.
+        keep: how many checkpoints to save besides the chosen one's weights, the best first.
         seed: decides every draw.
         precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
         log_every: steps between log lines.
+        wandb: Weights & Biases project to log to as well, where wandb is installed.
         device: "auto", "cpu" or a CUDA device.
         ignore_identical_ids: leave the item whose id is the query's own out.
     """
 
     data: str
-    index: str
+    index: str | tuple[str, ...]
     split: str = "train"
     labels: str | None = None
     objective: str = "pg-ret"
     loss: str = "boundary"
     reward: str = "eq7"
     tune: str = "full"
+    lora_rank: int = 16
     init: str | None = None
     steps: int = 400
     batch_size: int = 128
     micro_batch: int | None = None
     learning_rate: float | None = None
+    schedule: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -100,14 +121,31 @@ class TrainConfig:
     window: float = 0.2
     temperature: float = 0.05
     sampling_temperature: float = 0.05
+    support: int | None = None
+    judge: str | None = None
+    missing: str = "unknown"
+    prompt: str = "query-document"
+    store: str | None = None
+    max_judgements: int | None = None
+    max_cost: float | None = None
+    price: str | None = None
     validation_fraction: float = 0.1
     eval_every: int | None = None
     max_recall_drop: float = 0.01
+    patience: int = 4
+    keep: int = 0
     seed: int = 0
     precision: str = "fp32"
+    gradient_checkpointing: bool = False
     log_every: int = 10
+    wandb: str | None = None
     device: str = "auto"
     ignore_identical_ids: bool = True
+
+    @property
+    def indexes(self) -> tuple[str, ...]:
+        """All INDEX folders; the first is the one that is finetuned against."""
+        return (self.index,) if isinstance(self.index, str) else tuple(self.index)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -126,14 +164,37 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     Raises:
         UserError: one line naming the option.
     """
+    _check_choices(config)
+    _check_numbers(config)
+    _check_sizes(config, catalog_size)
+    if config.objective != "supervised" and config.labels is None and config.judge is None:
+        raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
+    if config.judge is not None and (config.objective != "pg-ret" or not config.alpha > 0):
+        raise UserError(
+            "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"
+        )
+
+
+def _check_choices(config: TrainConfig) -> None:
+    if not config.indexes:
+        raise UserError("--index: at least one is needed")
     _one_of("--objective", config.objective, OBJECTIVES)
     _one_of("--loss", config.loss, LOSSES)
     _one_of("--tune", config.tune, TUNES)
+    _one_of("--schedule", config.schedule, SCHEDULES)
     _one_of("--draw", config.draw, ("labelled", "plain"))
     _one_of("--precision", config.precision, ("fp32", "bf16", "fp16"))
-    for name in ("steps", "batch_size", "negatives", "list_size", "base_depth", "log_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be at least 1")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    at_least_one = ("steps", "batch_size", "negatives", "list_size", "base_depth", "log_every", "lora_rank")
+    for name in (*at_least_one, "micro_batch", "eval_every", "support", "max_judgements"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{_flag(name)} {value}: must be at least 1")
+    for name in ("patience", "keep", "hard_negatives"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be at least 0")
     for name in ("temperature", "sampling_temperature", "peak_learning_rate"):
         if not getattr(config, name) > 0:
             raise UserError(f"{_flag(name)} {getattr(config, name)}: must be above 0")
@@ -144,18 +205,18 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         )
     if not 0 <= config.validation_fraction < 1:
         raise UserError(f"--validation-fraction {config.validation_fraction}: must be from 0 to below 1")
+
+
+def _check_sizes(config: TrainConfig, catalog_size: int) -> None:
     if config.depth <= config.base_depth:
         raise UserError(
             f"--depth {config.depth}: must exceed --base-depth {config.base_depth}; novel items lie beyond it"
         )
-    sizes = ["base_depth", "depth", "negatives", "hard_negatives"]
+    sizes = ["base_depth", "depth", "negatives", "hard_negatives", "support"]
     for name in [*sizes, "list_size"] if config.objective in LIST_OBJECTIVES else sizes:
-        if getattr(config, name) > catalog_size:
-            raise UserError(
-                f"{_flag(name)} {getattr(config, name)}: the catalog holds {catalog_size} items; lower it"
-            )
-    if config.objective != "supervised" and config.labels is None:
-        raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
+        value = getattr(config, name)
+        if value is not None and value > catalog_size:
+            raise UserError(f"{_flag(name)} {value}: the catalog holds {catalog_size} items; lower it")
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

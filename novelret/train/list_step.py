@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from novelret.train.config import TrainConfig
+from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import ca_pg, gumbel_threshold, pl_rank, reinforce, swap
-from novelret.train.policy import Items, log_partition, top_k
-from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
+from novelret.train.sampler import Key
 from novelret.train.states import Material
 
 
 def list_losses(
-    embeddings: Tensor, queries: np.ndarray, material: Material, items: Items, config: TrainConfig, key: Key
+    embeddings: Tensor,
+    queries: np.ndarray,
+    material: Material,
+    items: ItemMatrix,
+    config: TrainConfig,
+    key: Key,
 ) -> tuple[Tensor, np.ndarray]:
     """Surrogate losses of one drawn list per query, and the lists' rewards.
 
@@ -24,7 +29,7 @@ def list_losses(
         embeddings: (b, d) with gradient.
         queries: (b,) query rows.
         material: labels, rewards and what each query leaves out.
-        items: (N, d) the frozen catalog.
+        items: the frozen catalog.
         config: objective, temperature and list size.
         key: what decides the draws.
 
@@ -34,8 +39,8 @@ def list_losses(
     k, tau = config.list_size, config.temperature
     excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
     threshold_based = config.objective in ("gumbel-threshold", "swap")
-    draw = draw_with_replacement if config.objective == "reinforce" else draw_without_replacement
-    drawn = draw(embeddings.detach(), items, k + threshold_based, key, tau, excluded)
+    replacement = config.objective == "reinforce"
+    drawn = items.draw(embeddings, k + threshold_based, key, tau, excluded, replacement=replacement)
     logits = _logits(embeddings, items, drawn.rows, tau)
     rewards = _rewards(material, queries, drawn.rows)
     credit = torch.from_numpy(np.nan_to_num(rewards)).to(embeddings.device)
@@ -47,7 +52,7 @@ def list_losses(
         else:
             losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])
         return losses, rewards[:, :k]
-    log_z = log_partition(embeddings, items, tau, excluded)
+    log_z = items.log_partition(embeddings, tau, excluded)
     if config.objective == "reinforce":
         losses = reinforce.item_wise(logits, log_z, credit)
     elif config.objective == "v-pg":
@@ -59,7 +64,7 @@ def list_losses(
     elif config.objective == "pl-rank":
         losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_z, credit, material, items, tau)
     else:
-        best, _ = top_k(embeddings.detach(), items, k, excluded)
+        best = items.top_k(embeddings, k, excluded)
         is_best = drawn.rows[:, :, None] == best[:, None, :]
         best_logits = _logits(embeddings, items, best, tau)
         baseline = config.objective == "ca-pg-loo"
@@ -67,16 +72,8 @@ def list_losses(
     return losses, rewards
 
 
-def gather_rows(items: Items, rows: Tensor, like: Tensor) -> Tensor:
-    """Item embeddings of any shape of rows, in the dtype and on the device of `like`."""
-    if isinstance(items, Tensor):
-        return items[rows.to(items.device)].to(like.device, like.dtype)
-    found = np.asarray(items[rows.cpu().numpy()], dtype=np.float32)
-    return torch.from_numpy(found).to(like.device, like.dtype)
-
-
-def _logits(embeddings: Tensor, items: Items, rows: Tensor, temperature: float) -> Tensor:
-    return torch.einsum("bd,bnd->bn", embeddings, gather_rows(items, rows, embeddings)) / temperature
+def _logits(embeddings: Tensor, items: ItemMatrix, rows: Tensor, temperature: float) -> Tensor:
+    return torch.einsum("bd,bnd->bn", embeddings, items.rows(rows, embeddings)) / temperature
 
 
 def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> np.ndarray:
@@ -93,7 +90,7 @@ def _pl_rank(
     log_z: Tensor,
     credit: Tensor,
     material: Material,
-    items: Items,
+    items: ItemMatrix,
     temperature: float,
 ) -> Tensor:
     rewarded, rewards = material.rewarded_of(queries)

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
 from novelret.errors import UserError
 from novelret.train.noise import gumbel, uniform
 from novelret.train.policy import BLOCK, Items, block_logits, check_temperature, rows_to_tensor
+from novelret.train.shard import Shard, from_all
 
 CELL = 4_096
 """Items that race together for draws with replacement. Blocks and shards are whole cells."""
@@ -38,21 +38,6 @@ _MOST_NOISE = 38.0
 
 _TINY = 1e-30
 """Masses below, relative to the shift, have lost digits to underflow."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which items this process holds.
-
-    Attributes:
-        first: catalog row of its first item, a multiple of CELL.
-        total: items in the whole catalog.
-        group: the processes that hold the rest; None for the default group.
-    """
-
-    first: int
-    total: int
-    group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -137,8 +122,8 @@ def draw_with_replacement(
         best.rows[query, place] = part.first + inside * PART + item
         best.logits[query, place] = part.logits[query, inside, item].double() + part.shift[query, 0]
     if shard is not None:
-        log_z = torch.logsumexp(_gathered(log_z[None], shard), dim=0)
-        everyone = _Best(*(_gathered(x[None], shard) for x in (best.values, best.rows, best.logits)))
+        log_z = torch.logsumexp(from_all(log_z, shard), dim=0)
+        everyone = _Best(*(from_all(x, shard) for x in (best.values, best.rows, best.logits)))
         winner = everyone.values.argmax(dim=0, keepdim=True)
         best = _Best(*(x.gather(0, winner)[0] for x in (everyone.values, everyone.rows, everyone.logits)))
     _check_log_partition(log_z)
@@ -187,8 +172,10 @@ def draw_without_replacement(
             query[found], _Best(perturbed[found, column], rows[found, column], logits[found, column])
         )
     if shard is not None:
-        log_z = torch.logsumexp(_gathered(log_z[None], shard), dim=0)
-        everyone = (_gathered(x.T, shard).T for x in (best.values, best.rows, best.logits))
+        log_z = torch.logsumexp(from_all(log_z, shard), dim=0)
+        everyone = (
+            from_all(x, shard).movedim(0, 1).flatten(1) for x in (best.values, best.rows, best.logits)
+        )
         best = _Best(*everyone).largest(n)
     _check_log_partition(log_z)
     short = torch.isneginf(best.values[:, -1])
@@ -382,13 +369,6 @@ def _inverse(masses: Tensor, numbers: Tensor) -> Tensor:
     # Rounding may put a number on the last sum itself, beyond the last column that has mass.
     last = masses.shape[1] - 1 - torch.argmax((masses > 0).flip(1).to(torch.int8), dim=1)
     return torch.minimum(positions, last[:, None]).view_as(numbers)
-
-
-def _gathered(local: Tensor, shard: Shard) -> Tensor:
-    """All processes' tensors, one after the other along the first dimension."""
-    parts = [torch.empty_like(local).contiguous() for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, local.contiguous(), shard.group)
-    return torch.cat(parts)
 
 
 def _check_log_partition(log_z: Tensor) -> None:

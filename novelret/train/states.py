@@ -6,7 +6,7 @@ was, and every process of a distributed run knows the whole batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from novelret.data.split import Split
 from novelret.errors import UserError
-from novelret.label.table import LabelTable
+from novelret.label.table import LabelTable, join_tables
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.rewards import RewardFunction
 
@@ -29,8 +29,9 @@ class Material:
 
     Attributes:
         split: queries and feedback.
-        base_rows: (Q, depth) int64, the deployed lists.
+        base_rows: (Q, depth) int64, the lists of the deployed model that is finetuned against.
         base_depth: L.
+        pool: (Q, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
         labels: verdicts by (query row, catalog row).
         reward: the reward function.
         positives: (P, 2) int64 labelled states (query row, item row) with reward > 0.
@@ -40,6 +41,7 @@ class Material:
     split: Split
     base_rows: np.ndarray
     base_depth: int
+    pool: np.ndarray
     labels: LabelTable
     reward: RewardFunction
     positives: np.ndarray
@@ -47,16 +49,18 @@ class Material:
 
     def in_base(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether each item is in its query's T_L; bool, one per pair."""
-        top = self.base_rows[:, : self.base_depth]
         parts = [
-            (top[query_rows[s : s + _CHUNK]] == item_rows[s : s + _CHUNK, None]).any(axis=1)
+            (self.pool[query_rows[s : s + _CHUNK]] == item_rows[s : s + _CHUNK, None]).any(axis=1)
             for s in range(0, len(query_rows), _CHUNK)
         ]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
-    def rewards(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
-        """Rewards of pairs, float32, NaN where the label is unknown."""
-        return _rewards(self.labels, self.reward, query_rows, item_rows, self.in_base(query_rows, item_rows))
+    def rewards(
+        self, query_rows: np.ndarray, item_rows: np.ndarray, labels: LabelTable | None = None
+    ) -> np.ndarray:
+        """Rewards of pairs, float32, NaN where the label is unknown; by other labels where given."""
+        table = self.labels if labels is None else labels
+        return _rewards(table, self.reward, query_rows, item_rows, self.in_base(query_rows, item_rows))
 
     def known_relevant(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether items are feedback of their query or judged relevant to it; bool, broadcast shape."""
@@ -98,15 +102,39 @@ class Batch:
 
 
 def gather_material(
-    split: Split, base_rows: np.ndarray, base_depth: int, labels: LabelTable, reward: RewardFunction
+    split: Split,
+    base_rows: np.ndarray,
+    base_depth: int,
+    labels: LabelTable,
+    reward: RewardFunction,
+    pool: np.ndarray | None = None,
 ) -> Material:
-    """Put together what states are drawn from; rewards of all labelled states are computed once."""
+    """Put together what states are drawn from; rewards of all labelled states are computed once.
+
+    T_L is the deployed model's own top L where no `pool` of several is given.
+    """
     none = np.empty((0, 2), dtype=np.int64)
-    material = Material(split, base_rows, base_depth, labels, reward, none, none)
-    queries, items = labels.query_rows, labels.item_rows
-    rewards = material.rewards(queries, items)
-    states = np.stack([queries, items], axis=1)
-    return Material(split, base_rows, base_depth, labels, reward, states[rewards > 0], states[rewards < 0])
+    pool = base_rows[:, :base_depth] if pool is None else pool
+    material = Material(split, base_rows, base_depth, pool, labels, reward, none, none)
+    positives, negatives = [none], [none]
+    for start in range(0, len(labels), _CHUNK):
+        states = np.stack(np.divmod(labels.keys[start : start + _CHUNK], labels.catalog_size), axis=1)
+        rewards = material.rewards(states[:, 0], states[:, 1])
+        positives.append(states[rewards > 0])
+        negatives.append(states[rewards < 0])
+    return replace(material, positives=np.concatenate(positives), negatives=np.concatenate(negatives))
+
+
+def with_more_labels(material: Material, more: LabelTable) -> Material:
+    """The same material with further labels, which count over older ones."""
+    return gather_material(
+        material.split,
+        material.base_rows,
+        material.base_depth,
+        join_tables(material.labels, more),
+        material.reward,
+        material.pool,
+    )
 
 
 def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:

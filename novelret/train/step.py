@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
-from novelret.train.list_step import gather_rows, list_losses
+from novelret.train.list_step import list_losses
+from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
 from novelret.train.objectives.supervised import in_batch_infonce
-from novelret.train.policy import Items, top_k
 from novelret.train.sampler import Key
 from novelret.train.states import FEEDBACK, Batch, Material
 
@@ -22,23 +23,52 @@ class StepLoss:
     """A step's loss, as a sum over examples that micro-batches add up to.
 
     Attributes:
-        loss: scalar with gradient.
+        loss: scalar, with gradient where it was just computed.
         feedback: the feedback pairs' part of it.
         states: the judged states' part of it.
+        drawn: how many states were drawn, or items in drawn lists.
+        known: how many of them have a label.
     """
 
     loss: Tensor
     feedback: float
     states: float
+    drawn: float = 0.0
+    known: float = 0.0
+
+    @staticmethod
+    def nothing() -> StepLoss:
+        """The loss of no example."""
+        return StepLoss(torch.zeros(()), 0.0, 0.0)
+
+    def detached(self) -> StepLoss:
+        """Without gradient, on the CPU."""
+        return replace(self, loss=self.loss.detach().cpu())
+
+    def __add__(self, other: StepLoss) -> StepLoss:
+        return StepLoss(*(mine + its for mine, its in zip(self._parts(), other._parts(), strict=True)))
+
+    def as_tensor(self, device: str) -> Tensor:
+        """(5,) float64, to be summed over processes."""
+        return torch.tensor([float(part) for part in self._parts()], dtype=torch.float64, device=device)
+
+    @staticmethod
+    def from_tensor(tensor: Tensor) -> StepLoss:
+        """The inverse of `as_tensor`."""
+        loss, *rest = tensor.tolist()
+        return StepLoss(torch.tensor(loss, dtype=torch.float64), *rest)
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.loss, self.feedback, self.states, self.drawn, self.known
 
 
 def batch_loss(
     embeddings: Tensor,
-    rows: slice,
+    here: np.ndarray,
     batch: Batch,
     material: Material,
     config: TrainConfig,
-    items: Items,
+    items: ItemMatrix,
     step: int,
 ) -> StepLoss:
     """Loss of some of a batch's examples, weighted so that the parts of a batch add up to the whole.
@@ -47,28 +77,31 @@ def batch_loss(
     queries is encoded here.
 
     Args:
-        embeddings: (b, d) query embeddings of `rows`, with gradient.
-        rows: which examples of the batch these are.
+        embeddings: (b, d) query embeddings of `here`, with gradient.
+        here: (b,) int64, which examples of the batch these are. Where processes share the catalog, all have
+            to make the same number of calls, if need be with no example.
         batch: the whole batch. A list objective writes the mean known reward of each list it draws into
             `batch.rewards`.
         material: lists and labels.
         config: objective, loss, temperature and so on.
-        items: (N, d) the frozen catalog.
+        items: the frozen catalog.
         step: the optimizer step, part of the key of draws made here.
     """
     infonce = _is_pair(batch, config)
     weights = _weights(batch, infonce, config)
-    here = np.arange(len(batch.queries))[rows]
     feedback = embeddings.new_zeros(())
     states = embeddings.new_zeros(())
-    of_pairs, of_states = here[infonce[here]], here[~infonce[here] & (weights[here] > 0)]
+    rewards = batch.rewards[here[~infonce[here]]]
+    is_pair, is_state = infonce[here], ~infonce[here] & (weights[here] > 0)
+    of_pairs, of_states = here[is_pair], here[is_state]
     if len(of_pairs):
-        losses = _pair_losses(
-            embeddings[of_pairs - rows.start], of_pairs, batch, infonce, material, config, items
-        )
+        chosen = embeddings[torch.from_numpy(np.flatnonzero(is_pair))]
+        losses = _pair_losses(chosen, of_pairs, batch, infonce, material, config, items)
         feedback = (losses * losses.new_tensor(weights[of_pairs])).sum()
-    if len(of_states):
-        chosen = embeddings[of_states - rows.start]
+    # Losses that pass over the catalog are computed by all processes together.
+    together = config.objective in LIST_OBJECTIVES or config.loss == "inclusion"
+    if len(of_states) or (items.shard is not None and together and not infonce.all()):
+        chosen = embeddings[torch.from_numpy(np.flatnonzero(is_state))]
         if config.objective in LIST_OBJECTIVES:
             key = Key(config.seed, step, torch.from_numpy(of_states).to(embeddings.device))
             losses, rewards = list_losses(chosen, batch.queries[of_states], material, items, config, key)
@@ -76,7 +109,8 @@ def batch_loss(
         else:
             losses = _state_losses(chosen, of_states, batch, material, config, items)
         states = (losses * losses.new_tensor(weights[of_states])).sum()
-    return StepLoss(feedback + states, feedback.item(), states.item())
+    known = int((~np.isnan(rewards)).sum())
+    return StepLoss(feedback + states, feedback.item(), states.item(), rewards.size, known)
 
 
 def _is_pair(batch: Batch, config: TrainConfig) -> np.ndarray:
@@ -113,16 +147,16 @@ def _pair_losses(
     infonce: np.ndarray,
     material: Material,
     config: TrainConfig,
-    items: Items,
+    items: ItemMatrix,
 ) -> Tensor:
     columns = np.flatnonzero(infonce)
     others = batch.items[columns]
     known = material.known_relevant(batch.queries[pairs][:, None], others[None, :])
     known |= batch.items[pairs][:, None] == others[None, :]
-    scores = embeddings @ gather_rows(items, torch.from_numpy(others), embeddings).T
+    scores = embeddings @ items.rows(torch.from_numpy(others), embeddings).T
     if config.objective == "supervised-judged" and config.hard_negatives:
         hard = material.base_rows[batch.queries[pairs], : config.hard_negatives]
-        vectors = gather_rows(items, torch.from_numpy(np.maximum(hard, 0)), embeddings)
+        vectors = items.rows(torch.from_numpy(np.maximum(hard, 0)), embeddings)
         scores = torch.cat([scores, torch.einsum("sd,snd->sn", embeddings, vectors)], dim=1)
         relevant = material.known_relevant(batch.queries[pairs][:, None], hard) | (hard < 0)
         known = np.concatenate([known, relevant], axis=1)
@@ -136,7 +170,7 @@ def _state_losses(
     batch: Batch,
     material: Material,
     config: TrainConfig,
-    items: Items,
+    items: ItemMatrix,
 ) -> Tensor:
     queries, chosen = batch.queries[states], batch.items[states]
     reward = torch.from_numpy(batch.rewards[states]).to(embeddings.device)
@@ -145,7 +179,7 @@ def _state_losses(
     first, last = negative_ranks(config)
     negatives = material.base_rows[queries, first:last]
     every = np.maximum(np.concatenate([chosen[:, None], negatives], axis=1), 0)
-    vectors = gather_rows(items, torch.from_numpy(every), embeddings)
+    vectors = items.rows(torch.from_numpy(every), embeddings)
     scores = torch.einsum("sd,snd->sn", embeddings, vectors)
     score, negative_scores = scores[:, 0], scores[:, 1:]
     if config.loss == "conservative":
@@ -166,16 +200,16 @@ def _inclusion_losses(
     reward: Tensor,
     material: Material,
     config: TrainConfig,
-    items: Items,
+    items: ItemMatrix,
 ) -> Tensor:
     """Against the current policy's K-th item other than z, whose score moves too: the list's boundary."""
     excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
     k = config.base_depth
-    best, _ = top_k(embeddings.detach(), items, k + 1, excluded)
+    best = items.top_k(embeddings, k + 1, excluded)
     own = torch.from_numpy(chosen).to(best.device)
     inside = (best[:, :k] == own[:, None]).any(dim=1)
     threshold_rows = torch.where(inside, best[:, k], best[:, k - 1])
-    pair = gather_rows(items, torch.stack([own, threshold_rows], dim=1), embeddings)
+    pair = items.rows(torch.stack([own, threshold_rows], dim=1), embeddings)
     scores = torch.einsum("sd,snd->sn", embeddings, pair)
     return pg_ret.inclusion(scores[:, 0], scores[:, 1], reward, config.temperature)
 

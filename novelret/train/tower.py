@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from novelret import encode
+from novelret.errors import UserError
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +37,12 @@ class Tower:
 
 
 def full_tower(
-    model: SentenceTransformer, train_texts: list[str], validation_texts: list[str], precision: str
+    model: SentenceTransformer,
+    train_texts: list[str],
+    validation_texts: list[str],
+    precision: str,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> Tower:
     """Train every weight of the query encoder.
 
@@ -45,6 +52,8 @@ def full_tower(
     normalized = encode.is_normalized(model)
     model.requires_grad_(True)
     model.eval()
+    if gradient_checkpointing:
+        _checkpoint_layers(model)
 
     def embed(rows: np.ndarray) -> Tensor:
         features = encode.query_features(model, [train_texts[row] for row in rows])
@@ -57,9 +66,74 @@ def full_tower(
         return normalize(embeddings.float(), dim=1) if normalized else embeddings.float()
 
     def embed_validation() -> np.ndarray:
-        return encode.encode_queries(model, validation_texts)
+        embeddings = encode.encode_queries(model, validation_texts)
+        if gradient_checkpointing:
+            _checkpoint_layers(model)  # encoding has switched the layers back to evaluation
+        return embeddings
 
-    return Tower(model, embed, embed_validation, lambda: model)
+    return Tower(model, embed, embed_validation, lambda: model.eval())
+
+
+def lora_tower(
+    model: SentenceTransformer,
+    train_texts: list[str],
+    validation_texts: list[str],
+    precision: str,
+    *,
+    rank: int,
+    gradient_checkpointing: bool = False,
+) -> Tower:
+    """Train low-rank updates of the query encoder's linear layers; the saved model holds them merged.
+
+    Args:
+        model: the query encoder; its first module must be a transformer.
+        train_texts: Q training queries.
+        validation_texts: V validation queries.
+        precision: of the forward pass.
+        rank: of the updates, scaled by 2 (alpha = 2 · rank).
+        gradient_checkpointing: compute activations again in the backward pass.
+
+    Raises:
+        UserError: peft is not installed, or there is no transformer to add to.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError('--tune lora: peft is not installed; pip install "novelret[lora]"') from None
+    transformer = getattr(model[0], "model", None)
+    if transformer is None:
+        raise UserError(f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter")
+    wrapped = get_peft_model(
+        transformer, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    )
+    trainable = {id(p) for p in wrapped.parameters() if p.requires_grad}
+    model[0].model = wrapped
+    tower = full_tower(
+        model,
+        train_texts,
+        validation_texts,
+        precision,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+
+    def finished() -> SentenceTransformer:
+        merged = copy.deepcopy(model)
+        merged[0].model = merged[0].model.merge_and_unload()
+        return merged.eval()
+
+    return replace(tower, finished=finished)
+
+
+def _checkpoint_layers(model: SentenceTransformer) -> None:
+    """Let each layer forget its activations; only layers themselves go into training mode, not dropout."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model[0].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def adapter_tower(

@@ -1,23 +1,25 @@
 """`novelret train`: finetune the query encoder of a deployed retriever against its frozen items.
 
-A plain loop instead of a trainer framework: the batch of a step is a function of (seed, step), items are
-never encoded, and what a checkpoint is worth is a ranking on held-back queries.
+MODEL/
+  modules.json, …       the finetuned query encoder, a sentence-transformers folder
+  README.md             model card
+  log.jsonl             one line every so many steps; tensorboard/ holds the same
+  frontier.parquet      every validated checkpoint; frontier.svg and curves.svg show them
+  checkpoints/step-N/   further checkpoints (--keep)
+  judgements.parquet    what was asked during training (--judge)
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from novelret import encode
 from novelret.artifacts import (
@@ -25,7 +27,6 @@ from novelret.artifacts import (
     check_output,
     fingerprint_of,
     open_output,
-    read_json,
     write_config,
     write_json,
     write_manifest,
@@ -33,22 +34,35 @@ from novelret.artifacts import (
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate.chart import Mark, scatter
-from novelret.index import Index, base_lists, base_query_embeddings, embed_queries, load_finetuned, open_index
+from novelret.index import (
+    Index,
+    base_lists,
+    base_query_embeddings,
+    embed_queries,
+    load_finetuned,
+    open_deployed,
+    pooled_lists,
+)
 from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
+from novelret.train import checkpoint
 from novelret.train.card import model_card
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
-from novelret.train.policy import Items, check_embeddings, entropy
+from novelret.train.curves import curves
+from novelret.train.judging import Judging
+from novelret.train.log import check_wandb, read_log
+from novelret.train.loop import Run, run_steps
+from novelret.train.matrix import open_matrix
+from novelret.train.policy import check_embeddings
+from novelret.train.processes import Processes, join
 from novelret.train.rewards import load_reward
-from novelret.train.sampler import Key, draw_with_replacement
-from novelret.train.states import POLICY, SOURCES, Batch, Material, draw_batch, gather_material
-from novelret.train.step import StepLoss, batch_loss
-from novelret.train.tower import Tower, adapter_tower, full_tower
-from novelret.train.validation import Point, Validation, choose, hold_back, mean_recall, measure
+from novelret.train.states import Material, gather_material
+from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
+from novelret.train.validation import Point, Validation, best_first, hold_back, keeps_budget, pareto
 
-_ENTROPY_QUERIES = 16
-_NOT_IDENTITY = ("data", "index", "labels", "init", "device", "log_every", "micro_batch")
+_NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
+_NOT_IDENTITY_OF_JUDGE = ("max_judgements", "max_cost", "price")
 
 
 @dataclass(frozen=True)
@@ -71,25 +85,37 @@ def train_model(
 ) -> Trained:
     """Run a training and write the MODEL artifact; goes on from the last validation when it was killed.
 
+    Under `torchrun`, all processes train together and the first one writes.
+
     Raises:
         UserError: unusable settings, data, labels or output; a loss that is no number.
     """
-    report = report or Reporter()
     check_output(out, force=force)
-    index = open_index(config.index, config.data)
+    check_wandb(config.wandb)
+    with join(encode.pick_device(config.device)) as processes:
+        report = (report if processes.is_first else None) or Reporter()
+        return _train(config, out, processes, force=force, report=report)
+
+
+def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool, report: Reporter) -> Trained:
+    indexes = open_deployed(config.indexes, config.data)
+    index, device = indexes[0], processes.device
     check_config(config, len(index))
-    device = encode.pick_device(config.device)
     whole = load_split(
         config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
     )
     inputs = {"index": index.manifest.fingerprint, "split": whole.fingerprint}
-    labels = _load_labels(config, index, whole, inputs)
+    inputs |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
+    labels = _load_labels(config, indexes, whole, inputs)
     model = load_finetuned(config.init, index, device) if config.init else index.query_encoder(device)
     if config.init:
         inputs["init"] = encode.fingerprint_encoder(model)
     check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
-    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY} | inputs
+    settings = _identity(config, inputs)
+    if not processes.is_first:
+        processes.wait()  # the first one searches, the others read what it found
     lists, _ = base_lists(index, whole, min(config.depth, len(index)), device=device, report=report)
+    pool = pooled_lists(indexes, whole, config.base_depth, device=device, report=report)
     train_rows, validation_rows = hold_back(whole, config.validation_fraction, config.seed)
     material = gather_material(
         whole.subset(train_rows),
@@ -99,255 +125,117 @@ def train_model(
         # on the held-back queries they still measure what a checkpoint is worth.
         _rows_of(labels, train_rows[:0] if config.objective == "supervised" else train_rows, len(whole)),
         load_reward(config.reward),
+        pool[train_rows],
     )
-    validation = _validation(whole, validation_rows, lists, labels, config)
-    tower = _make_tower(config, model, whole, train_rows, validation_rows, index, device, report)
-    with open_output(out, fingerprint_of(settings), force=force, settings=settings) as folder:
-        points = _run(config, tower, material, validation, index, folder, device, report)
-        chosen = None
-        if validation is not None:
-            base_recall = mean_recall(validation.base_rows, validation.split)
-            chosen = choose(points, base_recall, config.max_recall_drop)
-            _load_weights(tower, folder / "resume" / "best.safetensors")
-            _say_choice(chosen, base_recall, config, report)
-        finished = tower.finished()
-        finished.save(str(folder), create_model_card=False)
-        write_config(folder, config)
-        facts = {
-            "steps": config.steps,
-            "chosen": None if chosen is None else asdict(chosen),
-            "judge": labels.judge,
-        }
-        fingerprint = encode.fingerprint_encoder(finished)
-        write_json(folder / "validation.json", [asdict(point) for point in points])
-        card = model_card(config, index, labels.judge, points, chosen, version("novelret"))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        if validation is not None:
-            (folder / "frontier.svg").write_text(_frontier(points, validation, config), encoding="utf-8")
-        shutil.rmtree(folder / "resume", ignore_errors=True)
-        write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
+    _check_rewards(config, material)
+    mine = np.array_split(validation_rows, processes.size)[processes.rank]
+    tower = _make_tower(config, model, whole, train_rows, mine, index, device, report)
+    if processes.is_first:
+        processes.wait()
+    validation = None
+    if len(validation_rows):
+        table = _rows_of(labels, mine, len(whole))
+        validation = Validation(whole.subset(mine), lists[mine, : config.base_depth], pool[mine], table)
+    items = open_matrix(index.embeddings, device)
+
+    def run_in(folder: Path) -> tuple[list[Point], Point | None]:
+        judging = None
+        if config.judge is not None:
+            judging = Judging(config, index, material.split, folder, processes, report)
+        run = Run(
+            config, tower, material, validation, index, items, folder, processes, judging, report
+        )  # fmt: skip
+        points, steps = run_steps(run)
+        spent = judging.finish() if judging is not None else None
+        order = best_first(points, config.max_recall_drop)
+        chosen = order[0] if order else None
+        if processes.is_first:
+            if chosen is not None:
+                _say_choice(chosen, len(validation_rows), config, report)
+            _write(run, folder, inputs, labels.judge, points, order, steps, spent)
+        return points, chosen
+
+    if processes.is_first:
+        with open_output(out, fingerprint_of(settings), force=force, settings=settings) as folder:
+            processes.wait()
+            points, chosen = run_in(folder)
+    else:
+        processes.wait()
+        points, chosen = run_in(out.with_name(out.name + ".partial"))
+    processes.wait()
     return Trained(out, chosen, points)
 
 
-def _run(
-    config: TrainConfig,
-    tower: Tower,
-    material: Material,
-    validation: Validation | None,
-    index: Index,
-    folder: Path,
-    device: str,
-    report: Reporter,
-) -> list[Point]:
-    """The loop: steps, log lines, validations, and a place to resume from after each validation."""
-    parameters = [p for p in tower.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
-    items: Items = index.embeddings
-    if device != "cpu":
-        items = torch.from_numpy(np.array(items)).to(device)  # gathers and passes read it at every step
-    (folder / "resume").mkdir(exist_ok=True)
-    points = _resume(tower, optimizer, folder)
-    first = points[-1].step if points else 0
-    if first:
-        report.note(f"going on at step {first} of {config.steps}")
-    _cut_log(folder / "log.jsonl", first)
-
-    def validate(step: int) -> None:
-        if validation is not None:
-            points.append(measure(validation, tower.embed_validation(), index, step, device))
-            best = choose(points, mean_recall(validation.base_rows, validation.split), config.max_recall_drop)
-            _save_resume(tower, optimizer, folder, points, is_best=best.step == step)
-
-    if not points:
-        validate(0)
-    with report.bar(f"training {config.objective}", config.steps) as advance, _LogFile(folder) as log:
-        advance(first)
-        for step in range(first, config.steps):
-            began = time.perf_counter()
-            batch = draw_batch(material, config, step)
-            batch, loss, norm = _step(config, tower, optimizer, batch, material, items, step)
-            if step % config.log_every == 0 or step + 1 == config.steps:
-                taken = time.perf_counter() - began
-                line = _log_line(batch, loss, norm, config, step)
-                line["entropy"] = _entropy(tower, batch, material, items, config)
-                log(line | {"step_time": round(taken, 5)})
-            advance(1)
-            if (step + 1) % config.steps_between_validations == 0 or step + 1 == config.steps:
-                validate(step + 1)
-    return points
+def _identity(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """What decides the result; a run is resumed only with the same."""
+    left_out = _NOT_IDENTITY + _NOT_IDENTITY_OF_JUDGE
+    return {name: value for name, value in asdict(config).items() if name not in left_out} | inputs
 
 
-def _step(
-    config: TrainConfig,
-    tower: Tower,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    material: Material,
-    items: Items,
-    step: int,
-) -> tuple[Batch, StepLoss, float]:
-    """One optimizer step; micro-batches add up to the same loss and gradient."""
-    batch = _draw_policy_states(config, tower, batch, material, items, step)
-    size = config.micro_batch or config.batch_size
-    total, feedback, states = 0.0, 0.0, 0.0
-    for start in range(0, len(batch.queries), size):
-        rows = slice(start, min(start + size, len(batch.queries)))
-        part = batch_loss(tower.embed(batch.queries[rows]), rows, batch, material, config, items, step)
-        if part.loss.requires_grad:
-            torch.autograd.backward(part.loss)
-        total, feedback, states = total + part.loss.item(), feedback + part.feedback, states + part.states
-    if not math.isfinite(total):
+def _check_rewards(config: TrainConfig, material: Material) -> None:
+    rewarded = config.objective in ("pg-ret", *LIST_OBJECTIVES) and config.judge is None
+    if rewarded and len(material.positives) == 0:
         raise UserError(
-            f"step {step}: the loss is {total}; the last validated checkpoint is kept. "
-            "Lower --learning-rate or raise --temperature"
+            f"no labelled item beyond rank {config.base_depth} is relevant, so no state has a positive "
+            "reward; label deeper base ranks (`novelret label --from base-novel --depth`), other sources "
+            "(--from random, --from model:MODEL) or more queries"
         )
-    parameters = [p for p in tower.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)) if parameters else 0.0
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return batch, StepLoss(torch.tensor(total), feedback, states), norm
 
 
-def _draw_policy_states(
-    config: TrainConfig, tower: Tower, batch: Batch, material: Material, items: Items, step: int
-) -> Batch:
-    """Draw the α share's items from the current policy over the whole catalog, and look up their rewards."""
-    places = np.flatnonzero(batch.sources == POLICY)
-    if len(places) == 0 or config.objective in LIST_OBJECTIVES:
-        return batch
-    queries = batch.queries[places]
-    with torch.no_grad():
-        embeddings = tower.embed(queries)
-        excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
-        key = Key(config.seed, step, torch.from_numpy(places).to(embeddings.device))
-        draw = draw_with_replacement(embeddings, items, 1, key, config.sampling_temperature, excluded)
-    items, rewards = batch.items.copy(), batch.rewards.copy()
-    items[places] = draw.rows[:, 0].cpu().numpy()
-    rewards[places] = material.rewards(queries, items[places])
-    return Batch(batch.queries, items, batch.sources, rewards)
-
-
-def _entropy(tower: Tower, batch: Batch, material: Material, items: Items, config: TrainConfig) -> float:
-    """Mean entropy of the policy over the whole catalog, in nats, on a few of the batch's queries."""
-    some = batch.queries[:: max(1, len(batch.queries) // _ENTROPY_QUERIES)][:_ENTROPY_QUERIES]
-    with torch.no_grad():
-        embeddings = tower.embed(some)
-        excluded = torch.from_numpy(material.split.excluded[some]).to(embeddings.device)
-        values = entropy(embeddings, items, config.temperature, excluded)
-    return round(float(values.mean()), 4)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear rise over the warm-up steps, then linear fall to 0: a function of the step alone."""
-    rise = max(1, round(config.warmup * config.steps))
-    scale = (step + 1) / rise if step < rise else (config.steps - step) / max(1, config.steps - rise)
-    return config.peak_learning_rate * scale
-
-
-def _log_line(batch: Batch, loss: StepLoss, norm: float, config: TrainConfig, step: int) -> dict[str, object]:
-    known = ~np.isnan(batch.rewards)
-    rewards = batch.rewards[known]
-    by_source = {}
-    for source, name in enumerate(SOURCES):
-        of_source = batch.sources == source
-        if of_source.any():
-            rewarded = known & of_source & (np.nan_to_num(batch.rewards) != 0)
-            by_source[f"rewarded/{name}"] = round(float(rewarded.sum() / of_source.sum()), 4)
-            by_source[f"unknown/{name}"] = round(float((~known & of_source).sum() / of_source.sum()), 4)
-    return {
-        "step": step + 1,
-        "loss": round(loss.loss.item(), 6),
-        "loss/feedback": round(loss.feedback, 6),
-        "loss/states": round(loss.states, 6),
-        "reward": round(float(rewards.mean()), 4) if len(rewards) else None,
-        "reward_std": round(float(rewards.std()), 4) if len(rewards) else None,
-        **by_source,
-        "grad_norm": round(norm, 6),
-        "learning_rate": learning_rate(config, step),
-    }
-
-
-class _LogFile:
-    """Append log lines to log.jsonl; whole lines only, at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "log.jsonl"
-
-    def __enter__(self) -> _LogFile:
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __call__(self, line: dict[str, object]) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the lines after the step that the run goes on from."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
-
-
-def _save_resume(
-    tower: Tower, optimizer: torch.optim.Optimizer, folder: Path, points: list[Point], *, is_best: bool
+def _write(
+    run: Run,
+    folder: Path,
+    inputs: dict[str, str],
+    judge: str | None,
+    points: list[Point],
+    order: list[Point],
+    steps: int,
+    spent: dict[str, Any] | None,
 ) -> None:
-    """Write weights, optimizer moments and points; the rename of points.json last makes it count."""
-    resume, step = folder / "resume", points[-1].step
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(tower).items()}
-    moments = {
-        f"{number}/{name}": value.cpu().contiguous()
-        for number, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
+    """The finished artifact, from the checkpoints of the run."""
+    config = run.config
+    for point in order[: config.keep]:
+        checkpoint.load_weights(run.tower, folder, point.step)
+        path = folder / "checkpoints" / f"step-{point.step}"
+        run.tower.finished().save(str(path), create_model_card=False)
+    chosen = order[0] if order else None
+    if chosen is not None:
+        checkpoint.load_weights(run.tower, folder, chosen.step)
+    finished = run.tower.finished()
+    finished.save(str(folder), create_model_card=False)
+    write_config(folder, config)
+    write_json(folder / "validation.json", [asdict(point) for point in points])
+    card = model_card(config, run.index, judge, points, chosen, version("novelret"))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    picture = curves(read_log(folder), points, config.max_recall_drop)
+    (folder / "curves.svg").write_text(picture, encoding="utf-8")
+    if chosen is not None:
+        _write_frontier(folder, points, chosen, config)
+    shutil.rmtree(folder / "resume")
+    facts = {
+        "steps": steps,
+        "chosen": None if chosen is None else asdict(chosen),
+        "judge": judge if config.judge is None else config.judge,
+        "asked": spent,
     }
-    save_file(weights, resume / f"weights-{step}.safetensors")
-    save_file(moments, resume / f"moments-{step}.safetensors")
-    if is_best:
-        shutil.copyfile(resume / f"weights-{step}.safetensors", resume / "best.tmp")
-        (resume / "best.tmp").replace(resume / "best.safetensors")
-    write_json(resume / "points.json", [asdict(point) for point in points])
-    for old in resume.glob("*-*.safetensors"):
-        if old.stem.split("-")[1] != str(step):
-            old.unlink()
+    fingerprint = encode.fingerprint_encoder(finished)
+    write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
 
 
-def _resume(tower: Tower, optimizer: torch.optim.Optimizer, folder: Path) -> list[Point]:
-    resume = folder / "resume"
-    if not (resume / "points.json").is_file():
-        return []
-    points = [Point(**point) for point in read_json(resume / "points.json")]
-    step = points[-1].step
-    _load_weights(tower, resume / f"weights-{step}.safetensors")
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(resume / f"moments-{step}.safetensors").items():
-        number, _, key = name.partition("/")
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return points
-
-
-def _trained(tower: Tower) -> dict[str, Tensor]:
-    return {name: p for name, p in tower.module.named_parameters() if p.requires_grad}
-
-
-def _load_weights(tower: Tower, path: Path) -> None:
-    weights = load_file(path)
-    with torch.no_grad():
-        for name, parameter in _trained(tower).items():
-            parameter.copy_(weights[name])
-
-
-def _frontier(points: list[Point], validation: Validation, config: TrainConfig) -> str:
+def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: TrainConfig) -> None:
     """Every validated checkpoint: relevant novel items against recall, the deployed recall dashed."""
+    columns: dict[str, list[Any]] = {
+        name: [getattr(point, name) for point in points] for name in Point.__dataclass_fields__
+    }
+    columns["within_budget"] = [keeps_budget(point, config.max_recall_drop) for point in points]
+    columns["pareto"] = pareto(points)
+    columns["chosen"] = [point.step == chosen.step for point in points]
+    pq.write_table(pa.table(columns), folder / "frontier.parquet")
     marks = [Mark(f"step {point.step}", point.recall, point.relevant_novel) for point in points]
     length = config.base_depth
-    line_at = mean_recall(validation.base_rows, validation.split)
-    return scatter(marks, f"Recall@{length}", f"RelevantNovel@{length}", line_at=line_at)
+    titles = (f"Recall@{length}", f"RelevantNovel@{length}")
+    picture = scatter(marks, *titles, line_at=chosen.base_recall)
+    (folder / "frontier.svg").write_text(picture, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -356,13 +244,13 @@ class _Labels:
     judge: str | None
 
 
-def _load_labels(config: TrainConfig, index: Index, split: Split, inputs: dict[str, str]) -> _Labels:
+def _load_labels(config: TrainConfig, indexes: list[Index], split: Split, inputs: dict[str, str]) -> _Labels:
     if config.labels is None:
         none = np.empty(0, dtype=np.int64)
-        return _Labels(make_table(none, none, none.astype(np.int8), len(index)), None)
-    labels = open_labels(Path(config.labels), index)
+        return _Labels(make_table(none, none, none.astype(np.int8), len(indexes[0])), None)
+    labels = open_labels(Path(config.labels), *indexes)
     inputs["labels"] = labels.manifest.fingerprint
-    return _Labels(labels.table(split.query_ids, index.catalog), str(labels.manifest.config["judge"]))
+    return _Labels(labels.table(split.query_ids, indexes[0].catalog), str(labels.manifest.config["judge"]))
 
 
 def _rows_of(labels: _Labels, rows: np.ndarray, n_queries: int) -> LabelTable:
@@ -378,15 +266,6 @@ def _rows_of(labels: _Labels, rows: np.ndarray, n_queries: int) -> LabelTable:
     )
 
 
-def _validation(
-    whole: Split, rows: np.ndarray, lists: np.ndarray, labels: _Labels, config: TrainConfig
-) -> Validation | None:
-    if len(rows) == 0:
-        return None
-    table = _rows_of(labels, rows, len(whole))
-    return Validation(whole.subset(rows), lists[rows, : config.base_depth], table)
-
-
 def _make_tower(
     config: TrainConfig,
     model: encode.SentenceTransformer,
@@ -397,10 +276,16 @@ def _make_tower(
     device: str,
     report: Reporter,
 ) -> Tower:
-    if config.tune == "full":
-        texts = whole.query_texts
-        return full_tower(
-            model, [texts[r] for r in train_rows], [texts[r] for r in validation_rows], config.precision
+    if config.tune != "adapter":
+        texts = (
+            [whole.query_texts[row] for row in train_rows],
+            [whole.query_texts[row] for row in validation_rows],
+        )
+        saving = config.gradient_checkpointing
+        if config.tune == "full":
+            return full_tower(model, *texts, config.precision, gradient_checkpointing=saving)
+        return lora_tower(
+            model, *texts, config.precision, rank=config.lora_rank, gradient_checkpointing=saving
         )
     if config.init:
         embeddings = embed_queries(model, whole.query_texts, report)
@@ -409,17 +294,25 @@ def _make_tower(
     return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device)
 
 
-def _say_choice(chosen: Point, base_recall: float, config: TrainConfig, report: Reporter) -> None:
-    if chosen.recall < base_recall * (1 - config.max_recall_drop) - 1e-12:
+def _say_choice(chosen: Point, n_queries: int, config: TrainConfig, report: Reporter) -> None:
+    base_recall, drop = chosen.base_recall, config.max_recall_drop
+    if not keeps_budget(chosen, drop):
         report.warn(
-            f"no checkpoint keeps recall within {config.max_recall_drop:.1%} of the deployed "
-            f"{base_recall:.4f}; step {chosen.step} loses least"
+            f"no checkpoint keeps recall within {drop:.1%} of the deployed {base_recall:.4f}; "
+            f"step {chosen.step} loses least"
         )
     elif chosen.step == 0:
         report.warn(
-            f"every later checkpoint loses more than {config.max_recall_drop:.1%} of the deployed recall "
+            f"every later checkpoint loses more than {drop:.1%} of the deployed recall "
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
+        )
+    noise = 1.96 * chosen.recall_error
+    if noise > drop * base_recall and drop < 1:
+        report.warn(
+            f"{n_queries} held-back queries measure the change of recall to ± {noise:.4f} only, the budget "
+            f"({drop:.1%}) is {drop * base_recall:.4f}: hold back more (--validation-fraction) or allow for "
+            "it (--max-recall-drop)"
         )
     report.note(
         f"chosen: step {chosen.step} of {config.steps}, on the held-back queries: novelty "

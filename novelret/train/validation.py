@@ -19,16 +19,18 @@ MOST_QUERIES = 2_000
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-back queries and what is known of them.
+    """Held-back queries and what is known of them; where several processes train, each holds a share.
 
     Attributes:
         split: the held-back queries with their feedback.
-        base_rows: (V, L) int64, the deployed top-L lists.
+        base_rows: (V, L) int64, the lists of the deployed model that is finetuned against.
+        pool: (V, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
         labels: verdicts by (validation query row, catalog row).
     """
 
     split: Split
     base_rows: np.ndarray
+    pool: np.ndarray
     labels: LabelTable
 
 
@@ -42,6 +44,8 @@ class Point:
         relevant_novel: mean number of those that are judged relevant.
         recall: mean per-query share of held-out feedback in the top L.
         judged_novel: share of the novel items that are judged at all.
+        base_recall: the deployed model's recall on the same queries.
+        recall_error: standard error of the mean difference between the two recalls.
     """
 
     step: int
@@ -49,6 +53,8 @@ class Point:
     relevant_novel: float
     recall: float
     judged_novel: float
+    base_recall: float
+    recall_error: float
 
 
 def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,34 +75,79 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def measure(validation: Validation, embeddings: np.ndarray, index: Index, step: int, device: str) -> Point:
-    """Search the validation queries and compare with the deployed lists."""
+def measure(validation: Validation, embeddings: np.ndarray, index: Index, device: str) -> np.ndarray:
+    """Search the validation queries and compare with the deployed lists.
+
+    Returns:
+        (V, 5) float64 per query: novel items, relevant novel ones, judged novel ones, recall and the
+        deployed model's recall.
+    """
     split = validation.split
+    if len(split) == 0:
+        return np.zeros((0, 5))
     depth = validation.base_rows.shape[1]
     rows, _ = index.search(embeddings, depth, split.excluded, device=device)
-    new = novel(rows, validation.base_rows, depth)
+    new = novel(rows, validation.pool, depth)
     verdicts = validation.labels.lookup(np.arange(len(split))[:, None], rows)
-    return Point(
-        step,
-        float(new.sum(axis=1).mean()),
-        float((new & (verdicts == RELEVANT)).sum(axis=1).mean()),
-        mean_recall(rows, split),
-        float((verdicts[new] != UNKNOWN).mean()) if new.any() else 0.0,
+    feedback = (split.feedback_queries, split.feedback_items)
+    figures = (
+        new.sum(axis=1),
+        (new & (verdicts == RELEVANT)).sum(axis=1),
+        (new & (verdicts != UNKNOWN)).sum(axis=1),
+        recall(rows, *feedback, depth),
+        recall(validation.base_rows, *feedback, depth),
+    )
+    return np.stack([np.asarray(figure, dtype=np.float64) for figure in figures], axis=1)
+
+
+def make_point(step: int, figures: np.ndarray) -> Point:
+    """The means of `measure`'s figures over all validation queries."""
+    novelty, relevant_novel, judged, mean_recall, base_recall = figures.mean(axis=0).tolist()
+    differences = figures[:, 3] - figures[:, 4]
+    error = float(differences.std(ddof=1) / len(figures) ** 0.5) if len(figures) > 1 else 0.0
+    share = judged / novelty if novelty else 0.0
+    return Point(step, novelty, relevant_novel, mean_recall, share, base_recall, error)
+
+
+def keeps_budget(point: Point, max_recall_drop: float) -> bool:
+    """Whether a checkpoint's recall lies within the budget."""
+    return point.recall >= point.base_recall * (1 - max_recall_drop) - 1e-12
+
+
+def best_first(points: list[Point], max_recall_drop: float) -> list[Point]:
+    """Points from the best to the worst.
+
+    Those within the recall budget come first, by relevant novel items, then novelty, then fewer steps;
+    then the others, by how little recall they lose. The order of two points never depends on a third, so
+    the best so far can be kept as a run goes on.
+    """
+
+    def goodness(point: Point) -> tuple[float, ...]:
+        if keeps_budget(point, max_recall_drop):
+            return (1, point.relevant_novel, point.novelty, -point.step)
+        return (0, point.recall, -point.step)
+
+    return sorted(points, key=goodness, reverse=True)
+
+
+def left_for_good(points: list[Point], max_recall_drop: float, patience: int) -> bool:
+    """Whether the last `patience` points all lie below the recall budget and recall still falls."""
+    last = points[-patience:]
+    return (
+        0 < patience == len(last)
+        and not any(keeps_budget(point, max_recall_drop) for point in last)
+        and last[-1].recall <= min(point.recall for point in last)
     )
 
 
-def mean_recall(rows: np.ndarray, split: Split) -> float:
-    """Mean per-query share of feedback in whole lists (V, k)."""
-    return float(recall(rows, split.feedback_queries, split.feedback_items, rows.shape[1]).mean())
-
-
-def choose(points: list[Point], base_recall: float, max_recall_drop: float) -> Point:
-    """The point with most relevant novel items whose recall stays within the budget.
-
-    Where no point keeps the budget, the one that loses least. Ties go to more novelty, then fewer steps.
-    """
-    floor = base_recall * (1 - max_recall_drop)
-    inside = [point for point in points if point.recall >= floor - 1e-12]
-    if not inside:
-        return max(points, key=lambda point: (point.recall, -point.step))
-    return max(inside, key=lambda point: (point.relevant_novel, point.novelty, -point.step))
+def pareto(points: list[Point]) -> list[bool]:
+    """Whether no other point has both more relevant novel items and more recall."""
+    return [
+        not any(
+            other.relevant_novel >= point.relevant_novel
+            and other.recall >= point.recall
+            and (other.relevant_novel, other.recall) != (point.relevant_novel, point.recall)
+            for other in points
+        )
+        for point in points
+    ]

@@ -184,14 +184,14 @@ def test_search_marks_novel_items(chain, world, capsys):
 
 
 def test_unfinished_training_is_not_dropped_silently(chain, world, capsys, tmp_path, monkeypatch):
-    from novelret.train import trainer
+    from novelret.train import loop
 
     arguments = [
         "train", "--data", world, "--index", chain / "index", "--labels", chain / "labels", *TRAIN,
         "--eval-every", 5, "--validation-fraction", 0.2, "--out", tmp_path / "model",
     ]  # fmt: skip
     whole = result(capsys, *arguments[:-1], tmp_path / "undisturbed")
-    real_step, calls = trainer._step, []
+    real_step, calls = loop._step, []
 
     def dies(*args):
         calls.append(1)
@@ -199,10 +199,10 @@ def test_unfinished_training_is_not_dropped_silently(chain, world, capsys, tmp_p
             raise KeyboardInterrupt
         return real_step(*args)
 
-    monkeypatch.setattr(trainer, "_step", dies)
+    monkeypatch.setattr(loop, "_step", dies)
     assert run(capsys, *arguments)[0] == 130
     assert not (tmp_path / "model").exists()
-    monkeypatch.setattr(trainer, "_step", real_step)
+    monkeypatch.setattr(loop, "_step", real_step)
     message = fails(capsys, *arguments, "--learning-rate", 0.5)
     assert "learning_rate 0.02 → 0.5" in message
     resumed = result(capsys, *arguments)

@@ -8,6 +8,8 @@ from torch.autograd import gradcheck
 
 from novelret.errors import UserError
 from novelret.train import policy, sampler
+from novelret.train.matrix import ItemMatrix
+from novelret.train.shard import Shard
 
 torch.manual_seed(0)
 QUERIES = torch.nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
@@ -48,7 +50,7 @@ def test_stored_precisions_are_read(items):
 def test_entropy_is_exact():
     logits = exact_logits(QUERIES)
     expected = torch.distributions.Categorical(logits=logits).entropy()
-    assert torch.allclose(policy.entropy(QUERIES, ITEMS, TAU, EXCLUDED), expected)
+    assert torch.allclose(ItemMatrix(ITEMS, ITEMS).entropy(QUERIES, TAU, EXCLUDED), expected)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
@@ -190,7 +192,7 @@ def _one_of_two(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     sampler.CELL, sampler.PART = 4, 2
     first = rank * 20
-    shard = sampler.Shard(first, 37)
+    shard = Shard(first, 37)
     mine = ITEMS[first : first + 20]
     for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
         drawn = draw(QUERIES, mine, 6, key(range(4)), TAU, EXCLUDED, shard=shard)

@@ -10,6 +10,7 @@ from novelret.data.split import make_split
 from novelret.errors import UserError
 from novelret.label.table import make_table
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
+from novelret.train.matrix import ItemMatrix
 from novelret.train.policy import check_embeddings
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material, shuffled
@@ -19,6 +20,7 @@ RNG = np.random.default_rng(0)
 Q, N, L, DEPTH = 12, 90, 5, 30
 ITEMS = RNG.normal(size=(N, 8)).astype(np.float32)
 ITEMS /= np.linalg.norm(ITEMS, axis=1, keepdims=True)
+MATRIX = ItemMatrix(ITEMS, ITEMS)
 QUERIES = torch.nn.functional.normalize(torch.from_numpy(RNG.normal(size=(Q, 8)).astype(np.float32)), dim=1)
 
 
@@ -98,9 +100,9 @@ def gradient(material, settings, size):
         batch = dataclasses.replace(batch, items=items, rewards=rewards)
     table = QUERIES.double().requires_grad_()  # what V-PG leaves of Z cancels badly in float32
     for start in range(0, len(batch.queries), size):
-        rows = slice(start, min(start + size, len(batch.queries)))
+        here = np.arange(start, min(start + size, len(batch.queries)))
         part = batch_loss(
-            table[torch.from_numpy(batch.queries[rows])], rows, batch, material, settings, ITEMS, 2
+            table[torch.from_numpy(batch.queries[here])], here, batch, material, settings, MATRIX, 2
         )
         if part.loss.requires_grad:
             part.loss.backward()
@@ -143,7 +145,7 @@ def test_supervised_loss_is_written_out(material):
         others = [m for m in range(6) if m == n or batch.items[m] not in liked[q] | judged | {batch.items[n]}]
         expected += np.log(np.exp(scores[n, others]).sum()) - scores[n, n]
     embeddings = QUERIES[torch.from_numpy(batch.queries)].clone().requires_grad_()
-    found = batch_loss(embeddings, slice(0, 6), batch, material, settings, ITEMS, 0)
+    found = batch_loss(embeddings, np.arange(6), batch, material, settings, MATRIX, 0)
     assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
 
 

@@ -1,0 +1,178 @@
+"""`train --judge`: ask about drawn policy states that have no label, while the step before is computed.
+
+Answers go through the judgement store like those of `novelret label`. The states of a step are drawn one step
+ahead, and its answers are waited for, so a run is the same however fast the judge is. What was asked is kept
+in judgements/step-N.parquet, from which a run that was killed knows what it knew.
+"""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from novelret.artifacts import read_json, write_json
+from novelret.data.split import Split
+from novelret.index import Index
+from novelret.label.candidates import Candidates
+from novelret.label.judges.file import file_table
+from novelret.label.label import LabelConfig, judge_candidates, split_judge
+from novelret.label.labels import read_table
+from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
+from novelret.progress import Reporter
+from novelret.train.config import TrainConfig
+from novelret.train.processes import Processes
+
+
+class Judging:
+    """Questions under way and answers so far. The first process asks, all get the answers."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        index: Index,
+        split: Split,
+        folder: Path,
+        processes: Processes,
+        report: Reporter,
+    ) -> None:
+        """Take up what earlier runs asked (see `forget_after`).
+
+        Args:
+            config: with a judge.
+            index: where item texts come from.
+            split: the training queries.
+            folder: the MODEL folder.
+            processes: who trains.
+            report: told when the limit is reached.
+        """
+        assert config.judge is not None
+        self.index, self.split, self.processes, self.report = index, split, processes, report
+        self.folder = folder / "judgements"
+        kind, name = split_judge(config.judge)
+        self.file: LabelTable | None = None
+        if kind == "file":
+            self.file = file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
+        self.settings = LabelConfig(
+            data=config.data,
+            index=config.indexes[0],
+            judge=config.judge,
+            split=config.split,
+            prompt=config.prompt,
+            store=config.store,
+            price=config.price,
+        )
+        self.max_requests, self.max_cost = config.max_judgements, config.max_cost
+        self.pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.futures: dict[int, Future[LabelTable]] = {}
+        self.fresh: list[LabelTable] = []
+        self.spent: dict[str, Any] = {"requests": 0, "cost": 0.0}
+        self.thread = ThreadPoolExecutor(1) if processes.is_first else None
+        if processes.is_first:
+            self.folder.mkdir(exist_ok=True)
+            if (self.folder / "spent.json").is_file():
+                self.spent = read_json(self.folder / "spent.json")
+
+    def forget_after(self, first: int) -> LabelTable:
+        """What was learnt before step `first`; files of later steps go (their answers are in the store)."""
+        table = self._empty()
+        if self.processes.is_first:
+            for path in self.folder.glob("step-*.parquet"):
+                if int(path.stem.split("-")[1]) >= first:
+                    path.unlink()
+        self.processes.wait()
+        for path in sorted(self.folder.glob("step-*.parquet")):
+            table = join_tables(table, read_table(path, self.split.query_ids, self.index.catalog))
+        return table
+
+    def ask(self, step: int, queries: np.ndarray, items: np.ndarray) -> None:
+        """Start to ask about unlabelled pairs of a step to come."""
+        keys = np.unique(queries * np.int64(len(self.index)) + items)
+        self.pairs[step] = keys // len(self.index), keys % len(self.index)
+        if self.thread is not None:
+            self.futures[step] = self.thread.submit(self._judge, step)
+
+    def answers(self, step: int) -> LabelTable:
+        """Wait for a step's answers; the usable ones, by (training query row, catalog row)."""
+        queries, items = self.pairs.pop(step)
+        verdicts = np.full(len(queries), UNKNOWN, dtype=np.int8)
+        grades = np.full(len(queries), np.nan, dtype=np.float32)
+        if self.thread is not None:
+            found = self.futures.pop(step).result()
+            verdicts, grades = found.lookup(queries, items), found.lookup_grades(queries, items)
+        verdicts, grades = (self.processes.from_first(array) for array in (verdicts, grades))
+        table = make_table(queries, items, verdicts, len(self.index), grades=grades)
+        if len(table):
+            self.fresh.append(table)
+        return table
+
+    def take_fresh(self) -> LabelTable | None:
+        """Answers since the last call, or None."""
+        if not self.fresh:
+            return None
+        table = self._empty()
+        for more in self.fresh:
+            table = join_tables(table, more)
+        self.fresh = []
+        return table
+
+    def finish(self) -> dict[str, Any]:
+        """Put all judgements of the run into judgements.parquet; says what was spent."""
+        self.close()
+        if self.processes.is_first:
+            files = sorted(self.folder.glob("step-*.parquet"))
+            if files:
+                tables = [pq.read_table(path) for path in files]
+                with pq.ParquetWriter(self.folder.with_suffix(".parquet"), tables[0].schema) as writer:
+                    for table in tables:
+                        writer.write_table(table)
+            shutil.rmtree(self.folder)
+        return self.spent
+
+    def close(self) -> None:
+        """Drop what is not yet asked."""
+        if self.thread is not None:
+            self.thread.shutdown(wait=True, cancel_futures=True)
+
+    def _judge(self, step: int) -> LabelTable:
+        queries, items = self.pairs[step]
+        if len(queries) == 0:
+            return self._empty()
+        if self.file is not None:
+            verdicts, grades = self.file.lookup(queries, items), self.file.lookup_grades(queries, items)
+            return make_table(queries, items, verdicts, len(self.index), grades=grades)
+        candidates = Candidates(queries, items, np.zeros(len(queries), dtype=np.int16), ("policy",))
+        settings = replace(
+            self.settings,
+            max_requests=_left(self.max_requests, self.spent["requests"]),
+            max_cost=_left(self.max_cost, self.spent["cost"]),
+        )
+        path = self.folder / f"step-{step:08d}.parquet"
+        quiet = Reporter()
+        facts = judge_candidates(settings, self.index, self.split, candidates, path, quiet)
+        self.spent["requests"] += facts["requests"]
+        self.spent["cost"] += facts["cost"] or 0.0
+        write_json(self.folder / "spent.json", self.spent)
+        if facts["stopped"] and not self.spent.get("stopped"):
+            self.spent["stopped"] = facts["stopped"]
+            self.report.warn(
+                f"step {step}: no more questions are asked, --max-judgements or --max-cost is reached; "
+                "policy states without a label are left out from here on"
+            )
+        elif facts["failed"] and not self.spent.get("failed"):
+            self.spent["failed"] = True
+            self.report.warn(f"step {step}: {quiet.warnings[0]}")
+        return read_table(path, self.split.query_ids, self.index.catalog)
+
+    def _empty(self) -> LabelTable:
+        none = np.empty(0, dtype=np.int64)
+        return make_table(none, none, none.astype(np.int8), len(self.index))
+
+
+def _left(limit: Any, spent: Any) -> Any:
+    return None if limit is None else max(0, limit - spent)

@@ -1,0 +1,31 @@
+"""Which share of the catalog a process holds, where several train together (`torchrun`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A range of the catalog's rows.
+
+    Attributes:
+        first: catalog row of its first item, a multiple of the sampler's CELL.
+        total: items in the whole catalog.
+        group: the processes that hold the rest; None for the default group.
+    """
+
+    first: int
+    total: int
+    group: dist.ProcessGroup | None = None
+
+
+def from_all(local: Tensor, shard: Shard) -> Tensor:
+    """Tensors of one shape from all processes, stacked in a new first dimension."""
+    parts = [torch.empty_like(local).contiguous() for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, local.contiguous(), shard.group)
+    return torch.stack(parts)
