@@ -95,7 +95,7 @@ class Judging:
         keys = np.unique(queries * np.int64(len(self.index)) + items)
         self.pairs[step] = keys // len(self.index), keys % len(self.index)
         if self.thread is not None:
-            self.futures[step] = self.thread.submit(self._judge, step)
+            self.futures[step] = self.thread.submit(self._judge, step, *self.pairs[step])
 
     def answers(self, step: int) -> LabelTable:
         """Wait for a step's answers; the usable ones, by (training query row, catalog row)."""
@@ -139,8 +139,7 @@ class Judging:
         if self.thread is not None:
             self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def _judge(self, step: int) -> LabelTable:
-        queries, items = self.pairs[step]
+    def _judge(self, step: int, queries: np.ndarray, items: np.ndarray) -> LabelTable:
         if len(queries) == 0:
             return self._empty()
         if self.file is not None:

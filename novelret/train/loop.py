@@ -327,7 +327,7 @@ def _log_line(run: Run, batch: Batch, loss: StepLoss, norm: float, step: int) ->
         "reward_std": round(float(known.std()), 4) if len(known) else None,
         **line,
         "labelled": round(loss.known / loss.drawn, 4) if loss.drawn else None,
-        "grad_norm": round(norm, 6),
+        "grad_norm": round(norm, 6) if math.isfinite(norm) else None,  # fp16 overflow: the step is skipped
         "learning_rate": learning_rate(config, step),
         **_policy_figures(run, batch),
         "memory_gb": round(peak_memory(), 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -103,9 +104,10 @@ def lora_tower(
     transformer = getattr(model[0], "model", None)
     if transformer is None:
         raise UserError(f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter")
-    wrapped = get_peft_model(
-        transformer, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    )
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not ours to mend
+        wrapped = get_peft_model(transformer, lora)
     trainable = {id(p) for p in wrapped.parameters() if p.requires_grad}
     model[0].model = wrapped
     tower = full_tower(
@@ -130,7 +132,9 @@ def _checkpoint_layers(model: SentenceTransformer) -> None:
     """Let each layer forget its activations; only layers themselves go into training mode, not dropout."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model[0].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    transformer = model[0].model
+    enable = getattr(transformer, "activation_checkpointing_enable", None)  # the newer name
+    (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

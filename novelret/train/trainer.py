@@ -43,6 +43,8 @@ from novelret.index import (
     open_deployed,
     pooled_lists,
 )
+from novelret.label.judges.openai import check_key
+from novelret.label.label import split_judge
 from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
@@ -92,6 +94,8 @@ def train_model(
     """
     check_output(out, force=force)
     check_wandb(config.wandb)
+    if config.judge is not None and split_judge(config.judge)[0] == "openai":
+        check_key()
     with join(encode.pick_device(config.device)) as processes:
         report = (report if processes.is_first else None) or Reporter()
         return _train(config, out, processes, force=force, report=report)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ def wide(encoder, tmp_path_factory):
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, 3)) for _ in range(n)]
     write_jsonl(folder / "corpus.jsonl", [{"_id": f"i{k:05d}", "text": text} for k, text in enumerate(texts)])
-    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{k:02d}", "text": f"buy {words[k]}"} for k in range(40)])
+    write_jsonl(
+        folder / "queries.jsonl", [{"_id": f"q{k:02d}", "text": f"buy {words[k]}"} for k in range(40)]
+    )
     pairs = [(f"q{q:02d}", f"i{i:05d}", 1) for q in range(40) for i in rng.choice(n, 300, replace=False)]
     write_qrels(folder / "qrels" / "train.tsv", pairs[::20])
     write_qrels(folder / "judgements.tsv", pairs)
@@ -42,7 +45,16 @@ def wide(encoder, tmp_path_factory):
 
 CASES = {
     "policy-states": ["--tune", "adapter", "--alpha", "0.25", "--beta", "0.25", "--learning-rate", "0.01"],
-    "lists": ["--tune", "adapter", "--objective", "ca-pg-loo", "--list-size", "20", "--learning-rate", "0.01"],
+    "lists": [
+        "--tune",
+        "adapter",
+        "--objective",
+        "ca-pg-loo",
+        "--list-size",
+        "20",
+        "--learning-rate",
+        "0.01",
+    ],
     "full": ["--tune", "full", "--loss", "inclusion", "--micro-batch", "5", "--learning-rate", "1e-3"],
 }
 
@@ -57,7 +69,7 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             "--max-recall-drop", "1", "--patience", "0", "--device", "cpu", *CASES[case], "--out", tmp_path / name,
             "--json", "--quiet",
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), [

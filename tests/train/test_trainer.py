@@ -1,0 +1,494 @@
+"""`novelret train` as a user drives it: what is tuned, which checkpoint, judges, kills, logs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from novelret.cli import main
+from novelret.index import open_index, pooled_lists
+from novelret.progress import Reporter
+from novelret.train import checkpoint, loop
+from novelret.train.config import TrainConfig
+from novelret.train.panel import training_panel
+from novelret.train.validation import Point, best_first, keeps_budget, left_for_good, pareto
+from tests.conftest import make_encoder
+from tests.loopback import LoopbackJudge
+
+SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
+         "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
+ADAPTER = ("--tune", "adapter", "--learning-rate", 0.02)
+MIXED = ("--alpha", 0.25, "--beta", 0.25)
+
+
+@pytest.fixture(scope="module")
+def labels(world, index_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labels") / "labels"
+    command = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{world}/judgements.tsv",
+               "--missing", "irrelevant", "--base-depth", 3, "--depth", 12, "--out", out, "--quiet"]  # fmt: skip
+    assert main([str(part) for part in command]) == 0
+    return out
+
+
+@pytest.fixture
+def command(world, index_folder, labels):
+    return ["train", "--data", world, "--index", index_folder, "--labels", labels, *SHORT]
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.split())
+
+
+def train(capsys, command, out, *more):
+    """The JSON result and what was said on stderr; a run that fails fails the test."""
+    code, found, err = run(capsys, *command, *more, "--out", out, "--json", "--quiet")
+    assert code == 0, err
+    return json.loads(found), err
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return {
+        f"{path.relative_to(folder)}/{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+# What is tuned
+
+
+def test_lora_moves_the_encoder_and_leaves_a_plain_model(command, encoder, capsys, tmp_path):
+    train(capsys, command, tmp_path / "lora", "--tune", "lora", "--lora-rank", 2, "--learning-rate", 0.01)
+    assert not [name for name in weights_of(tmp_path / "lora") if "lora" in name]
+    base, model = (SentenceTransformer(str(f), device="cpu") for f in (encoder, tmp_path / "lora"))
+    plain, tuned = base[0].model.state_dict(), model[0].model.state_dict()
+    assert plain.keys() == tuned.keys()
+    changed = {name for name in plain if not torch.allclose(plain[name], tuned[name])}
+    assert changed
+    for name in changed:  # updates of rank 2, on matrices alone
+        difference = (tuned[name] - plain[name]).double()
+        assert torch.linalg.svdvals(difference)[2:].max() < 1e-5
+    # The merged model is the one that was validated.
+    points = json.loads((tmp_path / "lora" / "validation.json").read_text())
+    chosen = json.loads((tmp_path / "lora" / "manifest.json").read_text())["facts"]["chosen"]
+    assert chosen in points
+
+
+def test_gradient_checkpointing_changes_memory_only(command, capsys, tmp_path):
+    tune = ("--tune", "full", "--learning-rate", 1e-3, "--log-every", 1)
+    train(capsys, command, tmp_path / "plain", *tune)
+    calls = []
+    real = torch.utils.checkpoint.checkpoint
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    import transformers.modeling_utils as modeling
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    patched.setattr(modeling, "checkpoint", counted, raising=False)
+    train(capsys, command, tmp_path / "saving", *tune, "--gradient-checkpointing")
+    patched.undo()
+    assert calls
+    for one, two in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "saving"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train_the_same_way(command, capsys, tmp_path, precision):
+    tune = ("--tune", "full", "--learning-rate", 1e-3, "--log-every", 1)
+    train(capsys, command, tmp_path / "fp32", *tune)
+    train(capsys, command, tmp_path / precision, *tune, "--precision", precision)
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("fp32", precision)]
+    assert losses[1] != losses[0]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.01)
+    assert losses[1][-1] < 0.9 * losses[1][0]
+    norms = [line["grad_norm"] for line in log_of(tmp_path / precision)]
+    assert norms.count(None) <= (8 if precision == "fp16" else 0)  # steps that only lowered the loss scale
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules(schedule):
+    config = TrainConfig("d", "i", steps=100, warmup=0.1, learning_rate=1.0, schedule=schedule)
+    rates = [loop.learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    expected = {"linear": 0.5, "cosine": 0.5, "constant": 1.0}[schedule]
+    assert rates[55] == pytest.approx(expected)
+    torch_rates = {
+        "cosine": lambda n: 0.5 * (1 + np.cos(np.pi * n / 90)), "linear": lambda n: 1 - n / 90, "constant": lambda n: 1
+    }  # fmt: skip
+    assert rates[10:] == pytest.approx([torch_rates[schedule](n) for n in range(90)])
+
+
+# Which checkpoint
+
+
+def point(step, relevant_novel, recall, base=0.5):
+    return Point(step, 2 * relevant_novel, relevant_novel, recall, 1.0, base, 0.01)
+
+
+def test_the_best_within_the_budget_comes_first_and_the_rest_by_recall():
+    points = [point(0, 0, 0.5), point(1, 1, 0.496), point(2, 3, 0.4), point(3, 2, 0.6), point(4, 9, 0.45)]
+    assert [p.step for p in best_first(points, 0.01)] == [3, 1, 0, 4, 2]
+    assert [p.step for p in best_first(points, 0.1)] == [4, 3, 1, 0, 2]
+    assert [keeps_budget(p, 0.01) for p in points] == [True, True, False, True, False]
+    # The Pareto set by its definition: nobody is at least as good in both and better in one.
+    assert pareto(points) == [False, False, False, True, True]
+
+
+def test_early_stop_needs_a_broken_budget_and_a_falling_recall():
+    fine, low, lower, lowest = (point(n, 1, r) for n, r in enumerate((0.5, 0.4, 0.3, 0.2)))
+    assert left_for_good([fine, low, lower, lowest], 0.01, 3)
+    assert not left_for_good([low, lower], 0.01, 3)
+    assert not left_for_good([fine, lowest, lower, low], 0.01, 3)  # recovering
+    assert not left_for_good([low, fine, lower], 0.01, 3)
+    assert not left_for_good([low, lower, lowest], 0.01, 0)
+
+
+def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_path, monkeypatch):
+    real, calls = loop.measure, []
+
+    def falls(*args):
+        figures = real(*args)
+        figures[:, 3] = figures[:, 4] - 0.01 * len(calls)
+        calls.append(1)
+        return figures
+
+    monkeypatch.setattr(loop, "measure", falls)
+    budget = ("--max-recall-drop", 0, "--patience", 2, "--eval-every", 1, "--steps", 30)
+    found, err = train(capsys, command, tmp_path / "model", *ADAPTER, *budget)
+    assert [p["step"] for p in found["points"]] == [0, 1, 2]
+    assert "stopped at step 2: recall left the budget 2 validations ago" in err
+    assert json.loads((tmp_path / "model" / "manifest.json").read_text())["facts"]["steps"] == 2
+    assert found["chosen"]["step"] == 0
+
+
+def test_kept_checkpoints_load_and_the_frontier_lists_all(command, world, index_folder, capsys, tmp_path):
+    found, _ = train(capsys, command, tmp_path / "model", *ADAPTER, "--keep", 2)
+    points = [Point(**p) for p in found["points"]]
+    best = best_first(points, 1.0)
+    folders = {path.name for path in (tmp_path / "model" / "checkpoints").iterdir()}
+    assert folders == {f"step-{p.step}" for p in best[:2]}
+    rows = pq.read_table(tmp_path / "model" / "frontier.parquet").to_pylist()
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert [row["step"] for row in rows if row["chosen"]] == [best[0].step]
+    assert [row["pareto"] for row in rows] == pareto(points)
+    same, second = (
+        SentenceTransformer(str(tmp_path / "model" / "checkpoints" / f"step-{p.step}")) for p in best[:2]
+    )
+    chosen = SentenceTransformer(str(tmp_path / "model"))
+    query = ["buy red sofa"]
+    assert np.allclose(same.encode(query), chosen.encode(query), atol=1e-6)
+    assert not np.allclose(second.encode(query), chosen.encode(query), atol=1e-6)
+    assert (tmp_path / "model" / "curves.svg").read_text().startswith("<svg")
+
+
+def test_few_held_back_queries_are_said_to_measure_recall_badly(command, capsys, tmp_path):
+    _, err = train(capsys, command, tmp_path / "model", *ADAPTER, "--max-recall-drop", 0.001)
+    assert "4 held-back queries measure the change of recall to ±" in err
+
+
+# Several deployed models
+
+
+@pytest.fixture(scope="module")
+def second_index(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("second")
+    other = make_encoder(folder / "other", dimension=24, seed=9)
+    assert (
+        main(["index", "--data", str(world), "--model", str(other), "--out", str(folder / "index"), "-q"])
+        == 0
+    )
+    return folder / "index"
+
+
+def test_top_lists_of_several_models_are_pooled(command, world, index_folder, second_index, capsys, tmp_path):
+    from novelret.data.split import load_split
+
+    indexes = [open_index(index_folder), open_index(second_index)]
+    split = load_split(str(world), "train", indexes[0].catalog)
+    pool = pooled_lists(indexes, split, 3)
+    for q in range(len(split)):
+        expected = set()
+        for index in indexes:
+            embeddings = index.query_encoder().encode_query([split.query_texts[q]])
+            expected |= set(index.search(embeddings, 3, split.excluded[q : q + 1])[0][0].tolist())
+        held = pool[q][pool[q] >= 0].tolist()
+        assert set(held) == expected
+        assert len(held) == len(expected)
+    assert (pool < 0).any()  # some lists overlap
+    both, _ = train(capsys, command, tmp_path / "both", *ADAPTER, "--index", second_index)
+    alone, _ = train(capsys, command, tmp_path / "alone", *ADAPTER)
+    config = json.loads((tmp_path / "both" / "manifest.json").read_text())
+    assert "index 2" in config["inputs"]
+    # At the start the list is the first model's own: nothing in it is new to the pool.
+    assert both["points"][0]["novelty"] == alone["points"][0]["novelty"] == 0
+    again, _ = train(capsys, ["train"], tmp_path / "again", "--config", tmp_path / "both" / "config.yaml")
+    assert again["points"] == both["points"]
+
+
+def test_indexes_of_different_catalogs_are_not_pooled(command, world, encoder, capsys, tmp_path):
+    from tests.conftest import make_world, write_jsonl
+
+    other = make_world(tmp_path / "other")
+    write_jsonl(other / "corpus.jsonl", [{"_id": f"i{n:02d}", "text": f"thing {n}"} for n in range(40)])
+    assert (
+        run(capsys, "index", "--data", other, "--model", encoder, "--out", tmp_path / "index", "-q")[0] == 0
+    )
+    code, _, err = run(capsys, *command, "--index", tmp_path / "index", "--out", tmp_path / "model")
+    assert (code, "its corpus is not the one" in err or "another catalog" in err) == (2, True)
+
+
+# A judge during training
+
+
+def test_a_file_judge_rewards_policy_states(command, world, capsys, tmp_path):
+    mixed = (*ADAPTER, "--alpha", 0.5, "--beta", 0, "--log-every", 1)
+    train(capsys, command, tmp_path / "without", *mixed)
+    train(
+        capsys,
+        command,
+        tmp_path / "with",
+        *mixed,
+        "--judge",
+        f"file:{world}/judgements.tsv",
+        "--missing",
+        "irrelevant",
+    )
+    assert any(line["unknown/policy"] > 0 for line in log_of(tmp_path / "without"))
+    assert all(line["unknown/policy"] == 0 for line in log_of(tmp_path / "with"))
+
+
+@pytest.fixture
+def asking(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-trainer")
+    monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
+    return [*command, *ADAPTER, "--alpha", 0.5, "--beta", 0.25, "--gamma", 0.25, "--log-every", 1,
+            "--judge", "openai:tiny", "--prompt", "query-keyword"]  # fmt: skip
+
+
+def test_an_llm_is_asked_once_per_pair_and_within_the_cap(asking, labels, capsys, tmp_path, monkeypatch):
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        found, _ = train(capsys, asking, tmp_path / "model")
+        assert all(line["unknown/policy"] == 0 for line in log_of(tmp_path / "model"))
+        asked = sum(server.billed.values())
+        assert asked == len(server.billed) > 10
+        rows = pq.read_table(tmp_path / "model" / "judgements.parquet").to_pylist()
+        assert len({(row["query_id"], row["item_id"]) for row in rows}) == asked
+        known = {
+            (r["query_id"], r["item_id"]) for r in pq.read_table(labels / "judgements.parquet").to_pylist()
+        }
+        assert not known & {(row["query_id"], row["item_id"]) for row in rows}  # labelled ones are not asked
+        spent = json.loads((tmp_path / "model" / "manifest.json").read_text())["facts"]["asked"]
+        assert spent["requests"] == asked
+        # The same run again costs nothing and gives the same.
+        again, _ = train(capsys, asking, tmp_path / "again")
+        assert sum(server.billed.values()) == asked
+        assert again["points"] == found["points"]
+        monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "new.sqlite"))
+        _, err = train(capsys, asking, tmp_path / "capped", "--max-judgements", 7)
+        assert sum(server.billed.values()) == asked + 7
+        assert "--max-judgements or --max-cost is reached" in err
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert b"sk-secret-of-the-trainer" not in path.read_bytes()
+
+
+def test_judging_needs_policy_states_and_a_key(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for more, message in [
+        ((), "--judge asks about items drawn from the policy"),
+        ((*MIXED, "--objective", "swap", "--list-size", 5), "--judge asks about items drawn from the policy"),
+        (MIXED, "OPENAI_API_KEY is not set"),
+    ]:
+        if message.startswith("--judge"):
+            monkeypatch.setenv("OPENAI_API_KEY", "k")
+        else:
+            monkeypatch.delenv("OPENAI_API_KEY")
+        code, _, err = run(capsys, *command, *more, "--judge", "openai:tiny", "--out", tmp_path / "model")
+        assert (code, message in err) == (2, True), err
+
+
+# Kills
+
+
+def test_killed_and_resumed_is_as_undisturbed(asking, capsys, tmp_path, monkeypatch):
+    """SIGKILL at random moments, asking an LLM all the while: same log, same weights, nothing asked twice."""
+    with LoopbackJudge(delay=0.005) as server:
+        environment = os.environ | {
+            "OPENAI_BASE_URL": server.url, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()),
+        }  # fmt: skip
+        more = ["--steps", "60", "--eval-every", "6", "--keep", "1"]
+        command = [sys.executable, "-m", "novelret", *map(str, [*asking, *more]), "--quiet", "--out"]
+        kills, rng = 0, random.Random(1)
+        while not (tmp_path / "killed").exists():
+            process = subprocess.Popen(
+                [*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.PIPE
+            )
+            log = tmp_path / "killed.partial" / "log.jsonl"
+            before = log.stat().st_size if log.exists() else 0
+            began = time.monotonic()
+            while process.poll() is None and time.monotonic() - began < 120:
+                time.sleep(0.02)
+                if kills < 4 and log.exists() and log.stat().st_size > before + 700:
+                    time.sleep(rng.random() * 0.5)
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+            process.wait()
+            assert process.returncode in (0, -signal.SIGKILL), process.stderr.read()
+        assert kills == 4
+        assert max(server.billed.values()) <= 2  # an answer under way at a kill was never delivered
+        monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "other.sqlite"))
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        train(capsys, [*asking, *more], tmp_path / "whole")
+    timing = ("step_time", "memory_gb", "judgements")
+    logs = [
+        [
+            {name: value for name, value in line.items() if name not in timing}
+            for line in log_of(tmp_path / name)
+        ]
+        for name in ("killed", "whole")
+    ]
+    assert logs[0] == logs[1]
+    killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+def test_a_loss_that_is_no_number_stops_with_its_step(command, capsys, tmp_path, monkeypatch):
+    real = loop.batch_loss
+
+    def breaks(embeddings, here, batch, material, config, items, step):
+        found = real(embeddings, here, batch, material, config, items, step)
+        return found if step < 9 else loop.StepLoss(found.loss * torch.nan, 0, 0)
+
+    monkeypatch.setattr(loop, "batch_loss", breaks)
+    code, out, err = run(capsys, *command, *ADAPTER, "--out", tmp_path / "model")
+    assert (code, out) == (2, "")
+    assert "step 9: the loss is nan" in err
+    assert (tmp_path / "model.partial" / "resume" / "weights-8.safetensors").is_file()
+    monkeypatch.undo()
+    train(capsys, command, tmp_path / "model", *ADAPTER)
+
+
+def test_without_validation_a_run_resumes_too(command, capsys, tmp_path, monkeypatch):
+    alone = (*ADAPTER, "--validation-fraction", 0)
+    train(capsys, command, tmp_path / "whole", *alone)
+    real = checkpoint.save
+
+    def dies(*args):
+        real(*args)
+        if args[5] == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", dies)
+    assert run(capsys, *command, *alone, "--out", tmp_path / "model")[0] == 130
+    monkeypatch.undo()
+    code, _, err = run(capsys, *command, *alone, "--out", tmp_path / "model")
+    assert (code, "going on at step 8" in err) == (0, True)
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "model")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# Logs
+
+
+def test_tensorboard_holds_the_log(command, capsys, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(capsys, command, tmp_path / "model", *ADAPTER, "--log-every", 4)
+    events = EventAccumulator(str(tmp_path / "model" / "tensorboard"))
+    events.Reload()
+    lines = log_of(tmp_path / "model")
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [
+        (line["step"], line["loss"]) for line in lines
+    ]
+    assert [e.step for e in events.Scalars("held-back/recall")] == [4, 8, 12]
+
+
+def test_weights_and_biases_gets_the_same_where_it_is_installed(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run(capsys, *command, *ADAPTER, "--wandb", "mine", "--out", tmp_path / "model")
+    assert (code, "pip install wandb" in err) == (2, True)
+    logged, finished = [], []
+    started = types.SimpleNamespace(
+        log=lambda numbers, step: logged.append((step, numbers)),
+        finish=lambda exit_code: finished.append(exit_code),
+    )
+    fake = types.ModuleType("wandb")
+    fake.init = lambda project, config: started
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(capsys, command, tmp_path / "model", *ADAPTER, "--wandb", "mine", "--log-every", 6)
+    assert finished == [0]
+    assert [step for step, numbers in logged if "loss" in numbers] == [
+        line["step"] for line in log_of(tmp_path / "model")
+    ]
+
+
+def test_hardly_any_label_on_what_is_drawn_is_said(world, index_folder, capsys, tmp_path):
+    few = tmp_path / "few.tsv"
+    few.write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q00\ti{n:02d}\t1\n" for n in range(40)))
+    label = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{few}", "--from", "random",
+             "--per-query", 30, "--base-depth", 3, "--depth", 12, "--out", tmp_path / "labels", "--quiet"]  # fmt: skip
+    assert run(capsys, *label)[0] == 0
+    command = [
+        "train",
+        "--data",
+        world,
+        "--index",
+        index_folder,
+        "--labels",
+        tmp_path / "labels",
+        *SHORT,
+        *ADAPTER,
+    ]
+    _, err = train(capsys, command, tmp_path / "model", "--draw", "plain", "--validation-fraction", 0)
+    assert "of the sampled states have a label" in err
+    figure = float(err.split("only ")[1].split("%")[0])
+    assert 0 <= figure < 1
+
+
+def test_draws_among_the_top_items_say_what_they_cover(command, capsys, tmp_path):
+    train(capsys, command, tmp_path / "all", *ADAPTER, *MIXED, "--support", 40, "--log-every", 4)
+    assert all(line["covered"] == pytest.approx(1, abs=1e-3) for line in log_of(tmp_path / "all"))
+    train(capsys, command, tmp_path / "few", *ADAPTER, *MIXED, "--support", 2, "--log-every", 4)
+    assert all(0 < line["covered"] < 0.999 for line in log_of(tmp_path / "few"))
+
+
+def test_the_panel_shows_how_it_learns():
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    config = TrainConfig("d", "i", steps=10)
+    with training_panel(config, Reporter(console=console)) as panel:
+        panel.advance(3)
+        panel.show_line({"step": 3, "loss": 1.25, "reward": 0.5, "rewarded/base": 0.75})
+        panel.show_points([point(0, 0, 0.5), point(2, 1.5, 0.499)])
+    shown = console.file.getvalue()
+    for text in ("3/10", "loss 1.25", "reward 0.5", "rewarded base 75%", "relevant novel 1.500",
+                 "recall 0.4990, budget 0.4950 kept", "best so far: step 2"):  # fmt: skip
+        assert text in shown
