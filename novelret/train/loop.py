@@ -97,8 +97,7 @@ def run_steps(run: Run) -> tuple[list[Point], int]:
                 )
                 return points, step
             began = time.perf_counter()
-            batch = states.at(step)
-            loss, norm = _step(run, parameters, optimizer, scaler, batch, step)
+            batch, loss, norm = _step(run, states, parameters, optimizer, scaler, step)
             labelled.count(loss)
             is_last = step + 1 == config.steps
             if step % config.log_every == 0 or is_last:
@@ -156,7 +155,7 @@ class _States:
         self.ahead: dict[int, Batch] = {}
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, with the rewards that are known by then."""
+        """A batch that is drawn before it is embedded, with the rewards that are known by then."""
         run = self.run
         batch = self.ahead.pop(step) if step in self.ahead else self._draw(step)
         if run.judging is None:
@@ -172,39 +171,52 @@ class _States:
         return replace(batch, rewards=rewards)
 
     def _draw(self, step: int) -> Batch:
-        """States of a step; the α share's items come from the policy as it is now."""
-        run, config = self.run, self.run.config
-        batch = draw_batch(run.material, config, step)
-        places = np.flatnonzero(batch.sources == POLICY)
-        if len(places) == 0 or config.objective in LIST_OBJECTIVES:
+        run = self.run
+        batch = draw_batch(run.material, run.config, step)
+        if not _has_policy_states(batch, run.config):
             return batch
-        mine = places[run.processes.share(len(places))]
-        drawn = run.processes.concatenate(self._draw_items(batch.queries[mine], mine, step))
-        order = np.concatenate([places[rank :: run.processes.size] for rank in range(run.processes.size)])
-        items, rewards = batch.items.copy(), batch.rewards.copy()
-        items[order] = drawn
-        rewards[places] = run.material.rewards(batch.queries[places], items[places])
-        batch = replace(batch, items=items, rewards=rewards)
+        mine = run.processes.share(len(batch.queries))
+        places = mine[batch.sources[mine] == POLICY]
+        with torch.no_grad():
+            batch = _draw_from_policy(run, batch, _embed(run, batch.queries[places]), places, step)
         if run.judging is not None:
-            unknown = places[np.isnan(rewards[places])]
-            run.judging.ask(step, batch.queries[unknown], items[unknown])
+            unknown = np.flatnonzero((batch.sources == POLICY) & np.isnan(batch.rewards))
+            run.judging.ask(step, batch.queries[unknown], batch.items[unknown])
         return batch
 
-    def _draw_items(self, queries: np.ndarray, places: np.ndarray, step: int) -> np.ndarray:
-        run, config = self.run, self.run.config
-        with torch.no_grad():
-            embeddings = _embed(run, queries)
-            key = Key(config.seed, step, torch.from_numpy(places).to(embeddings.device))
-            excluded = run.material.split.excluded[queries]
-            if config.support is None:
-                left_out = torch.from_numpy(excluded).to(embeddings.device)
-                draw = run.items.draw(
-                    embeddings, 1, key, config.sampling_temperature, left_out, replacement=True
-                )
-            else:
-                rows, scores = _top(run, embeddings, excluded)
-                draw, _ = draw_from_top(rows, scores, 1, key, config.sampling_temperature)
-        return draw.rows[:, 0].cpu().numpy()
+
+def _has_policy_states(batch: Batch, config: TrainConfig) -> bool:
+    return config.objective not in LIST_OBJECTIVES and bool((batch.sources == POLICY).any())
+
+
+@torch.no_grad()
+def _draw_from_policy(
+    run: Run, batch: Batch, embeddings: torch.Tensor, places: np.ndarray, step: int
+) -> Batch:
+    """Give the α share its items, drawn from the policy as it is now, and their rewards.
+
+    Args:
+        run: the run.
+        batch: with policy states that have no item.
+        embeddings: (p, d) of this process's policy states.
+        places: (p,) int64, where these stand in the batch.
+        step: part of the key of the draws.
+    """
+    config, processes = run.config, run.processes
+    key = Key(config.seed, step, torch.from_numpy(places).to(embeddings.device))
+    excluded = run.material.split.excluded[batch.queries[places]]
+    tau = config.sampling_temperature
+    if config.support is None:
+        left_out = torch.from_numpy(excluded).to(embeddings.device)
+        draw = run.items.draw(embeddings, 1, key, tau, left_out, replacement=True)
+    else:
+        draw, _ = draw_from_top(*_top(run, embeddings, excluded), 1, key, tau)
+    drawn = np.stack([places, draw.rows[:, 0].cpu().numpy()], axis=1)
+    order, rows = processes.concatenate(drawn).T
+    items, rewards = batch.items.copy(), batch.rewards.copy()
+    items[order] = rows
+    rewards[order] = run.material.rewards(batch.queries[order], items[order])
+    return replace(batch, items=items, rewards=rewards)
 
 
 def _embed(run: Run, queries: np.ndarray) -> torch.Tensor:
@@ -224,23 +236,34 @@ def _top(run: Run, embeddings: torch.Tensor, excluded: np.ndarray) -> tuple[torc
 
 def _step(
     run: Run,
+    states: _States,
     parameters: list[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batch: Batch,
     step: int,
-) -> tuple[StepLoss, float]:
+) -> tuple[Batch, StepLoss, float]:
     """One optimizer step; micro-batches and processes add up to the same loss and gradient."""
     config, processes = run.config, run.processes
-    mine = processes.share(len(batch.queries))
-    most = -(-len(batch.queries) // processes.size)
+    mine = processes.share(config.batch_size)
+    most = -(-config.batch_size // processes.size)
     size = config.micro_batch or most
     total = StepLoss.nothing()
+    embeddings = None
+    if size >= most and run.judging is None:
+        # One forward pass serves both to draw from the policy and to train it.
+        batch = draw_batch(run.material, config, step)
+        embeddings = _embed(run, batch.queries[mine])
+        if _has_policy_states(batch, config):
+            chosen = np.flatnonzero(batch.sources[mine] == POLICY)
+            detached = embeddings.detach()[torch.from_numpy(chosen)]
+            batch = _draw_from_policy(run, batch, detached, mine[chosen], step)
+    else:
+        batch = states.at(step)
     for start in range(0, most, size):
         here = mine[start : start + size]
-        part = batch_loss(
-            _embed(run, batch.queries[here]), here, batch, run.material, config, run.items, step
-        )
+        if embeddings is None or start:
+            embeddings = _embed(run, batch.queries[here])
+        part = batch_loss(embeddings, here, batch, run.material, config, run.items, step)
         if part.loss.requires_grad:
             scaler.scale(part.loss).backward()
         total = total + part.detached()
@@ -258,7 +281,7 @@ def _step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return batch, total, norm
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

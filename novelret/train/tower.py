@@ -18,6 +18,7 @@ from novelret import encode
 from novelret.errors import UserError
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LENGTH_CLASSES = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,17 @@ def full_tower(
         _checkpoint_layers(model)
 
     def embed(rows: np.ndarray) -> Tensor:
-        features = encode.query_features(model, [train_texts[row] for row in rows])
+        # A query that stands in the batch twice is embedded once; on a CPU, where padding costs as much as
+        # words do, queries of like length go together.
+        unique, place = np.unique(rows, return_inverse=True)
+        texts = [train_texts[row] for row in unique]
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        parts = np.array_split(order, _LENGTH_CLASSES if model.device.type == "cpu" else 1)
+        embedded = torch.cat([embed_texts([texts[n] for n in part]) for part in parts if len(part)])
+        return embedded[torch.from_numpy(np.argsort(order)[place])]
+
+    def embed_texts(texts: list[str]) -> Tensor:
+        features = encode.query_features(model, texts)
         features = {
             name: value.to(model.device) if isinstance(value, Tensor) else value
             for name, value in features.items()
