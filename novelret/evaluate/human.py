@@ -1,0 +1,129 @@
+"""Figures by an LLM judge corrected by a few human labels: prediction-powered inference.
+
+The judge labels every item of every list and errs; people label a small random sample of these (query, item)
+pairs and are taken for the truth. The corrected figure is the judge's own plus the mean error that the sample
+shows, and its interval counts both the queries' variation and the sample's size (Angelopoulos, Bates, Fannjiang,
+Jordan and Zrnic, *Prediction-powered inference*, Science 2023). How far the judge is believed is tuned so that
+the interval is shortest (Angelopoulos, Duchi and Zrnic, *PPI++*, 2023): a judge that knows nothing then costs
+nothing. Pairs of one query are alike, so the variance is taken over whole queries.
+
+The sample must be drawn at random from the lists that are compared: any pair of a list as likely as any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from novelret.evaluate.metrics.novelty import novel
+from novelret.label.table import RELEVANT, UNKNOWN
+
+FEW_PAIRS = 30
+"""Fewer human-labelled pairs than this give an interval that is not to be relied on."""
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A judged figure after correction.
+
+    Attributes:
+        value: the corrected figure.
+        low: lower end of its interval.
+        high: upper end.
+        pairs: human-labelled pairs it rests on.
+        queries: queries these belong to.
+        trust: how far the judge is believed, from 0 (the people's labels alone) to 1 (plain PPI).
+    """
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+    queries: int
+    trust: float
+
+
+def corrected_precision(
+    rows: np.ndarray, verdicts: np.ndarray, human: np.ndarray, k: int, *, level: float = 0.95
+) -> Corrected | None:
+    """Precision@k as people would measure it: the mean per-query share of relevant items in the top k.
+
+    Args:
+        rows: (Q, K) lists, −1 padded.
+        verdicts: (Q, K) int8 the judge's verdicts; an unknown one is taken for "not relevant" and corrected.
+        human: (Q, K) int8 people's verdicts, UNKNOWN nearly everywhere.
+        k: cut of the lists.
+        level: nominal coverage of the interval.
+
+    Returns:
+        The corrected figure; None where fewer than two queries have human labels in the top k.
+    """
+    places = rows[:, :k] >= 0
+    some = places.any(axis=1)
+    share = 1 / places[some].sum(axis=1)
+    return _correct(places[some], share, verdicts[some, :k], human[some, :k], level, 1.0)
+
+
+def corrected_relevant_novelty(
+    rows: np.ndarray,
+    base: np.ndarray,
+    verdicts: np.ndarray,
+    human: np.ndarray,
+    k: int,
+    *,
+    level: float = 0.95,
+) -> Corrected | None:
+    """RelevantNovel@k as people would measure it (see `corrected_precision`; `base` is (Q, width), −1 padded)."""
+    places = novel(rows, base, k)
+    return _correct(places, np.ones(len(rows)), verdicts[:, :k], human[:, :k], level, float(k))
+
+
+def _correct(
+    places: np.ndarray,
+    share: np.ndarray,
+    verdicts: np.ndarray,
+    human: np.ndarray,
+    level: float,
+    most: float,
+) -> Corrected | None:
+    """The mean over queries of share · (number of relevant places), estimated from both sources.
+
+    θ = mean(λF) + mean(W)·r with r = Σ share·(h − λf) / Σ share over the labelled places; F and W are the
+    judge's relevant places and all places of a query. The variance is that of its linearisation, one term ψ per
+    query; ψ is linear in λ, so the λ that makes it least is a regression coefficient.
+    """
+    labelled = places & (human != UNKNOWN)
+    pairs_of = labelled.sum(axis=1)
+    queries = int((pairs_of > 0).sum())
+    if queries < 2:
+        return None
+    relevant = verdicts == RELEVANT
+    judged = share * (places & relevant).sum(axis=1)
+    whole = share * places.sum(axis=1)
+    seen = share * pairs_of
+    seen_human = share * (labelled & (human == RELEVANT)).sum(axis=1)
+    seen_judged = share * (labelled & relevant).sum(axis=1)
+    by_human, by_judge = seen_human.sum() / seen.sum(), seen_judged.sum() / seen.sum()
+    scale = whole.mean() / seen.sum()
+    spread = (whole - whole.mean()) / len(whole)
+    without = by_human * spread + scale * (seen_human - by_human * seen)
+    gained = by_judge * spread + scale * (seen_judged - by_judge * seen) - (judged - judged.mean()) / len(judged)
+    power = float(gained @ gained)
+    trust = min(1.0, max(0.0, float(without @ gained) / power)) if power > 0 else 0.0
+    value = trust * judged.mean() + whole.mean() * (by_human - trust * by_judge)
+    terms = without - trust * gained
+    error = float(np.sqrt(terms @ terms * queries / (queries - 1)))
+    reach = error * _t_quantile((1 + level) / 2, queries - 1)
+    low, middle, high = (min(max(float(end), 0.0), most) for end in (value - reach, value, value + reach))
+    return Corrected(middle, low, high, int(pairs_of.sum()), queries, trust)
+
+
+def _t_quantile(share: float, freedom: int) -> float:
+    """Student's t quantile by its expansion around the normal one (Abramowitz and Stegun, 26.7.5)."""
+    z = NormalDist().inv_cdf(share)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
