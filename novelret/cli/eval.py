@@ -43,11 +43,16 @@ def evaluate(
     data: DataOption,
     index: IndexOption,
     out: Annotated[Path, typer.Option(help="The REPORT folder to make.")],
-    model: Annotated[
-        list[str] | None, typer.Option(help="NAME=MODEL, a query encoder to compare; may be repeated.")
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="NAME=MODEL, a query encoder to compare, or a folder of several; may be repeated.",
+        ),
     ] = None,
-    run: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE, a TREC run of any other retriever; may be repeated.")
+    runs: Annotated[
+        list[str] | None,
+        typer.Option("--run", help="NAME=FILE, a TREC run of any other retriever; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option(help="The held-out feedback.")] = "test",
     judge: Annotated[str | None, typer.Option(help="file:PATH.tsv or openai:MODEL.")] = None,
@@ -65,6 +70,20 @@ def evaluate(
     price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     k: Annotated[str, typer.Option(help="Cuts of the lists.")] = "10,20,50",
+    human: Annotated[
+        Path | None,
+        typer.Option(help="Qrels of a few pairs labelled by people, drawn at random from the lists."),
+    ] = None,
+    max_recall_drop: Annotated[
+        float, typer.Option(help="Relative recall that the selected model may lose.")
+    ] = 0.01,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Query id and frequency, tab-separated. [default: `weight` in the queries file]"),
+    ] = None,
+    merge_budget: Annotated[
+        int | None, typer.Option(help="Novel items that the merged list takes per query. [default: all]")
+    ] = None,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,
     force: ForceOption = False,
@@ -74,13 +93,13 @@ def evaluate(
 ) -> None:
     """Measure novelty, recall and judged precision of query encoders over the unchanged index."""
     cuts = parse_cuts(k)
-    from novelret.evaluate.evaluate import EvalConfig, evaluate_models
+    from novelret.evaluate.evaluate import EvalConfig, evaluate_models, result_of
 
     settings = EvalConfig(
         data=data,
         index=str(index),
-        models=tuple(model or ()),
-        runs=tuple(run or ()),
+        models=tuple(models or ()),
+        runs=tuple(runs or ()),
         split=split,
         judge=judge,
         missing=missing,
@@ -91,17 +110,15 @@ def evaluate(
         price=price,
         base_depth=base_depth,
         k=cuts,
+        human=str(human) if human else None,
+        max_recall_drop=max_recall_drop,
+        weights=str(weights) if weights else None,
+        merge_budget=merge_budget,
         device=device,
         ignore_identical_ids=ignore_identical_ids,
     )
     evaluation = evaluate_models(settings, out, force=force, report=reporter(quiet))
-    result = {
-        "k": list(cuts),
-        "base_depth": base_depth,
-        "queries": len(evaluation.split),
-        "models": evaluation.means,
-        "report": str(out / "report.html"),
-    }
+    result = {**result_of(evaluation), "report": str(out / "report.html")}
     show_result(result, as_json=as_json, render=lambda console: render(console, evaluation, out))
 
 
@@ -114,29 +131,95 @@ def parse_cuts(text: str) -> tuple[int, ...]:
 
 
 def render(console: Console, evaluation: Evaluation, out: Path) -> None:
-    """The summary table and where the report lies."""
-    from novelret.evaluate.report import headline_metrics
+    """The summary table, what people's labels say of it, the frontier, and where the report lies."""
+    from novelret.evaluate.tables import headline_metrics
 
-    names = headline_metrics(evaluation)
-    table = Table(
-        title=f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("model")
+    console.print(_summary(evaluation, headline_metrics(evaluation)))
+    console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
+    if any(evaluation.human.values()):
+        console.print(_human(evaluation))
+    if evaluation.buckets:
+        console.print(_buckets(evaluation))
+    if len(evaluation.means) > 1:
+        console.print(_frontier_line(evaluation), soft_wrap=True, highlight=False)
+    console.print(f"report: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True)
+
+
+def _summary(evaluation: Evaluation, names: list[str]) -> Table:
+    from novelret.evaluate.significance import stars
+    from novelret.evaluate.tables import digits_of
+
+    table = _table(f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}", "model")
     for name in names:
         table.add_column(
             name.replace("RelevantNovel", "Relevant\nNovel").replace("@", "\n@"), justify="right"
         )
+    table.add_column("Pareto")
     for model, means in evaluation.means.items():
         cells = []
         for name in names:
-            p = evaluation.significance[model].get(name, {}).get("p_holm", 1.0)
-            stars = "**" if p < 0.01 else "*" if p < 0.05 else ""
-            digits = 2 if "Novel" in name else 3
-            cells.append(f"{means[name]:.{digits}f}{stars}" if name in means else "–")
-        table.add_row(escape(model), *cells)
-    console.print(table)
-    console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
-    console.print(f"report: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True)
+            mark = stars(evaluation.significance[model].get(name, {}).get("p_holm"))
+            cells.append(f"{means[name]:.{digits_of(name)}f}{mark}" if name in means else "–")
+        table.add_row(escape(model), *cells, _pareto(evaluation, model))
+    return table
+
+
+def _pareto(evaluation: Evaluation, model: str) -> str:
+    """What a model is best at, given its recall: "N" for Novelty, "R" for RelevantNovel."""
+    point = next(point for point in evaluation.frontier.points if point.model == model)
+    marks = [mark for mark, on in (("N", point.pareto_novelty), ("R", point.pareto_relevant_novel)) if on]
+    return " ".join([*marks, "← selected"] if model == evaluation.frontier.selected else marks)
+
+
+def _human(evaluation: Evaluation) -> Table:
+    table = _table("Corrected by human labels (95 % intervals)", "model")
+    for name in ("metric", "judge's", "corrected", "interval", "human labels"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for model, figures in evaluation.human.items():
+        for metric, figure in figures.items():
+            raw = evaluation.means[model].get(metric)
+            table.add_row(
+                escape(model),
+                metric,
+                "–" if raw is None else f"{raw:.3f}",
+                f"{figure.value:.3f}",
+                f"{figure.low:.3f} – {figure.high:.3f}",
+                str(figure.pairs),
+            )
+    return table
+
+
+def _buckets(evaluation: Evaluation) -> Table:
+    table = _table("The merged list by query frequency", "queries")
+    names = [
+        name
+        for name in ("MergedAdded", "MergedDensity", "MergedCoverage")
+        if name in evaluation.means["base"]
+    ]
+    for name in ("number", "traffic", "model", *(name.removeprefix("Merged").lower() for name in names)):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for bucket in evaluation.buckets:
+        for place, (model, figures) in enumerate(bucket.models.items()):
+            head = ("", "", "") if place else (bucket.name, f"{bucket.queries:,}", f"{bucket.traffic:.0%}")
+            table.add_row(*head, escape(model), *(f"{figures[name]:.3f}" for name in names))
+    return table
+
+
+def _frontier_line(evaluation: Evaluation) -> str:
+    frontier = evaluation.frontier
+    budget = f"recall within {frontier.max_recall_drop:.1%} of base"
+    if frontier.selected is None:
+        return f"selected: [bold]none[/]: no model brings novel items and keeps {budget}"
+    point = next(point for point in frontier.points if point.model == frontier.selected)
+    gain = point.novelty if point.relevant_novel is None else point.relevant_novel
+    name = "Novelty" if point.relevant_novel is None else "RelevantNovel"
+    return (
+        f"selected: [bold]{escape(point.model)}[/], most {name}@{frontier.k} ({gain:.2f}) with {budget} "
+        f"({point.recall_change:+.1%}). Pareto: N by Novelty, R by RelevantNovel against recall"
+    )
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first)
+    return table

@@ -53,6 +53,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise UserError(f"{path}: expected option names and values, like `depth: 200`")
     names = {}
     for parameter in context.command.params:
+        names[str(parameter.name)] = parameter.name  # config.yaml of an output names settings, not flags
         for flag in parameter.opts:
             names[flag.lstrip("-").replace("-", "_")] = parameter.name
     unknown = [key for key in values if str(key).replace("-", "_") not in names]

@@ -1,10 +1,13 @@
 """`novelret eval`: compare query encoders with the deployed one over an unchanged index.
 
 REPORT/
-  metrics.json         the figures
+  metrics.json         the figures, human-corrected ones, the frontier, buckets of traffic
   significance.json    intervals and paired tests
+  metrics.csv          figures, intervals and tests, one row per (model, metric)
+  table.md, table.tex  the headline figures with their intervals and marks
   per_query.parquet    one row per (model, query)
   runs/NAME.trec       the lists
+  qrels/               the held-out feedback and the verdicts, for other programs
   judgements.parquet   what the judge said of them, where an LLM was asked
   report.html          all of it to read
 """
@@ -12,7 +15,7 @@ REPORT/
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,18 @@ from novelret.artifacts import (
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
+from novelret.evaluate.frontier import Frontier, make_frontier
+from novelret.evaluate.human import FEW_PAIRS, Corrected, human_figures, human_table
 from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
-from novelret.evaluate.trec import read_run, write_run
+from novelret.evaluate.tables import write_tables
+from novelret.evaluate.trec import read_run, write_qrels, write_run
+from novelret.evaluate.weights import Bucket, load_weights, merged_by_bucket
 from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_index
 from novelret.label.candidates import Candidates
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig, judge_candidates, split_judge
 from novelret.label.labels import read_table
-from novelret.label.table import LabelTable, make_table
+from novelret.label.table import UNKNOWN, LabelTable, make_table
 from novelret.progress import Reporter
 
 BASE = "base"
@@ -55,7 +62,7 @@ class EvalConfig:
     Attributes:
         data: BEIR folder or Hugging Face data set.
         index: INDEX folder.
-        models: "NAME=MODEL" for each query encoder to compare.
+        models: "NAME=MODEL" for each query encoder to compare; a folder of MODEL folders gives each of them.
         runs: "NAME=FILE" for each TREC run of any other retriever.
         split: the held-out feedback.
         judge: "file:PATH" or "openai:MODEL" for precision and relevance; better another than the labels'.
@@ -67,6 +74,10 @@ class EvalConfig:
         price: "INPUT,OUTPUT" in dollars per million tokens.
         base_depth: L, the deployed list's length: items beyond it are novel.
         k: cuts of the lists.
+        human: qrels of a few (query, item) pairs labelled by people, drawn at random from the lists.
+        max_recall_drop: how much of the base's recall the selected model may lose, relative.
+        weights: tab-separated query id and frequency; by default the queries' own `weight` field, if any.
+        merge_budget: novel items that the merged list takes per query at most; by default the whole top k.
         device: "auto", "cpu" or a CUDA device.
         ignore_identical_ids: leave the item whose id is the query's own out.
     """
@@ -85,6 +96,10 @@ class EvalConfig:
     price: str | None = None
     base_depth: int = 50
     k: tuple[int, ...] = (10, 20, 50)
+    human: str | None = None
+    max_recall_drop: float = 0.01
+    weights: str | None = None
+    merge_budget: int | None = None
     device: str = "auto"
     ignore_identical_ids: bool = True
 
@@ -119,6 +134,11 @@ class Evaluation:
         significance: model name → metric name → interval, and p-values against the base.
         judge: who judged, or None.
         inputs: fingerprints of everything that went in.
+        models: model name → its folder.
+        frontier: novelty against recall, and the model selected.
+        human: model → metric → the figure corrected by human labels; empty without any.
+        buckets: the merged list by query frequency; empty without weights.
+        warnings: what a reader of the figures must know.
     """
 
     config: EvalConfig
@@ -131,6 +151,11 @@ class Evaluation:
     significance: dict[str, dict[str, dict[str, Any]]]
     judge: str | None
     inputs: dict[str, str]
+    models: dict[str, str]
+    frontier: Frontier
+    human: dict[str, dict[str, Corrected]]
+    buckets: list[Bucket]
+    warnings: list[str]
 
 
 def evaluate_models(
@@ -170,15 +195,23 @@ def evaluate_models(
         )
     for name, path in runs.items():
         inputs[f"run {name}"] = fingerprint_file(Path(path))
-        found[name] = (
-            read_run(Path(path), split.query_ids, index.catalog, max(config.k), index.id_rank),
-            None,
+        found[name] = read_run(Path(path), split, index.catalog, max(config.k), index.id_rank), None
+    for option in (config.human, config.weights):
+        if option is not None:
+            inputs[f"file {option}"] = fingerprint_file(Path(option))
+    people = None
+    if config.human is not None:
+        people = human_table(
+            Path(config.human), split, index.catalog, [rows for rows, _ in found.values()], report
         )
+    weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
     identity = fingerprint_of(config, inputs)
     with open_output(out, identity, force=force) as folder:
         table = _judge(config, index, split, found, folder, report)
         base, lists = _with_verdicts(found, table, max(config.k))
         per_query = {name: _per_query(name, of, base, split, config) for name, of in lists.items()}
+        means = {name: _means(name, per_query[name], lists[name], config, len(index)) for name in lists}
+        _warn_of_weak_figures(config, means, report)
         evaluation = Evaluation(
             config,
             index,
@@ -186,12 +219,17 @@ def evaluate_models(
             base,
             lists,
             per_query,
-            {name: _means(name, per_query[name], lists[name], config, len(index)) for name in lists},
+            means,
             _significance(per_query),
             config.judge,
             inputs,
+            models,
+            make_frontier(means, BASE, max(config.k), config.max_recall_drop),
+            _human(lists, base, people, config, report),
+            [] if weights is None else merged_by_bucket(weights, per_query),
+            list(report.warnings),
         )
-        _write(evaluation, folder)
+        _write(evaluation, table, folder)
         write_report(evaluation, folder / "report.html")
         write_config(folder, config)
         settings = {**vars(config), "models": list(config.models)}
@@ -213,10 +251,23 @@ def _check(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str], dict[
         raise UserError(
             f"--base-depth {config.base_depth}: must be from 1 to the catalog's {catalog_size} items"
         )
+    if not 0 <= config.max_recall_drop <= 1:
+        raise UserError(f"--max-recall-drop {config.max_recall_drop}: expected a share from 0 to 1")
+    if config.merge_budget is not None and config.merge_budget < 1:
+        raise UserError(f"--merge-budget {config.merge_budget}: must be at least 1")
     if config.judge is not None:
         split_judge(config.judge)
-    models = _named("--model", config.models)
+    if config.human is not None and config.judge is None:
+        raise UserError("--human: corrects a judge's figures; give the judge too, with --judge")
+    models = _expanded(_named("--model", config.models))
     runs = _named("--run", config.runs)
+    files = [("--run", path) for path in runs.values()] + [
+        ("--human", config.human),
+        ("--weights", config.weights),
+    ]
+    for option, given in files:
+        if given is not None and not Path(given).is_file():
+            raise UserError(f"{option} {given}: no such file")
     twice = (models.keys() & runs.keys()) | ({BASE} & (models.keys() | runs.keys()))
     if twice:
         raise UserError(
@@ -239,6 +290,27 @@ def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:
     return named
 
 
+def _expanded(models: dict[str, str]) -> dict[str, str]:
+    """Models with each folder of several MODEL folders replaced by those, named NAME-FOLDER.
+
+    Raises:
+        UserError: two get the same name.
+    """
+    found: dict[str, str] = {}
+    for name, path in models.items():
+        inside = {
+            f"{name}-{part.parent.name}": str(part.parent)
+            for part in sorted(Path(path).glob("*/modules.json"))
+        }
+        if not inside or (Path(path) / "modules.json").is_file():
+            inside = {name: path}
+        twice = inside.keys() & found.keys()
+        if twice:
+            raise UserError(f"--model {name}={path}: the name {min(twice)!r} is given twice")
+        found |= inside
+    return found
+
+
 def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Reporter) -> None:
     if config.judge is None or not config.judge.startswith("openai:"):
         return
@@ -249,6 +321,47 @@ def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Report
                 f"{name} was trained on labels of {config.judge}, which now judges it; "
                 "another, stronger judge would be fairer"
             )
+
+
+def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]], report: Reporter) -> None:
+    """Say where figures mean less than they seem to."""
+    beyond = [k for k in config.k if k > config.base_depth]
+    if beyond:
+        k = beyond[-1]
+        report.warn(
+            f"--k {k} is more than --base-depth {config.base_depth}: the deployed model's own ranks beyond "
+            f"{config.base_depth} count as novel there, so that base scores Novelty@{k} "
+            f"{means[BASE][f'Novelty@{k}']:.2f} against itself. Read Novelty@{k} as a difference from base, or set --base-depth {k}"
+        )
+    if config.judge is not None:
+        for name, of in means.items():
+            if of[f"Judged@{config.k[0]}"] == 0:
+                report.warn(
+                    f"{config.judge} judged nothing in the lists of {name}; its judged figures say nothing"
+                )
+
+
+def _human(
+    lists: dict[str, Lists], base: Lists, people: LabelTable | None, config: EvalConfig, report: Reporter
+) -> dict[str, dict[str, Corrected]]:
+    if people is None:
+        return {}
+    top = base.rows[:, : config.base_depth]
+    found = {name: human_figures(of.rows, of.verdicts, top, people, config.k) for name, of in lists.items()}
+    fewest, figure = min(
+        (
+            (figure.pairs, f"{metric} of {name}")
+            for name, of in found.items()
+            for metric, figure in of.items()
+        ),
+        default=(0, "any figure"),
+    )
+    if fewest < FEW_PAIRS:
+        report.warn(
+            f"{config.human}: only {fewest} human labels fall on {figure}; intervals from fewer than "
+            f"{FEW_PAIRS} are not to be relied on, label more pairs"
+        )
+    return found
 
 
 def _judge(
@@ -317,11 +430,12 @@ def _per_query(
             figures[f"Precision@{k}"] = metrics.precision(lists.verdicts, k)
             figures[f"Judged@{k}"] = metrics.judged(lists.rows, lists.verdicts, k)
             figures[f"NovelPrecision@{k}"] = metrics.novel_precision(lists.rows, top, lists.verdicts, k)
+    # The base beside itself adds nothing: its own list is what the others are merged behind.
+    rows = np.full_like(lists.rows, -1) if name == BASE else lists.rows
+    base_verdicts = base.verdicts[:, : config.base_depth]
+    merged = metrics.merge(rows, top, lists.verdicts, base_verdicts, config.merge_budget)
+    figures["MergedAdded"] = merged.added
     if config.judge is not None:
-        # The base beside itself adds nothing: its own list is what the others are merged behind.
-        rows = np.full_like(lists.rows, -1) if name == BASE else lists.rows
-        merged = metrics.merge(rows, top, lists.verdicts, base.verdicts[:, : config.base_depth])
-        figures["MergedAdded"] = merged.added
         figures["MergedDensity"] = merged.density
         figures["MergedCoverage"] = merged.covered
     return {metric: values.astype(np.float64) for metric, values in figures.items()}
@@ -359,18 +473,29 @@ def _significance(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict
     return result
 
 
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    config, split = evaluation.config, evaluation.split
-    write_json(
-        folder / "metrics.json",
-        {
-            "k": list(config.k),
-            "base_depth": config.base_depth,
-            "queries": len(split),
-            "models": evaluation.means,
+def result_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What metrics.json and `--json` hold."""
+    config = evaluation.config
+    return {
+        "k": list(config.k),
+        "base_depth": config.base_depth,
+        "queries": len(evaluation.split),
+        "models": evaluation.means,
+        "human": {
+            model: {metric: asdict(figure) for metric, figure in of.items()}
+            for model, of in evaluation.human.items()
         },
-    )
+        "frontier": asdict(evaluation.frontier),
+        "buckets": [asdict(bucket) for bucket in evaluation.buckets],
+        "warnings": evaluation.warnings,
+    }
+
+
+def _write(evaluation: Evaluation, table: LabelTable, folder: Path) -> None:
+    split = evaluation.split
+    write_json(folder / "metrics.json", result_of(evaluation))
     write_json(folder / "significance.json", evaluation.significance)
+    write_tables(evaluation, folder)
     tables = [
         pa.table(
             {"model": [name] * len(split), "query_id": split.query_ids}
@@ -384,3 +509,11 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         if lists.scores is not None:
             path = folder / "runs" / f"{name}.trec"
             write_run(path, lists.rows, lists.scores, split.query_ids, evaluation.index.catalog, name)
+    (folder / "qrels").mkdir(exist_ok=True)
+    catalog = evaluation.index.catalog
+    feedback = np.ones(len(split.feedback_items), dtype=np.int8)
+    path = folder / "qrels" / "feedback.trec"
+    write_qrels(path, split.feedback_queries, split.feedback_items, feedback, split.query_ids, catalog)
+    if evaluation.judge is not None:
+        path = folder / "qrels" / "judged.trec"
+        write_qrels(path, table.query_rows, table.item_rows, table.verdicts, split.query_ids, catalog)

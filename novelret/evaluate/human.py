@@ -2,23 +2,29 @@
 
 The judge labels every item of every list and errs; people label a small random sample of these (query, item)
 pairs and are taken for the truth. The corrected figure is the judge's own plus the mean error that the sample
-shows, and its interval counts both the queries' variation and the sample's size (Angelopoulos, Bates, Fannjiang,
-Jordan and Zrnic, *Prediction-powered inference*, Science 2023). How far the judge is believed is tuned so that
-the interval is shortest (Angelopoulos, Duchi and Zrnic, *PPI++*, 2023): a judge that knows nothing then costs
-nothing. Pairs of one query are alike, so the variance is taken over whole queries.
+shows, and its interval counts both the queries' variation and the sample's size (Angelopoulos, Bates,
+Fannjiang, Jordan and Zrnic, *Prediction-powered inference*, Science 2023). How far the judge is believed is
+tuned so that the interval is shortest (Angelopoulos, Duchi and Zrnic, *PPI++*, 2023): a judge that knows
+nothing then costs nothing. Pairs of one query are alike, so the variance is taken over whole queries.
 
-The sample must be drawn at random from the lists that are compared: any pair of a list as likely as any other.
+The sample must be drawn at random from the lists that are compared: any pair as likely as any other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
+from novelret.data.catalog import Catalog
+from novelret.data.split import Split
+from novelret.errors import UserError
 from novelret.evaluate.metrics.novelty import novel
-from novelret.label.table import RELEVANT, UNKNOWN
+from novelret.label.judges.file import file_table
+from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
+from novelret.progress import Reporter
 
 FEW_PAIRS = 30
 """Fewer human-labelled pairs than this give an interval that is not to be relied on."""
@@ -43,6 +49,44 @@ class Corrected:
     pairs: int
     queries: int
     trust: float
+
+
+def human_table(
+    path: Path, split: Split, catalog: Catalog, lists: list[np.ndarray], report: Reporter
+) -> LabelTable:
+    """People's verdicts, as qrels: a score above 0 is relevant, an absent pair was not shown to them.
+
+    Raises:
+        UserError: the file cannot be read, a line is malformed, or no pair is in any of the (Q, K) lists.
+    """
+    table = file_table(path, split.query_ids, catalog, report=report)
+    queries = np.arange(len(split))[:, None]
+    if not any((table.lookup(queries, rows) != UNKNOWN).any() for rows in lists):
+        raise UserError(
+            f"{path}: none of its pairs is in any list; have people label a random sample of the (query, item) "
+            "pairs in the lists that are compared"
+        )
+    return table
+
+
+def human_figures(
+    rows: np.ndarray, verdicts: np.ndarray, base: np.ndarray, people: LabelTable, cuts: tuple[int, ...]
+) -> dict[str, Corrected]:
+    """A model's judged figures corrected, by name, without those that too few labels fall on.
+
+    Args:
+        rows: (Q, K) lists, −1 padded.
+        verdicts: (Q, K) int8 the judge's verdicts.
+        base: (Q, width) the deployed lists, −1 padded.
+        people: their verdicts.
+        cuts: cuts of the lists.
+    """
+    human = people.lookup(np.arange(len(rows))[:, None], rows)
+    figures = {}
+    for k in cuts:
+        figures[f"Precision@{k}"] = corrected_precision(rows, verdicts, human, k)
+        figures[f"RelevantNovel@{k}"] = corrected_relevant_novelty(rows, base, verdicts, human, k)
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def corrected_precision(
@@ -75,7 +119,7 @@ def corrected_relevant_novelty(
     *,
     level: float = 0.95,
 ) -> Corrected | None:
-    """RelevantNovel@k as people would measure it (see `corrected_precision`; `base` is (Q, width), −1 padded)."""
+    """RelevantNovel@k as people would measure it; `base` is (Q, width), −1 padded (see above)."""
     places = novel(rows, base, k)
     return _correct(places, np.ones(len(rows)), verdicts[:, :k], human[:, :k], level, float(k))
 
@@ -91,8 +135,8 @@ def _correct(
     """The mean over queries of share · (number of relevant places), estimated from both sources.
 
     θ = mean(λF) + mean(W)·r with r = Σ share·(h − λf) / Σ share over the labelled places; F and W are the
-    judge's relevant places and all places of a query. The variance is that of its linearisation, one term ψ per
-    query; ψ is linear in λ, so the λ that makes it least is a regression coefficient.
+    judge's relevant places and all places of a query. The variance is that of its linearisation, one term ψ
+    per query; ψ is linear in λ, so the λ that makes it least is a regression coefficient.
     """
     labelled = places & (human != UNKNOWN)
     pairs_of = labelled.sum(axis=1)
@@ -109,7 +153,9 @@ def _correct(
     scale = whole.mean() / seen.sum()
     spread = (whole - whole.mean()) / len(whole)
     without = by_human * spread + scale * (seen_human - by_human * seen)
-    gained = by_judge * spread + scale * (seen_judged - by_judge * seen) - (judged - judged.mean()) / len(judged)
+    gained = (
+        by_judge * spread + scale * (seen_judged - by_judge * seen) - (judged - judged.mean()) / len(judged)
+    )
     power = float(gained @ gained)
     trust = min(1.0, max(0.0, float(without @ gained) / power)) if power > 0 else 0.0
     value = trust * judged.mean() + whole.mean() * (by_human - trust * by_judge)

@@ -11,6 +11,7 @@ import numpy as np
 
 from novelret.evaluate.chart import Mark, scatter
 from novelret.evaluate.metrics.membership import is_in
+from novelret.evaluate.tables import headline_metrics
 from novelret.label.table import RELEVANT
 
 if TYPE_CHECKING:
@@ -64,17 +65,6 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         "</html>",
     ]
     path.write_text("".join(parts), encoding="utf-8")
-
-
-def headline_metrics(evaluation: Evaluation) -> list[str]:
-    """The metrics worth a column: novelty at each cut, then the rest at the deepest or shallowest one."""
-    cuts = sorted(evaluation.config.k)
-    names = [f"Novelty@{k}" for k in cuts] + [f"RelevantNovel@{cuts[-1]}", f"Recall@{cuts[-1]}"]
-    names += [f"Precision@{cuts[0]}", f"Judged@{cuts[0]}"]
-    have = evaluation.means["base"]
-    return [
-        name for name in names if any(name in means for means in evaluation.means.values()) or name in have
-    ]
 
 
 def _summary(evaluation: Evaluation) -> str:

@@ -74,3 +74,10 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     corrected = np.empty_like(ordered)
     np.put_along_axis(corrected, order, np.maximum.accumulate(ordered, axis=0), axis=0)
     return corrected
+
+
+def stars(p_value: float | None) -> str:
+    """The mark that tables put behind a figure: ** for p < 0.01, * for p < 0.05."""
+    if p_value is None:
+        return ""
+    return "**" if p_value < 0.01 else "*" if p_value < 0.05 else ""

@@ -16,7 +16,9 @@ def draw_world(rng, queries, *, miss, false, drawn):
     """
     ease = rng.beta(1.5, 2.5, size=(queries, 1))
     truth = rng.random((queries, LONG)) < ease
-    verdicts = np.where(truth, rng.random(truth.shape) >= miss, rng.random(truth.shape) < false).astype(np.int8)
+    verdicts = np.where(truth, rng.random(truth.shape) >= miss, rng.random(truth.shape) < false).astype(
+        np.int8
+    )
     rows = np.arange(queries * LONG).reshape(queries, LONG)
     human = np.full(rows.shape, -1, dtype=np.int8)
     chosen = rng.choice(rows.size, drawn, replace=False)
@@ -66,7 +68,9 @@ def test_everything_labelled_by_people_is_their_own_mean():
 def test_the_interval_is_never_longer_than_people_alone_would_give():
     worlds = {}
     for name, miss, false in (("good", 0.03, 0.03), ("useless", 0.5, 0.5)):
-        rows, _, verdicts, human, _ = draw_world(np.random.default_rng(3), 1_000, miss=miss, false=false, drawn=300)
+        rows, _, verdicts, human, _ = draw_world(
+            np.random.default_rng(3), 1_000, miss=miss, false=false, drawn=300
+        )
         found = corrected_precision(rows, verdicts, human, K)
         alone = corrected_precision(rows, np.zeros_like(verdicts), human, K)
         worlds[name] = (found.high - found.low) / (alone.high - alone.low), found.trust
