@@ -136,6 +136,7 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
 
     console.print(_summary(evaluation, headline_metrics(evaluation)))
     console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
+    console.print("N, R: no model has more Novelty, RelevantNovel at as much recall (Pareto)", style="dim")
     if any(evaluation.human.values()):
         console.print(_human(evaluation))
     if evaluation.buckets:
@@ -151,10 +152,9 @@ def _summary(evaluation: Evaluation, names: list[str]) -> Table:
 
     table = _table(f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}", "model")
     for name in names:
-        table.add_column(
-            name.replace("RelevantNovel", "Relevant\nNovel").replace("@", "\n@"), justify="right"
-        )
-    table.add_column("Pareto")
+        short = name.replace("RelevantNovel", "Relev.\nNovel").replace("Precision", "Prec.")
+        table.add_column(short.replace("@", "\n@"), justify="right")
+    table.add_column()
     for model, means in evaluation.means.items():
         cells = []
         for name in names:
@@ -167,8 +167,8 @@ def _summary(evaluation: Evaluation, names: list[str]) -> Table:
 def _pareto(evaluation: Evaluation, model: str) -> str:
     """What a model is best at, given its recall: "N" for Novelty, "R" for RelevantNovel."""
     point = next(point for point in evaluation.frontier.points if point.model == model)
-    marks = [mark for mark, on in (("N", point.pareto_novelty), ("R", point.pareto_relevant_novel)) if on]
-    return " ".join([*marks, "← selected"] if model == evaluation.frontier.selected else marks)
+    marks = (("N", point.pareto_novelty), ("R", point.pareto_relevant_novel))
+    return " ".join(mark for mark, is_on in marks if is_on)
 
 
 def _human(evaluation: Evaluation) -> Table:
@@ -215,7 +215,7 @@ def _frontier_line(evaluation: Evaluation) -> str:
     name = "Novelty" if point.relevant_novel is None else "RelevantNovel"
     return (
         f"selected: [bold]{escape(point.model)}[/], most {name}@{frontier.k} ({gain:.2f}) with {budget} "
-        f"({point.recall_change:+.1%}). Pareto: N by Novelty, R by RelevantNovel against recall"
+        f"({point.recall_change:+.1%})"
     )
 
 

@@ -49,7 +49,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig, judge_candidates, split_judge
 from novelret.label.labels import read_table
-from novelret.label.table import UNKNOWN, LabelTable, make_table
+from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
 
 BASE = "base"
@@ -331,7 +331,8 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
         report.warn(
             f"--k {k} is more than --base-depth {config.base_depth}: the deployed model's own ranks beyond "
             f"{config.base_depth} count as novel there, so that base scores Novelty@{k} "
-            f"{means[BASE][f'Novelty@{k}']:.2f} against itself. Read Novelty@{k} as a difference from base, or set --base-depth {k}"
+            f"{means[BASE][f'Novelty@{k}']:.2f} against itself. Read Novelty@{k} as a difference from base, "
+            f"or set --base-depth {k}"
         )
     if config.judge is not None:
         for name, of in means.items():

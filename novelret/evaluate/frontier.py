@@ -48,7 +48,7 @@ class Frontier:
 def make_frontier(means: dict[str, dict[str, float]], base: str, k: int, max_recall_drop: float) -> Frontier:
     """Mark the Pareto set among models and choose within the recall budget.
 
-    Most relevant novel items win (most novel ones without a judge); ties go to more novelty, then more recall.
+    Most relevant novel items win (most novel ones without a judge); ties go to novelty, then to recall.
 
     Args:
         means: model → metric → figure, the base among them.

@@ -63,8 +63,8 @@ def human_table(
     queries = np.arange(len(split))[:, None]
     if not any((table.lookup(queries, rows) != UNKNOWN).any() for rows in lists):
         raise UserError(
-            f"{path}: none of its pairs is in any list; have people label a random sample of the (query, item) "
-            "pairs in the lists that are compared"
+            f"{path}: none of its pairs is in any list; have people label a random sample of the "
+            "(query, item) pairs in the lists that are compared"
         )
     return table
 
