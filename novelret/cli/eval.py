@@ -172,11 +172,14 @@ def _pareto(evaluation: Evaluation, model: str) -> str:
 
 
 def _human(evaluation: Evaluation) -> Table:
+    from novelret.evaluate.tables import headline_metrics
+
     table = _table("Corrected by human labels (95 % intervals)", "model")
     for name in ("metric", "judge's", "corrected", "interval", "human labels"):
         table.add_column(name, justify="left" if name == "metric" else "right")
+    headline = headline_metrics(evaluation)  # metrics.json holds all of them
     for model, figures in evaluation.human.items():
-        for metric, figure in figures.items():
+        for metric, figure in ((name, figures[name]) for name in headline if name in figures):
             raw = evaluation.means[model].get(metric)
             table.add_row(
                 escape(model),
@@ -221,5 +224,5 @@ def _frontier_line(evaluation: Evaluation) -> str:
 
 def _table(title: str, first: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     return table

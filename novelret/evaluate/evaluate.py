@@ -39,7 +39,7 @@ from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
 from novelret.evaluate.frontier import Frontier, make_frontier
-from novelret.evaluate.human import FEW_PAIRS, Corrected, human_figures, human_table
+from novelret.evaluate.human import FEW_PAIRS, Corrected, human_figures, human_table, is_uneven
 from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
 from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import read_run, write_qrels, write_run
@@ -357,6 +357,12 @@ def _human(
         ),
         default=(0, "any figure"),
     )
+    uneven = [name for name, of in lists.items() if is_uneven(of.rows, top, people)]
+    if uneven:
+        report.warn(
+            f"{config.human}: in the lists of {', '.join(uneven)}, novel and other items are not labelled at the "
+            "same rate, as in a random sample of them; their corrected figures are biased"
+        )
     if fewest < FEW_PAIRS:
         report.warn(
             f"{config.human}: only {fewest} human labels fall on {figure}; intervals from fewer than "

@@ -89,6 +89,23 @@ def human_figures(
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
+def is_uneven(rows: np.ndarray, base: np.ndarray, people: LabelTable) -> bool:
+    """Whether people's labels lie so unevenly in some lists that they cannot be a random sample of them.
+
+    Compares the labelled share of novel and of other places by a two-proportion z-test at z = 4: a sample
+    drawn from other models' lists, or from novel items alone, biases the corrected figures.
+    """
+    labelled = people.lookup(np.arange(len(rows))[:, None], rows) != UNKNOWN
+    new = novel(rows, base, rows.shape[1])
+    places = np.array([new.sum(), ((rows >= 0) & ~new).sum()], dtype=np.float64)
+    if places.min() == 0:
+        return False
+    shares = np.array([(labelled & new).sum(), (labelled & ~new).sum()]) / places
+    whole = float((shares * places).sum() / places.sum())
+    error = np.sqrt(whole * (1 - whole) * (1 / places).sum())
+    return bool(abs(shares[0] - shares[1]) > 4 * error)
+
+
 def corrected_precision(
     rows: np.ndarray, verdicts: np.ndarray, human: np.ndarray, k: int, *, level: float = 0.95
 ) -> Corrected | None:

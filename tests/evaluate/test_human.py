@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from novelret.evaluate.human import _t_quantile, corrected_precision, corrected_relevant_novelty
+from novelret.evaluate.human import _t_quantile, corrected_precision, corrected_relevant_novelty, is_uneven
+from novelret.label.table import make_table
 
 K, LONG = 10, 12
 
@@ -93,3 +94,18 @@ def test_short_lists_count_by_their_own_length_and_too_few_labels_give_nothing()
 @pytest.mark.parametrize("freedom", [5, 20, 300])
 def test_t_quantile_against_scipy(freedom):
     assert _t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
+def test_a_sample_of_other_lists_is_noticed():
+    rng = np.random.default_rng(4)
+    rows, base, _, human, truth = draw_world(rng, 500, miss=0, false=0, drawn=400)
+
+    def table(human):
+        queries, places = np.nonzero(human >= 0)
+        return make_table(queries, rows[queries, places], human[queries, places], rows.size)
+
+    assert not is_uneven(rows, base, table(human))
+    only_base = np.where(np.arange(LONG) < 4, human, -1)
+    assert is_uneven(rows, base, table(only_base))
+    only_novel = np.where(np.arange(LONG) < 4, -1, human)
+    assert is_uneven(rows, base, table(only_novel))
