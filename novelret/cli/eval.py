@@ -175,8 +175,8 @@ def _human(evaluation: Evaluation) -> Table:
     from novelret.evaluate.tables import headline_metrics
 
     table = _table("Corrected by human labels (95 % intervals)", "model")
-    for name in ("metric", "judge's", "corrected", "interval", "human labels"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
+    for name in ("metric", "judge's", "corrected", "interval", "labels"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     headline = headline_metrics(evaluation)  # metrics.json holds all of them
     for model, figures in evaluation.human.items():
         for metric, figure in ((name, figures[name]) for name in headline if name in figures):

@@ -26,6 +26,7 @@ from novelret.label.judges.file import file_table
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 from novelret.progress import Reporter
 
+_LEAST_QUERIES = 5
 FEW_PAIRS = 30
 """Fewer human-labelled pairs than this give an interval that is not to be relied on."""
 
@@ -119,7 +120,7 @@ def corrected_precision(
         level: nominal coverage of the interval.
 
     Returns:
-        The corrected figure; None where fewer than two queries have human labels in the top k.
+        The corrected figure; None where fewer than five queries have human labels in the top k.
     """
     places = rows[:, :k] >= 0
     some = places.any(axis=1)
@@ -158,7 +159,7 @@ def _correct(
     labelled = places & (human != UNKNOWN)
     pairs_of = labelled.sum(axis=1)
     queries = int((pairs_of > 0).sum())
-    if queries < 2:
+    if queries < _LEAST_QUERIES:
         return None
     relevant = verdicts == RELEVANT
     judged = share * (places & relevant).sum(axis=1)

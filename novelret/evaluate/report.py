@@ -22,6 +22,7 @@ _MERGED = {
     "MergedDensity": "density",
     "MergedCoverage": "coverage",
 }
+_TEXTS = ("model", "metric", "best (Pareto) in", "fingerprint")  # columns that hold words
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6575; --rule: #d8dde5; --page: #fff;
   --bar: #8fb8e8; --m0: #1c2330; --m1: #0b6bcb; --m2: #b5460f; --m3: #1d7a46; --m4: #7a3fb0; }
@@ -55,7 +56,7 @@ svg .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--rule); }
 .novel { font-weight: 650; } code { font-size: .85em; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; margin: 4px 0; }
 @media (max-width: 640px) { .pair { grid-template-columns: 1fr; } body { padding: 16px 14px 48px; }
-  td.bars { min-width: 110px; } }
+  .chart svg { min-width: 460px; } .chart svg text { font-size: 16px; } }
 """
 
 
@@ -114,7 +115,7 @@ def _decision(evaluation: Evaluation) -> str:
 
 
 def _table(head: list[str], rows: list[str]) -> str:
-    cells = "".join(f"<th>{name}</th>" for name in head)
+    cells = "".join(f"<th{' class=name' if name in _TEXTS else ''}>{name}</th>" for name in head)
     return f"<div class='scroll'><table><tr>{cells}</tr>{''.join(rows)}</table></div>"
 
 
@@ -150,30 +151,22 @@ def _cell(significance: dict[str, Any], value: float | None, digits: int) -> str
 
 
 def _human(evaluation: Evaluation) -> str:
-    rows = []
+    cuts, rows = sorted(evaluation.config.k), []
+    names = dict.fromkeys([f"Precision@{cuts[0]}", f"Precision@{cuts[-1]}", f"RelevantNovel@{cuts[-1]}"])
     for model, figures in evaluation.human.items():
-        for metric, figure in figures.items():
+        for metric, figure in ((name, figures[name]) for name in names if name in figures):
             digits, raw = digits_of(metric), evaluation.means[model].get(metric)
             cells = [escape(model), f"<td class='name'>{metric}", "–" if raw is None else f"{raw:.{digits}f}"]
             cells += [f"{figure.value:.{digits}f}", f"{figure.low:.{digits}f} – {figure.high:.{digits}f}"]
             rows.append(_row([*cells, f"{figure.pairs:,}", f"{figure.queries:,}", f"{figure.trust:.2f}"]))
     if not rows:
         return ""
-    head = [
-        "model",
-        "metric",
-        "by the judge",
-        "corrected",
-        "95 % interval",
-        "human labels",
-        "queries",
-        "trust",
-    ]
+    head = ["model", "metric", "by the judge", "corrected", "95 % interval", "labels", "queries", "trust"]
     return (
         "<h2>Corrected by human labels</h2><p>What people would have measured, estimated from the judge's "
         "figures and the labels people gave to a random sample (prediction-powered inference). Where the "
-        "judge's figure lies outside the interval, do not decide on it. Trust says how far the estimate leans "
-        "on the judge, from 0 (not at all) to 1.</p>" + _table(head, rows)
+        "judge's figure lies outside the interval, do not decide on it. Trust says how far the estimate "
+        "leans on the judge, from 0 (not at all) to 1.</p>" + _table(head, rows)
     )
 
 
@@ -220,8 +213,8 @@ def _merged(evaluation: Evaluation) -> str:
     budget = "" if config.merge_budget is None else f", at most {config.merge_budget} per query"
     return (
         f"<h2>As deployed: the merged list</h2><p>The deployed top {config.base_depth}, then the novel items "
-        f"of the new model's top {max(config.k)}{budget}. Density: relevant items per query. Coverage: share of "
-        "queries with a relevant item.</p>" + _table(["model", *(_MERGED[name] for name in names)], rows)
+        f"of the new model's top {max(config.k)}{budget}. Density: relevant items per query. Coverage: share "
+        "of queries with a relevant item.</p>" + _table(["model", *(_MERGED[name] for name in names)], rows)
     )
 
 

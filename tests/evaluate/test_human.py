@@ -84,11 +84,12 @@ def test_the_interval_is_never_longer_than_people_alone_would_give():
 def test_short_lists_count_by_their_own_length_and_too_few_labels_give_nothing():
     rows = np.array([[0, 1, 2, 3], [4, -1, -1, -1], [-1, -1, -1, -1]])
     truth = np.array([[1, 0, 0, 0], [1, -1, -1, -1], [-1, -1, -1, -1]], dtype=np.int8)
+    rows, truth = np.tile(rows, (3, 1)), np.tile(truth, (3, 1))
     found = corrected_precision(rows, np.zeros_like(truth), truth, 4)
-    assert found.value == pytest.approx((1 / 4 + 1) / 2)  # the third query has no list
-    assert (found.pairs, found.queries) == (5, 2)
-    one = np.where(np.arange(3)[:, None] == 0, truth, -1)
-    assert corrected_precision(rows, truth, one, 4) is None
+    assert found.value == pytest.approx((1 / 4 + 1) / 2)  # the third of each has no list
+    assert (found.pairs, found.queries) == (15, 6)
+    four = np.where(np.arange(9)[:, None] < 6, truth, -1)
+    assert corrected_precision(rows, truth, four, 4) is None
 
 
 @pytest.mark.parametrize("freedom", [5, 20, 300])
@@ -98,7 +99,7 @@ def test_t_quantile_against_scipy(freedom):
 
 def test_a_sample_of_other_lists_is_noticed():
     rng = np.random.default_rng(4)
-    rows, base, _, human, truth = draw_world(rng, 500, miss=0, false=0, drawn=400)
+    rows, base, _, human, _ = draw_world(rng, 500, miss=0, false=0, drawn=400)
 
     def table(human):
         queries, places = np.nonzero(human >= 0)
