@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
 
 _GROUPS = 4
-_SPREAD = ((0, 0), (1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))
+_SPREAD = ((0, 0), (1, 1), (2, 2), (3, 5), (6, 10), (11, 10**9))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ _MERGED = {
     "MergedDensity": "density",
     "MergedCoverage": "coverage",
 }
-_TEXTS = ("model", "metric", "best (Pareto) in", "fingerprint")  # columns that hold words
+# Columns that hold words or bars.
+_TEXTS = ("model", "metric", "best (Pareto) in", "fingerprint", "brings", "recall change")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6575; --rule: #d8dde5; --page: #fff;
   --bar: #8fb8e8; --m0: #1c2330; --m1: #0b6bcb; --m2: #b5460f; --m3: #1d7a46; --m4: #7a3fb0; }
@@ -41,10 +42,10 @@ th:first-child, td:first-child, .name { text-align: left; } td small { display: 
 th { vertical-align: bottom; } .chosen td { font-weight: 650; }
 .bar { display: inline-block; height: .8em; background: var(--bar); border: 1px solid var(--ink);
   box-sizing: border-box; vertical-align: baseline; margin-right: 6px; }
-td.bars { text-align: left; min-width: 150px; }
+td.bars { text-align: left; min-width: 112px; }
 .zero { display: inline-block; width: 60px; text-align: right; } .zero .bar { margin: 0; }
 .loss { background: repeating-linear-gradient(45deg, var(--bar) 0 2px, transparent 2px 5px); }
-.chart { overflow-x: auto; } .chart svg { width: 100%; min-width: 520px; max-width: 760px; height: auto; }
+.chart { overflow-x: auto; } .chart svg { width: 100%; max-width: 800px; height: auto; }
 svg text { fill: var(--ink); font-size: 13px; }
 svg .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--rule); }
 .rule { stroke: var(--soft); stroke-dasharray: 5 4; } .leader { stroke: var(--rule); }
@@ -56,7 +57,7 @@ svg .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--rule); }
 .novel { font-weight: 650; } code { font-size: .85em; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; margin: 4px 0; }
 @media (max-width: 640px) { .pair { grid-template-columns: 1fr; } body { padding: 16px 14px 48px; }
-  .chart svg { min-width: 460px; } .chart svg text { font-size: 16px; } }
+  .chart svg text { font-size: 19px; } td.bars { min-width: 100px; } }
 """
 
 
@@ -114,8 +115,8 @@ def _decision(evaluation: Evaluation) -> str:
     )
 
 
-def _table(head: list[str], rows: list[str]) -> str:
-    cells = "".join(f"<th{' class=name' if name in _TEXTS else ''}>{name}</th>" for name in head)
+def _table(head: list[str], rows: list[str], *, bars: bool = False) -> str:
+    cells = "".join(f"<th{' class=name' if bars or name in _TEXTS else ''}>{name}</th>" for name in head)
     return f"<div class='scroll'><table><tr>{cells}</tr>{''.join(rows)}</table></div>"
 
 
@@ -258,21 +259,25 @@ def _distribution(evaluation: Evaluation) -> str:
         )
     return (
         f"<h2>How queries differ</h2><p>Share of queries by {metric}: how many such items they get.</p>"
-        + _table(["model", *labels], rows)
+        + _table(["model", *labels], rows, bars=True)
         + f"<p>Share of queries by Recall@{deepest} against the base.</p>"
-        + _table(["model", "lower", "the same", "higher"], changes)
+        + _table(["model", "lower", "the same", "higher"], changes, bars=True)
     )
 
 
 def _groups(evaluation: Evaluation) -> str:
     metric, deepest = gain_metric(evaluation), max(evaluation.config.k)
-    head = ["queries", "number", "model", metric, f"Recall@{deepest} change", "with lower recall"]
+    head = ["queries", "number", "model", "brings", "recall change", "with lower recall"]
     sections = (
         ("By length of the query", by_length(evaluation)),
         (f"By overlap of the top {deepest} with the base's", by_overlap(evaluation)),
     )
-    return "".join(
-        f"<h3>{title}</h3>{_table(head, _group_rows(groups))}" for title, groups in sections if groups
+    tables = [f"<h3>{title}</h3>{_table(head, _group_rows(groups))}" for title, groups in sections if groups]
+    if not tables:
+        return ""
+    return (
+        f"<h2>Where it gains and loses</h2><p>What a model brings is its {metric}; recall is Recall@{deepest} "
+        "against the base's, a hatched bar to the left being a loss.</p>" + "".join(tables)
     )
 
 
@@ -295,14 +300,17 @@ def _group_rows(groups: list[Group]) -> list[str]:
 
 def _bar_cell(value: float, most: float, text: str) -> str:
     width = round(60 * value / most) if most > 0 else 0
-    return f"<td class='bars'><span class='bar' style='width:{width}px'></span>{text}</td>"
+    return f"<td class='bars'>{_bar(width, 'bar')}{text}</td>"
+
+
+def _bar(width: int, kind: str) -> str:
+    return f"<span class='{kind}' style='width:{width}px'></span>" if width else ""
 
 
 def _change_cell(value: float, reach: float) -> str:
     """A bar to the left of a middle line, hatched, for a loss, and to its right for a gain."""
     width = round(58 * abs(value) / reach) if reach > 0 else 0
-    kind = "bar loss" if value < 0 else "bar"
-    bar = f"<span class='{kind}' style='width:{width}px;margin:0'></span>"
+    bar = _bar(width, "bar loss" if value < 0 else "bar")
     left, right = (bar, "") if value < 0 else ("", bar)
     sides = f"<span class='zero'>{left}</span>|<span class='zero' style='text-align:left'>{right}</span>"
     return f"<td class='bars'>{sides} {value:+.3f}</td>"

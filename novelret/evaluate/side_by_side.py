@@ -29,7 +29,7 @@ def side_by_side(evaluation: Evaluation, model: str) -> str:
     lost = [q for q in np.argsort(loss, kind="stable")[:_SHOWN_QUERIES] if loss[q] < 0]
     parts = [
         f"<h2>Side by side: base and {escape(model)}</h2>",
-        "<p>＋ novel (and bold), ✓ judged relevant, ✗ judged not relevant, ● held-out feedback; the rank in "
+        "<p>+ novel (and bold), ✓ judged relevant, ✗ judged not relevant, ● held-out feedback; the rank in "
         f"base stands behind an item that the base has, too. The top {_SHOWN_ITEMS} of each list, and the "
         "model's first novel items below.</p>",
     ]
@@ -65,7 +65,7 @@ def _items(evaluation: Evaluation, name: str, query: int) -> str:
     rows = lists.rows[query, places]
     shown = []
     for place, row, text in zip(places, rows.tolist(), evaluation.index.catalog.texts_at(rows), strict=True):
-        marks = ("＋" if new[place] else "") + ("●" if row in feedback else "")
+        marks = ("+" if new[place] else "") + ("●" if row in feedback else "")
         marks += {RELEVANT: "✓", IRRELEVANT: "✗"}.get(int(lists.verdicts[query, place]), "")
         rank = f" <small>base {rank_in_base[row]}</small>" if name != "base" and row in rank_in_base else ""
         style = " class='novel'" if new[place] else ""
