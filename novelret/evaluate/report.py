@@ -276,8 +276,8 @@ def _groups(evaluation: Evaluation) -> str:
     if not tables:
         return ""
     return (
-        f"<h2>Where it gains and loses</h2><p>What a model brings is its {metric}; recall is Recall@{deepest} "
-        "against the base's, a hatched bar to the left being a loss.</p>" + "".join(tables)
+        f"<h2>Where it gains and loses</h2><p>What a model brings is its {metric}; recall is Recall@{deepest}"
+        " against the base's, a hatched bar to the left being a loss.</p>" + "".join(tables)
     )
 
 
