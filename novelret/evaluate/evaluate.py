@@ -134,6 +134,7 @@ class Evaluation:
         significance: model name → metric name → interval, and p-values against the base.
         judge: who judged, or None.
         inputs: fingerprints of everything that went in.
+        out: the REPORT folder.
         models: model name → its folder.
         frontier: novelty against recall, and the model selected.
         human: model → metric → the figure corrected by human labels; empty without any.
@@ -151,6 +152,7 @@ class Evaluation:
     significance: dict[str, dict[str, dict[str, Any]]]
     judge: str | None
     inputs: dict[str, str]
+    out: Path
     models: dict[str, str]
     frontier: Frontier
     human: dict[str, dict[str, Corrected]]
@@ -196,9 +198,12 @@ def evaluate_models(
     for name, path in runs.items():
         inputs[f"run {name}"] = fingerprint_file(Path(path))
         found[name] = read_run(Path(path), split, index.catalog, max(config.k), index.id_rank), None
-    for option in (config.human, config.weights):
-        if option is not None:
-            inputs[f"file {option}"] = fingerprint_file(Path(option))
+    judge_file = (
+        (config.judge or "").removeprefix("file:") if (config.judge or "").startswith("file:") else None
+    )
+    for what, file in (("judgements", judge_file), ("human", config.human), ("weights", config.weights)):
+        if file is not None:
+            inputs[f"{what} {file}"] = fingerprint_file(Path(file))
     people = None
     if config.human is not None:
         people = human_table(
@@ -223,6 +228,7 @@ def evaluate_models(
             _significance(per_query),
             config.judge,
             inputs,
+            out,
             models,
             make_frontier(means, BASE, max(config.k), config.max_recall_drop),
             _human(lists, base, people, config, report),

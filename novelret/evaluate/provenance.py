@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 _FLAGS = {"models": "--model", "runs": "--run", "sources": "--from"}
 
 
+_FIXED_BY_APPEND = ("model", "query_model", "factory", "dtype")
+
+
 def commands(evaluation: Evaluation) -> list[str]:
     """Shell lines that make the index, each model and this report again, in that order."""
     config, index = evaluation.config, evaluation.index
-    lines = [
-        f"{_line('index', index.manifest.config, _index_defaults())} --out {shlex.quote(str(index.folder))}"
-    ]
+    made = dict(index.manifest.config)
+    if made.get("append"):
+        made = {name: value for name, value in made.items() if name not in _FIXED_BY_APPEND}
+    lines = [f"{_line('index', made, _index_defaults())} --out {shlex.quote(str(index.folder))}"]
     labels: dict[str, None] = {}
     trained = []
     for path in evaluation.models.values():
@@ -35,7 +39,8 @@ def commands(evaluation: Evaluation) -> list[str]:
         if (Path(folder) / MANIFEST).is_file():
             settings = read_manifest(Path(folder), "labels").config
             lines.append(f"{_line('label', settings, _label_defaults())} --out {shlex.quote(folder)}")
-    return [*lines, *trained, f"{_line('eval', asdict(config), _defaults(type(config)))} --out REPORT"]
+    last = _line("eval", asdict(config), _defaults(type(config)))
+    return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
 
 
 def _line(verb: str, settings: dict[str, Any], defaults: dict[str, Any]) -> str:

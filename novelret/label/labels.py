@@ -84,13 +84,13 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
 
 
 def open_labels(folder: Path, index: Index) -> Labels:
-    """Open a LABELS folder that was made with this index.
+    """Open a LABELS folder that was made with this index, or before items were appended to it.
 
     Raises:
         UserError: no labels there, or they belong to another index.
     """
     manifest = read_manifest(folder, "labels")
-    if manifest.inputs["index"] != index.manifest.fingerprint:
+    if not index.descends_from(manifest.inputs["index"]):
         raise UserError(
             f"{folder}: was labelled with another index ({manifest.config['index']}) than {index.folder}; "
             "pass the index it belongs to, or label again"
