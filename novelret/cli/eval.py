@@ -79,10 +79,10 @@ def evaluate(
     ] = 0.01,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Query id and frequency, tab-separated. [default: `weight` in the queries file]"),
+        typer.Option(help="Query id and frequency, tab-separated. (default: `weight` in the queries file)"),
     ] = None,
     merge_budget: Annotated[
-        int | None, typer.Option(help="Novel items that the merged list takes per query. [default: all]")
+        int | None, typer.Option(help="Novel items that the merged list takes per query. (default: all)")
     ] = None,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,

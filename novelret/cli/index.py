@@ -45,10 +45,10 @@ def index(
         str | None, typer.Option(help="The deployed query encoder, where it is another model.")
     ] = None,
     factory: Annotated[
-        str | None, typer.Option(help="faiss index factory string. [default: Flat, which is exact]")
+        str | None, typer.Option(help="faiss index factory string. (default: Flat, which is exact)")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="How embeddings are stored: float32 or float16. [default: float32]")
+        str | None, typer.Option(help="How embeddings are stored: float32 or float16. (default: float32)")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 64,
     device: DeviceOption = "auto",
