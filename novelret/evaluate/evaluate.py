@@ -39,7 +39,7 @@ from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
 from novelret.evaluate.frontier import Frontier, make_frontier
-from novelret.evaluate.human import FEW_PAIRS, Corrected, human_figures, human_table, is_uneven
+from novelret.evaluate.human import FEW_PAIRS, Corrected, check_overlap, human_figures, is_uneven
 from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
 from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import read_run, write_qrels, write_run
@@ -127,7 +127,8 @@ class Evaluation:
         config: the settings.
         index: the deployed system.
         split: queries and held-out feedback.
-        base: (Q, max(L, K)) the deployed lists with their verdicts.
+        base: (Q, max(L, K)) the deployed model's lists with their verdicts.
+        deployed: (Q, width) T_L, what is not novel, −1 padded, with verdicts.
         lists: model name → lists; the base model first.
         per_query: model name → metric name → (Q,) figures.
         means: model name → metric name → figure, as in metrics.json.
@@ -146,6 +147,7 @@ class Evaluation:
     index: Index
     split: Split
     base: Lists
+    deployed: Lists
     lists: dict[str, Lists]
     per_query: dict[str, dict[str, np.ndarray]]
     means: dict[str, dict[str, float]]
@@ -179,6 +181,17 @@ def evaluate_models(
     )
     device = encode.pick_device(config.device)
     inputs = {"index": index.manifest.fingerprint, "split": split.fingerprint}
+    # What is wrong with a file is said before hours of searching.
+    inputs |= {what: fingerprint_file(path) for what, path in _files(config, runs).items()}
+    weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
+    known = _known_verdicts(config, index, split, report)
+    people = None
+    if config.human is not None:
+        people = file_table(Path(config.human), split.query_ids, index.catalog, report=report)
+    read = {
+        name: read_run(Path(path), split, index.catalog, max(config.k), index.id_rank)
+        for name, path in runs.items()
+    }
     depth = max(*config.k, config.base_depth)
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     found[BASE] = base_lists(index, split, depth, device=device, report=report)
@@ -195,26 +208,21 @@ def evaluate_models(
             report=report,
             what=f"top lists of {name}",
         )
-    for name, path in runs.items():
-        inputs[f"run {name}"] = fingerprint_file(Path(path))
-        found[name] = read_run(Path(path), split, index.catalog, max(config.k), index.id_rank), None
-    judge_file = (
-        (config.judge or "").removeprefix("file:") if (config.judge or "").startswith("file:") else None
-    )
-    for what, file in (("judgements", judge_file), ("human", config.human), ("weights", config.weights)):
-        if file is not None:
-            inputs[f"{what} {file}"] = fingerprint_file(Path(file))
-    people = None
-    if config.human is not None:
-        people = human_table(
-            Path(config.human), split, index.catalog, [rows for rows, _ in found.values()], report
-        )
-    weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
+    for name, rows in read.items():
+        found[name] = rows, None
+        empty = int((rows < 0).all(axis=1).sum())
+        if empty:
+            report.warn(
+                f"{runs[name]}: has no list for {empty} of the {len(split)} queries; they count as empty"
+            )
+    if people is not None:
+        check_overlap(Path(str(config.human)), people, [rows for rows, _ in found.values()])
     identity = fingerprint_of(config, inputs)
     with open_output(out, identity, force=force) as folder:
-        table = _judge(config, index, split, found, folder, report)
+        table = _ask_judge(config, index, split, found, folder, report) if known is None else known
         base, lists = _with_verdicts(found, table, max(config.k))
-        per_query = {name: _per_query(name, of, base, split, config) for name, of in lists.items()}
+        deployed = Lists(base.rows[:, : config.base_depth], None, base.verdicts[:, : config.base_depth])
+        per_query = {name: _per_query(name, of, deployed, split, config) for name, of in lists.items()}
         means = {name: _means(name, per_query[name], lists[name], config, len(index)) for name in lists}
         _warn_of_weak_figures(config, means, report)
         evaluation = Evaluation(
@@ -222,6 +230,7 @@ def evaluate_models(
             index,
             split,
             base,
+            deployed,
             lists,
             per_query,
             means,
@@ -231,7 +240,7 @@ def evaluate_models(
             out,
             models,
             make_frontier(means, BASE, max(config.k), config.max_recall_drop),
-            _human(lists, base, people, config, report),
+            _human(lists, deployed, people, config, report),
             [] if weights is None else merged_by_bucket(weights, per_query),
             list(report.warnings),
         )
@@ -349,11 +358,11 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
 
 
 def _human(
-    lists: dict[str, Lists], base: Lists, people: LabelTable | None, config: EvalConfig, report: Reporter
+    lists: dict[str, Lists], deployed: Lists, people: LabelTable | None, config: EvalConfig, report: Reporter
 ) -> dict[str, dict[str, Corrected]]:
     if people is None:
         return {}
-    top = base.rows[:, : config.base_depth]
+    top = deployed.rows
     found = {name: human_figures(of.rows, of.verdicts, top, people, config.k) for name, of in lists.items()}
     # Novel items are rare at shallow cuts; what matters is that the deepest one has its labels.
     main = [f"Precision@{config.k[0]}", f"RelevantNovel@{max(config.k)}"]
@@ -377,7 +386,29 @@ def _human(
     return found
 
 
-def _judge(
+def _files(config: EvalConfig, runs: dict[str, str]) -> dict[str, Path]:
+    """Files that go in beside the artifacts, by what they are."""
+    files = {f"run {name}": Path(path) for name, path in runs.items()}
+    if config.judge is not None and config.judge.startswith("file:"):
+        files["judgements"] = Path(split_judge(config.judge)[1])
+    files |= {
+        what: Path(path) for what, path in (("human", config.human), ("weights", config.weights)) if path
+    }
+    return files
+
+
+def _known_verdicts(config: EvalConfig, index: Index, split: Split, report: Reporter) -> LabelTable | None:
+    """Verdicts that need no asking: a file's, or none without a judge; None where an LLM judges."""
+    if config.judge is None:
+        none = np.empty(0, dtype=np.int64)
+        return make_table(none, none, none.astype(np.int8), len(index))
+    kind, name = split_judge(config.judge)
+    if kind == "file":
+        return file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
+    return None
+
+
+def _ask_judge(
     config: EvalConfig,
     index: Index,
     split: Split,
@@ -385,13 +416,8 @@ def _judge(
     folder: Path,
     report: Reporter,
 ) -> LabelTable:
-    """Verdicts of everything in some list: looked up in a file, or asked of an LLM where not yet known."""
-    if config.judge is None:
-        none = np.empty(0, dtype=np.int64)
-        return make_table(none, none, none.astype(np.int8), len(index))
-    kind, name = split_judge(config.judge)
-    if kind == "file":
-        return file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
+    """Verdicts of everything in some list, asked of an LLM where the store does not know them yet."""
+    assert config.judge is not None
     rows = np.concatenate([rows for rows, _ in found.values()], axis=1)
     queries, columns = np.nonzero(rows >= 0)
     pairs = np.unique(queries * np.int64(len(index)) + rows[queries, columns])
@@ -427,10 +453,10 @@ def _with_verdicts(
 
 
 def _per_query(
-    name: str, lists: Lists, base: Lists, split: Split, config: EvalConfig
+    name: str, lists: Lists, deployed: Lists, split: Split, config: EvalConfig
 ) -> dict[str, np.ndarray]:
     """Every metric's figure per query."""
-    top = base.rows[:, : config.base_depth]
+    top = deployed.rows
     feedback = (split.feedback_queries, split.feedback_items)
     figures: dict[str, np.ndarray] = {}
     for k in config.k:
@@ -445,8 +471,7 @@ def _per_query(
             figures[f"NovelPrecision@{k}"] = metrics.novel_precision(lists.rows, top, lists.verdicts, k)
     # The base beside itself adds nothing: its own list is what the others are merged behind.
     rows = np.full_like(lists.rows, -1) if name == BASE else lists.rows
-    base_verdicts = base.verdicts[:, : config.base_depth]
-    merged = metrics.merge(rows, top, lists.verdicts, base_verdicts, config.merge_budget)
+    merged = metrics.merge(rows, top, lists.verdicts, deployed.verdicts, config.merge_budget)
     figures["MergedAdded"] = merged.added
     if config.judge is not None:
         figures["MergedDensity"] = merged.density

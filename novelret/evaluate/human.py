@@ -18,13 +18,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from novelret.data.catalog import Catalog
-from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.evaluate.metrics.novelty import novel
-from novelret.label.judges.file import file_table
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
-from novelret.progress import Reporter
 
 _LEAST_QUERIES = 5
 FEW_PAIRS = 30
@@ -52,22 +48,18 @@ class Corrected:
     trust: float
 
 
-def human_table(
-    path: Path, split: Split, catalog: Catalog, lists: list[np.ndarray], report: Reporter
-) -> LabelTable:
-    """People's verdicts, as qrels: a score above 0 is relevant, an absent pair was not shown to them.
+def check_overlap(path: Path, people: LabelTable, lists: list[np.ndarray]) -> None:
+    """Refuse human labels that are about none of the (Q, K) lists.
 
     Raises:
-        UserError: the file cannot be read, a line is malformed, or no pair is in any of the (Q, K) lists.
+        UserError: there is no labelled pair in any list.
     """
-    table = file_table(path, split.query_ids, catalog, report=report)
-    queries = np.arange(len(split))[:, None]
-    if not any((table.lookup(queries, rows) != UNKNOWN).any() for rows in lists):
+    queries = np.arange(len(lists[0]))[:, None]
+    if not any((people.lookup(queries, rows) != UNKNOWN).any() for rows in lists):
         raise UserError(
             f"{path}: none of its pairs is in any list; have people label a random sample of the "
             "(query, item) pairs in the lists that are compared"
         )
-    return table
 
 
 def human_figures(

@@ -55,7 +55,7 @@ def _query(evaluation: Evaluation, model: str, query: int, figure: str) -> str:
 def _items(evaluation: Evaluation, name: str, query: int) -> str:
     """List items: the top of the list and, for a model, its first novel items below that."""
     split, lists = evaluation.split, evaluation.lists[name]
-    deployed = evaluation.base.rows[query : query + 1, : evaluation.config.base_depth]
+    deployed = evaluation.deployed.rows[query : query + 1]
     feedback = set(split.feedback_items[split.feedback_queries == query].tolist())
     rank_in_base = {row: place + 1 for place, row in enumerate(evaluation.base.rows[query].tolist())}
     new = ~is_in(lists.rows[query : query + 1], deployed)[0] & (lists.rows[query] >= 0)
