@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from novelret.cli.label import render_plan
 from novelret.cli.options import (
     ConfigOption,
     DataOption,
@@ -42,7 +44,7 @@ EXAMPLES = """
 def evaluate(
     data: DataOption,
     index: IndexOption,
-    out: Annotated[Path, typer.Option(help="The REPORT folder to make.")],
+    out: Annotated[Path | None, typer.Option(help="The REPORT folder to make.")] = None,
     models: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,6 +67,9 @@ def evaluate(
     store: Annotated[
         Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the judge would be asked and its cost; send nothing.")
+    ] = False,
     max_cost: Annotated[float | None, typer.Option(help="Stop asking before so many dollars.")] = None,
     max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
     price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
@@ -93,7 +98,7 @@ def evaluate(
 ) -> None:
     """Measure novelty, recall and judged precision of query encoders over the unchanged index."""
     cuts = parse_cuts(k)
-    from novelret.evaluate.evaluate import EvalConfig, evaluate_models, result_of
+    from novelret.evaluate.evaluate import EvalConfig, evaluate_models, plan_judging, result_of
 
     settings = EvalConfig(
         data=data,
@@ -117,6 +122,12 @@ def evaluate(
         device=device,
         ignore_identical_ids=ignore_identical_ids,
     )
+    if plan:
+        planned = plan_judging(settings, reporter(quiet))
+        show_result(asdict(planned), as_json=as_json, render=lambda console: render_plan(console, planned))
+        return
+    if out is None:
+        raise UserError("--out is missing: where should the REPORT go?")
     evaluation = evaluate_models(settings, out, force=force, report=reporter(quiet))
     result = {**result_of(evaluation), "report": str(out / "report.html")}
     show_result(result, as_json=as_json, render=lambda console: render(console, evaluation, out))

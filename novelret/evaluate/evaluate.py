@@ -47,7 +47,14 @@ from novelret.evaluate.weights import Bucket, load_weights, merged_by_bucket
 from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_index
 from novelret.label.candidates import Candidates
 from novelret.label.judges.file import file_table
-from novelret.label.label import LabelConfig, judge_candidates, split_judge
+from novelret.label.label import (
+    LabelConfig,
+    Plan,
+    check_plan,
+    judge_candidates,
+    plan_candidates,
+    split_judge,
+)
 from novelret.label.labels import read_table
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
@@ -162,6 +169,31 @@ class Evaluation:
     warnings: list[str]
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """What is evaluated: inputs read and checked, and every list searched.
+
+    Attributes:
+        index: the deployed system.
+        split: queries and held-out feedback.
+        models: model name → its folder.
+        found: name → rows and scores, the base first and max(L, K) deep.
+        known: verdicts that need no asking; None where an LLM judges.
+        people: human verdicts, where given.
+        weights: (Q,) query frequencies, where given.
+        inputs: fingerprints of everything that went in.
+    """
+
+    index: Index
+    split: Split
+    models: dict[str, str]
+    found: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    known: LabelTable | None
+    people: LabelTable | None
+    weights: np.ndarray | None
+    inputs: dict[str, str]
+
+
 def evaluate_models(
     config: EvalConfig, out: Path, *, force: bool = False, report: Reporter | None = None
 ) -> Evaluation:
@@ -173,7 +205,65 @@ def evaluate_models(
     from novelret.evaluate.report import write_report
 
     report = report or Reporter()
+    said = len(report.warnings)
     check_output(out, force=force)
+    gathered = _gather(config, report)
+    index, split = gathered.index, gathered.split
+    identity = fingerprint_of(config, gathered.inputs)
+    with open_output(out, identity, force=force) as folder:
+        table = gathered.known
+        if table is None:
+            table = _ask_judge(config, gathered, folder, report)
+        base, lists = _with_verdicts(gathered.found, table, max(config.k))
+        deployed = Lists(base.rows[:, : config.base_depth], None, base.verdicts[:, : config.base_depth])
+        per_query = {name: _per_query(name, of, deployed, split, config) for name, of in lists.items()}
+        means = {name: _means(name, per_query[name], lists[name], config, len(index)) for name in lists}
+        _warn_of_weak_figures(config, means, report)
+        weights = gathered.weights
+        evaluation = Evaluation(
+            config=config,
+            index=index,
+            split=split,
+            base=base,
+            deployed=deployed,
+            lists=lists,
+            per_query=per_query,
+            means=means,
+            significance=_significance(per_query),
+            judge=config.judge,
+            inputs=gathered.inputs,
+            out=out,
+            models=gathered.models,
+            frontier=make_frontier(means, BASE, max(config.k), config.max_recall_drop),
+            human=_human(lists, deployed, gathered.people, config, report),
+            buckets=[] if weights is None else merged_by_bucket(weights, per_query),
+            warnings=report.warnings[said:],
+        )
+        _write(evaluation, table, folder)
+        write_report(evaluation, folder / "report.html")
+        write_config(folder, config)
+        settings = {**vars(config), "models": list(config.models)}
+        facts = {"models": evaluation.means}
+        write_manifest(folder, Manifest("report", settings, gathered.inputs, identity, facts))
+    return evaluation
+
+
+def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
+    """What `evaluate_models` would ask of its judge, and cost at most; searches, and sends nothing.
+
+    Raises:
+        UserError: as `evaluate_models`, or the judge costs nothing.
+    """
+    report = report or Reporter()
+    check_plan(config.judge or "none")
+    gathered = _gather(config, report)
+    return plan_candidates(
+        _label_config(config), gathered.index, gathered.split, _candidates(gathered), report
+    )
+
+
+def _gather(config: EvalConfig, report: Reporter) -> _Gathered:
+    """Read and check everything, then search; what is wrong is said before hours of searching."""
     index = open_index(config.index, config.data)
     models, runs = _check(config, len(index))
     split = load_split(
@@ -181,75 +271,37 @@ def evaluate_models(
     )
     device = encode.pick_device(config.device)
     inputs = {"index": index.manifest.fingerprint, "split": split.fingerprint}
-    # What is wrong with a file is said before hours of searching.
     inputs |= {what: fingerprint_file(path) for what, path in _files(config, runs).items()}
     weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
     known = _known_verdicts(config, index, split, report)
     people = None
     if config.human is not None:
         people = file_table(Path(config.human), split.query_ids, index.catalog, report=report)
+    longest = max(config.k)
     read = {
-        name: read_run(Path(path), split, index.catalog, max(config.k), index.id_rank)
+        name: read_run(Path(path), split, index.catalog, longest, index.id_rank)
         for name, path in runs.items()
     }
-    depth = max(*config.k, config.base_depth)
+    for name, path in models.items():
+        inputs[f"model {name}"] = encode.fingerprint_encoder(load_finetuned(path, index, device))
+        _warn_of_same_judge(name, path, config, report)
+    depth = max(longest, config.base_depth)
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     found[BASE] = base_lists(index, split, depth, device=device, report=report)
     for name, path in models.items():
-        model = load_finetuned(path, index, device)
-        inputs[f"model {name}"] = encode.fingerprint_encoder(model)
-        _warn_of_same_judge(name, path, config, report)
-        embeddings = embed_queries(model, split.query_texts, report)
+        embeddings = embed_queries(load_finetuned(path, index, device), split.query_texts, report)
+        what = f"top lists of {name}"
         found[name] = index.search(
-            embeddings,
-            max(config.k),
-            split.excluded,
-            device=device,
-            report=report,
-            what=f"top lists of {name}",
+            embeddings, longest, split.excluded, device=device, report=report, what=what
         )
     for name, rows in read.items():
         found[name] = rows, None
         empty = int((rows < 0).all(axis=1).sum())
         if empty:
-            report.warn(
-                f"{runs[name]}: has no list for {empty} of the {len(split)} queries; they count as empty"
-            )
+            report.warn(f"{runs[name]}: no list for {empty} of the {len(split)} queries; they count as empty")
     if people is not None:
         check_overlap(Path(str(config.human)), people, [rows for rows, _ in found.values()])
-    identity = fingerprint_of(config, inputs)
-    with open_output(out, identity, force=force) as folder:
-        table = _ask_judge(config, index, split, found, folder, report) if known is None else known
-        base, lists = _with_verdicts(found, table, max(config.k))
-        deployed = Lists(base.rows[:, : config.base_depth], None, base.verdicts[:, : config.base_depth])
-        per_query = {name: _per_query(name, of, deployed, split, config) for name, of in lists.items()}
-        means = {name: _means(name, per_query[name], lists[name], config, len(index)) for name in lists}
-        _warn_of_weak_figures(config, means, report)
-        evaluation = Evaluation(
-            config,
-            index,
-            split,
-            base,
-            deployed,
-            lists,
-            per_query,
-            means,
-            _significance(per_query),
-            config.judge,
-            inputs,
-            out,
-            models,
-            make_frontier(means, BASE, max(config.k), config.max_recall_drop),
-            _human(lists, deployed, people, config, report),
-            [] if weights is None else merged_by_bucket(weights, per_query),
-            list(report.warnings),
-        )
-        _write(evaluation, table, folder)
-        write_report(evaluation, folder / "report.html")
-        write_config(folder, config)
-        settings = {**vars(config), "models": list(config.models)}
-        write_manifest(folder, Manifest("report", settings, inputs, identity, {"models": evaluation.means}))
-    return evaluation
+    return _Gathered(index, split, models, found, known, people, weights, inputs)
 
 
 def _check(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str], dict[str, str]]:
@@ -408,26 +460,29 @@ def _known_verdicts(config: EvalConfig, index: Index, split: Split, report: Repo
     return None
 
 
-def _ask_judge(
-    config: EvalConfig,
-    index: Index,
-    split: Split,
-    found: dict[str, tuple[np.ndarray, np.ndarray | None]],
-    folder: Path,
-    report: Reporter,
-) -> LabelTable:
+def _ask_judge(config: EvalConfig, gathered: _Gathered, folder: Path, report: Reporter) -> LabelTable:
     """Verdicts of everything in some list, asked of an LLM where the store does not know them yet."""
-    assert config.judge is not None
-    rows = np.concatenate([rows for rows, _ in found.values()], axis=1)
-    queries, columns = np.nonzero(rows >= 0)
-    pairs = np.unique(queries * np.int64(len(index)) + rows[queries, columns])
-    candidates = Candidates(
-        pairs // len(index), pairs % len(index), np.zeros(len(pairs), dtype=np.int16), ("eval",)
-    )
-    settings = LabelConfig(
+    path = folder / "judgements.parquet"
+    candidates = _candidates(gathered)
+    judge_candidates(_label_config(config), gathered.index, gathered.split, candidates, path, report)
+    return read_table(path, gathered.split.query_ids, gathered.index.catalog)
+
+
+def _candidates(gathered: _Gathered) -> Candidates:
+    """Every (query, item) pair of every list, once."""
+    size = np.int64(len(gathered.index))
+    pairs = np.empty(0, dtype=np.int64)
+    for rows, _ in gathered.found.values():
+        queries, columns = np.nonzero(rows >= 0)
+        pairs = np.union1d(pairs, queries * size + rows[queries, columns])
+    return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
+
+
+def _label_config(config: EvalConfig) -> LabelConfig:
+    return LabelConfig(
         data=config.data,
         index=config.index,
-        judge=config.judge,
+        judge=str(config.judge),
         split=config.split,
         prompt=config.prompt,
         store=config.store,
@@ -435,9 +490,6 @@ def _ask_judge(
         max_cost=config.max_cost,
         price=config.price,
     )
-    path = folder / "judgements.parquet"
-    judge_candidates(settings, index, split, candidates, path, report)
-    return read_table(path, split.query_ids, index.catalog)
 
 
 def _with_verdicts(
