@@ -36,6 +36,9 @@ EXAMPLES = """
   novelret eval --data my-data --split test --index runs/index --model supervised=runs/supervised
       --model pg-ret=runs/pg-ret --judge file:judgements.tsv --out runs/report
 
+  novelret eval --data my-data --index runs/index --model sweep=runs/sweep --max-recall-drop 0.02
+      --judge openai:gpt-4o --plan
+
   novelret eval --data my-data --index runs/index --model pg-ret=runs/pg-ret --base-depth 200 --k 50,100,200
       --judge openai:gpt-4o --max-cost 10 --out runs/report
 """
@@ -77,7 +80,11 @@ def evaluate(
     k: Annotated[str, typer.Option(help="Cuts of the lists.")] = "10,20,50",
     human: Annotated[
         Path | None,
-        typer.Option(help="Qrels of a few pairs labelled by people, drawn at random from the lists."),
+        typer.Option(help="A few pairs labelled by people, as to_label.tsv of --human-sample or as qrels."),
+    ] = None,
+    human_sample: Annotated[
+        int | None,
+        typer.Option(help="Draw so many random pairs of the lists for people to label: OUT/to_label.tsv."),
     ] = None,
     max_recall_drop: Annotated[
         float, typer.Option(help="Relative recall that the selected model may lose.")
@@ -116,6 +123,7 @@ def evaluate(
         base_depth=base_depth,
         k=cuts,
         human=str(human) if human else None,
+        human_sample=human_sample,
         max_recall_drop=max_recall_drop,
         weights=str(weights) if weights else None,
         merge_budget=merge_budget,
@@ -154,6 +162,8 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
         console.print(_buckets(evaluation))
     if len(evaluation.means) > 1:
         console.print(_frontier_line(evaluation), soft_wrap=True, highlight=False)
+    if evaluation.config.human_sample is not None:
+        console.print(f"for people to label: [bold]{escape(str(out / 'to_label.tsv'))}[/]", soft_wrap=True)
     console.print(f"report: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True)
 
 

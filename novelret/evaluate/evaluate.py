@@ -7,6 +7,7 @@ REPORT/
   table.md, table.tex  the headline figures with their intervals and marks
   per_query.parquet    one row per (model, query)
   runs/NAME.trec       the lists
+  to_label.tsv         random pairs of the lists for people to label, where asked for
   qrels/               the held-out feedback and the verdicts, for other programs
   judgements.parquet   what the judge said of them, where an LLM was asked
   report.html          all of it to read
@@ -40,6 +41,7 @@ from novelret.errors import UserError
 from novelret.evaluate import metrics
 from novelret.evaluate.frontier import Frontier, make_frontier
 from novelret.evaluate.human import FEW_PAIRS, Corrected, check_overlap, human_figures, is_uneven
+from novelret.evaluate.human_sample import read_sample, write_sample
 from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
 from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import read_run, write_qrels, write_run
@@ -81,7 +83,8 @@ class EvalConfig:
         price: "INPUT,OUTPUT" in dollars per million tokens.
         base_depth: L, the deployed list's length: items beyond it are novel.
         k: cuts of the lists.
-        human: qrels of a few (query, item) pairs labelled by people, drawn at random from the lists.
+        human: a few (query, item) pairs labelled by people, drawn at random from the lists.
+        human_sample: how many pairs to draw for people to label.
         max_recall_drop: how much of the base's recall the selected model may lose, relative.
         weights: tab-separated query id and frequency; by default the queries' own `weight` field, if any.
         merge_budget: novel items that the merged list takes per query at most; by default the whole top k.
@@ -104,6 +107,7 @@ class EvalConfig:
     base_depth: int = 50
     k: tuple[int, ...] = (10, 20, 50)
     human: str | None = None
+    human_sample: int | None = None
     max_recall_drop: float = 0.01
     weights: str | None = None
     merge_budget: int | None = None
@@ -207,6 +211,8 @@ def evaluate_models(
     report = report or Reporter()
     said = len(report.warnings)
     check_output(out, force=force)
+    if config.human is not None and out.exists() and out.resolve() in Path(config.human).resolve().parents:
+        raise UserError(f"--human {config.human}: lies in {out}, which would be replaced; copy it elsewhere")
     gathered = _gather(config, report)
     index, split = gathered.index, gathered.split
     identity = fingerprint_of(config, gathered.inputs)
@@ -240,6 +246,9 @@ def evaluate_models(
             warnings=report.warnings[said:],
         )
         _write(evaluation, table, folder)
+        if config.human_sample is not None:
+            rows = [of.rows for of in lists.values()]
+            write_sample(folder / "to_label.tsv", rows, config.human_sample, split, index.catalog)
         write_report(evaluation, folder / "report.html")
         write_config(folder, config)
         settings = {**vars(config), "models": list(config.models)}
@@ -255,7 +264,9 @@ def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
         UserError: as `evaluate_models`, or the judge costs nothing.
     """
     report = report or Reporter()
-    check_plan(config.judge or "none")
+    if config.judge is None:
+        raise UserError("--plan: there is nothing to ask without --judge openai:MODEL")
+    check_plan(config.judge)
     gathered = _gather(config, report)
     return plan_candidates(
         _label_config(config), gathered.index, gathered.split, _candidates(gathered), report
@@ -276,7 +287,7 @@ def _gather(config: EvalConfig, report: Reporter) -> _Gathered:
     known = _known_verdicts(config, index, split, report)
     people = None
     if config.human is not None:
-        people = file_table(Path(config.human), split.query_ids, index.catalog, report=report)
+        people = read_sample(Path(config.human), split.query_ids, index.catalog)
     longest = max(config.k)
     read = {
         name: read_run(Path(path), split, index.catalog, longest, index.id_rank)
@@ -320,6 +331,8 @@ def _check(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str], dict[
         )
     if not 0 <= config.max_recall_drop <= 1:
         raise UserError(f"--max-recall-drop {config.max_recall_drop}: expected a share from 0 to 1")
+    if config.human_sample is not None and config.human_sample < 1:
+        raise UserError(f"--human-sample {config.human_sample}: must be at least 1")
     if config.merge_budget is not None and config.merge_budget < 1:
         raise UserError(f"--merge-budget {config.merge_budget}: must be at least 1")
     if config.judge is not None:

@@ -7,7 +7,8 @@ Fannjiang, Jordan and Zrnic, *Prediction-powered inference*, Science 2023). How 
 tuned so that the interval is shortest (Angelopoulos, Duchi and Zrnic, *PPI++*, 2023): a judge that knows
 nothing then costs nothing. Pairs of one query are alike, so the variance is taken over whole queries.
 
-The sample must be drawn at random from the lists that are compared: any pair as likely as any other.
+The sample must be drawn at random from the lists that are compared: any pair as likely as any other, as
+`human_sample` draws it.
 """
 
 from __future__ import annotations

@@ -71,6 +71,81 @@ def test_people_who_labelled_everything_overrule_the_judge(common, world, models
     assert saved["human"] == found["human"]
 
 
+def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys, tmp_path):
+    arguments = [*common, "--model", f"new={models[1][0]}"]
+    result(capsys, *arguments, "--human-sample", 120, "--out", tmp_path / "first")
+    drawn = [line.split("\t") for line in (tmp_path / "first" / "to_label.tsv").read_text().splitlines()]
+    assert drawn[0] == ["query-id", "corpus-id", "score", "query", "item"]
+    pairs = {(q, i) for q, i, *_ in drawn[1:]}
+    lists, base = (lists_of(tmp_path / "first", name) for name in ("new", "base"))
+    assert len(pairs) == 120
+    assert pairs <= {(q, i) for of in (lists, base) for q, row in of.items() for i in row}
+    assert all(line[2] == "" and line[3].startswith("buy ") and line[4] for line in drawn[1:])
+    # An empty table is refused; a filled one, with gaps, is used.
+    assert "fill in the scores" in fails(
+        capsys, *arguments, "--human", tmp_path / "first" / "to_label.tsv", "--out", tmp_path / "second"
+    )
+    truth = truth_of(world)
+    filled = [
+        [q, i, "" if n % 10 == 0 else str(int((q, i) in truth)), *rest]
+        for n, (q, i, _, *rest) in enumerate(drawn[1:])
+    ]
+    text = "".join("\t".join(line) + "\n" for line in [drawn[0], *filled])
+    (tmp_path / "first" / "labelled.tsv").write_text(text)
+    found = result(
+        capsys, *arguments, "--human", tmp_path / "first" / "labelled.tsv", "--out", tmp_path / "second"
+    )
+    in_new = sum(line[2] != "" and line[1] in lists[line[0]] for line in filled)
+    figure = found["human"]["new"]["Precision@5"]
+    assert figure["pairs"] == in_new
+    # The judge is the truth here, so correction changes nothing.
+    assert figure["value"] == pytest.approx(found["models"]["new"]["Precision@5"])
+    assert figure["trust"] == pytest.approx(1)
+    message = fails(
+        capsys,
+        *arguments,
+        "--human",
+        tmp_path / "first" / "labelled.tsv",
+        "--out",
+        tmp_path / "first",
+        "--force",
+    )
+    assert "which would be replaced" in message
+    assert (tmp_path / "first" / "labelled.tsv").read_text() == text
+
+
+def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_path, monkeypatch):
+    from tests.loopback import LoopbackJudge
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    common = [part for part in common if not str(part).startswith("file:")]
+    common[common.index("--judge") + 1 : common.index("--judge") + 1] = ["openai:tiny"]
+    arguments = [
+        *common,
+        "--prompt",
+        "query-keyword",
+        "--store",
+        tmp_path / "store.sqlite",
+        "--model",
+        f"new={models[1][0]}",
+    ]
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        plan = result(capsys, *arguments, "--price", "1,2", "--plan")
+        assert server.seen == []
+        result(capsys, *arguments, "--out", tmp_path / "report")
+        assert plan["to_ask"] == len(server.seen) > 100
+        assert plan["cost"] > 0
+        again = result(capsys, *arguments, "--plan")
+        assert (again["to_ask"], again["known"]) == (0, plan["to_ask"])
+        lists, base = (lists_of(tmp_path / "report", name) for name in ("new", "base"))
+        assert plan["pairs"] == {
+            "eval": len({(q, i) for of in (lists, base) for q, row in of.items() for i in row})
+        }
+    assert "--plan: there is nothing to ask" in fails(capsys, *common[:5], "--plan")
+    assert "--out is missing" in fails(capsys, *common[:5])
+
+
 def test_frontier_of_a_folder_of_models(common, models, capsys, tmp_path):
     found = result(
         capsys, *common, "--model", f"sweep={models[0]}", "--max-recall-drop", 1, "--out", tmp_path / "report"
@@ -240,6 +315,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
     pair = {name: write(tmp_path / f"{name}.tsv", text) for name, text in {
         "negative": "q01\t-3\n", "nanweight": "id\tweight\nq01\tnan\n", "few": "q01\t3\n", "double": "q01\t3\nq01\t4\n",
         "wide": "q01\t3\t4\n", "alien": "zz\ti01\t1\n", "elsewhere": "q01\ti01\t1\n",
+        "words": "q01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
     }.items()}  # fmt: skip
     without_judge = ["eval", "--data", world, "--index", index_folder, "--k", 5, "--base-depth", 5]
     cases = {
@@ -267,6 +343,9 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
         "few.tsv: no weight for query 'q03' (19 of 20 queries)": [*common, "--weights", pair["few"]],
         "double.tsv:2: query 'q01' has a weight already": [*common, "--weights", pair["double"]],
         "wide.tsv:1: 3 columns, expected query-id and weight": [*common, "--weights", pair["wide"]],
+        "--human-sample 0: must be at least 1": [*common, "--human-sample", 0],
+        "words.tsv:1: the score 'yes' is not a number": [*common, "--human", pair["words"]],
+        "wrongitem.tsv:1: item id 'i99' is not in the catalog": [*common, "--human", pair["wrongitem"]],
         "--merge-budget 0: must be at least 1": [*common, "--merge-budget", 0],
         "--max-recall-drop 2.0: expected a share": [*common, "--max-recall-drop", 2],
     }  # fmt: skip
