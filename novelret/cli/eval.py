@@ -155,7 +155,10 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
 
     console.print(_summary(evaluation, headline_metrics(evaluation)))
     console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
-    console.print("N, R: no model has more Novelty, RelevantNovel at as much recall (Pareto)", style="dim")
+    if len(evaluation.means) > 1:
+        console.print(
+            "N, R: no model has more Novelty, RelevantNovel at as much recall (Pareto)", style="dim"
+        )
     if any(evaluation.human.values()):
         console.print(_human(evaluation))
     if evaluation.buckets:
@@ -187,6 +190,8 @@ def _summary(evaluation: Evaluation, names: list[str]) -> Table:
 
 def _pareto(evaluation: Evaluation, model: str) -> str:
     """What a model is best at, given its recall: "N" for Novelty, "R" for RelevantNovel."""
+    if len(evaluation.means) == 1:
+        return ""
     point = next(point for point in evaluation.frontier.points if point.model == model)
     marks = (("N", point.pareto_novelty), ("R", point.pareto_relevant_novel))
     return " ".join(mark for mark, is_on in marks if is_on)

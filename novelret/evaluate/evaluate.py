@@ -42,7 +42,13 @@ from novelret.evaluate import metrics
 from novelret.evaluate.frontier import Frontier, make_frontier
 from novelret.evaluate.human import FEW_PAIRS, Corrected, check_overlap, human_figures, is_uneven
 from novelret.evaluate.human_sample import read_sample, write_sample
-from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
+from novelret.evaluate.significance import (
+    PairTest,
+    bootstrap_intervals,
+    compare_pairs,
+    holm,
+    randomization_tests,
+)
 from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import read_run, write_qrels, write_run
 from novelret.evaluate.weights import Bucket, load_weights, merged_by_bucket
@@ -144,6 +150,7 @@ class Evaluation:
         per_query: model name → metric name → (Q,) figures.
         means: model name → metric name → figure, as in metrics.json.
         significance: model name → metric name → interval, and p-values against the base.
+        pairs: tests between the models compared, on the main metrics.
         judge: who judged, or None.
         inputs: fingerprints of everything that went in.
         out: the REPORT folder.
@@ -163,6 +170,7 @@ class Evaluation:
     per_query: dict[str, dict[str, np.ndarray]]
     means: dict[str, dict[str, float]]
     significance: dict[str, dict[str, dict[str, Any]]]
+    pairs: list[PairTest]
     judge: str | None
     inputs: dict[str, str]
     out: Path
@@ -236,6 +244,9 @@ def evaluate_models(
             per_query=per_query,
             means=means,
             significance=_significance(per_query),
+            pairs=compare_pairs(
+                {name: figures for name, figures in per_query.items() if name != BASE}, _main(config)
+            ),
             judge=config.judge,
             inputs=gathered.inputs,
             out=out,
@@ -307,9 +318,12 @@ def _gather(config: EvalConfig, report: Reporter) -> _Gathered:
         )
     for name, rows in read.items():
         found[name] = rows, None
-        empty = int((rows < 0).all(axis=1).sum())
-        if empty:
-            report.warn(f"{runs[name]}: no list for {empty} of the {len(split)} queries; they count as empty")
+        short = int((rows[:, -1] < 0).sum())
+        if short:
+            report.warn(
+                f"{runs[name]}: fewer than {longest} items for {short} of the {len(split)} queries (none for "
+                f"{int((rows[:, 0] < 0).sum())}); what is not there counts as not found"
+            )
     if people is not None:
         check_overlap(Path(str(config.human)), people, [rows for rows, _ in found.values()])
     return _Gathered(index, split, models, found, known, people, weights, inputs)
@@ -420,6 +434,15 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
                 report.warn(
                     f"{config.judge} judged nothing in the lists of {name}; its judged figures say nothing"
                 )
+
+
+def _main(config: EvalConfig) -> list[str]:
+    """The metrics on which models are compared with each other."""
+    deepest = max(config.k)
+    names = [f"Novelty@{deepest}", f"Recall@{deepest}"]
+    if config.judge is not None:
+        names += [f"RelevantNovel@{deepest}", f"Precision@{config.k[0]}", "MergedDensity"]
+    return names
 
 
 def _human(
@@ -589,6 +612,7 @@ def result_of(evaluation: Evaluation) -> dict[str, Any]:
             for model, of in evaluation.human.items()
         },
         "frontier": asdict(evaluation.frontier),
+        "pairs": [asdict(pair) for pair in evaluation.pairs],
         "buckets": [asdict(bucket) for bucket in evaluation.buckets],
         "warnings": evaluation.warnings,
     }

@@ -22,6 +22,7 @@ _MERGED = {
     "MergedDensity": "density",
     "MergedCoverage": "coverage",
 }
+_ALL_PAIRS = 5
 # Columns that hold words or bars.
 _TEXTS = ("model", "metric", "best (Pareto) in", "fingerprint", "brings", "recall change")
 _STYLE = """
@@ -78,6 +79,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         *(f"<p class='warning'><b>Mind:</b> {escape(warning)}</p>" for warning in evaluation.warnings),
         "<h2>Summary</h2>",
         _summary(evaluation),
+        _pairs(evaluation),
         _human(evaluation),
         _frontier(evaluation),
         _merged(evaluation),
@@ -134,6 +136,23 @@ def _summary(evaluation: Evaluation) -> str:
         "Small print: 95 % bootstrap intervals over queries. * differs from the base with p &lt; 0.05, "
         "** with p &lt; 0.01 "
         "(paired randomisation test, Holm-corrected over the models).</p>"
+    )
+
+
+def _pairs(evaluation: Evaluation) -> str:
+    """Models against each other; where they are many, only against the one that is shown."""
+    shown = _shown_model(evaluation)
+    metrics = list(dict.fromkeys(pair.metric for pair in evaluation.pairs))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for pair in evaluation.pairs:
+        if len(evaluation.lists) <= _ALL_PAIRS or shown in (pair.first, pair.second):
+            text = f"{pair.difference:+.{digits_of(pair.metric)}f}{stars(pair.p_holm)}"
+            rows.setdefault((pair.first, pair.second), []).append(text)
+    if not rows:
+        return ""
+    lines = [_row([f"{escape(a)} − {escape(b)}", *cells]) for (a, b), cells in rows.items()]
+    return "<h3>Between the models</h3><p>Differences of means; marks as above.</p>" + _table(
+        ["pair", *metrics], lines
     )
 
 

@@ -161,6 +161,11 @@ def test_frontier_of_a_folder_of_models(common, models, capsys, tmp_path):
     floor = strict["models"]["base"]["Recall@5"]
     inside = [name for name, of in strict["models"].items() if of["Recall@5"] >= floor and gains[name] > 0]
     assert strict["frontier"]["selected"] in (inside or [None])
+    pairs = {pair["metric"]: pair for pair in found["pairs"]}
+    assert {(pair["first"], pair["second"]) for pair in found["pairs"]} == {("sweep-a", "sweep-b")}
+    for metric in ("RelevantNovel@5", "Recall@5", "MergedDensity"):
+        expected = found["models"]["sweep-a"][metric] - found["models"]["sweep-b"][metric]
+        assert pairs[metric]["difference"] == pytest.approx(expected)
     code, out, _ = run(capsys, *common, "--model", f"sweep={models[0]}", "--out", tmp_path / "seen")
     assert code == 0
     assert "selected:" in out

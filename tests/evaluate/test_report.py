@@ -74,7 +74,7 @@ def test_it_is_self_contained_and_escaped(evaluated):
 def test_it_shows_what_a_launch_is_decided_on(evaluated):
     evaluation, folder = evaluated
     page = (folder / "report" / "report.html").read_text()
-    for heading in ("Summary", "Corrected by human labels", "Novelty against recall", "As deployed", "By query frequency",
+    for heading in ("Summary", "Between the models", "Corrected by human labels", "Novelty against recall", "As deployed", "By query frequency",
                     "How queries differ", "By length of the query", "By overlap of the top 6", "Side by side",
                     "Where these figures come from"):  # fmt: skip
         assert heading in page
