@@ -421,7 +421,7 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
     """Say where figures mean less than they seem to."""
     beyond = [k for k in config.k if k > config.base_depth]
     if beyond:
-        k = beyond[-1]
+        k = max(beyond)
         report.warn(
             f"--k {k} is more than --base-depth {config.base_depth}: the deployed model's own ranks beyond "
             f"{config.base_depth} count as novel there, so that base scores Novelty@{k} "
@@ -430,7 +430,7 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
         )
     if config.judge is not None:
         for name, of in means.items():
-            if of[f"Judged@{config.k[0]}"] == 0:
+            if of[f"Judged@{max(config.k)}"] == 0:
                 report.warn(
                     f"{config.judge} judged nothing in the lists of {name}; its judged figures say nothing"
                 )
@@ -441,7 +441,7 @@ def _main(config: EvalConfig) -> list[str]:
     deepest = max(config.k)
     names = [f"Novelty@{deepest}", f"Recall@{deepest}"]
     if config.judge is not None:
-        names += [f"RelevantNovel@{deepest}", f"Precision@{config.k[0]}", "MergedDensity"]
+        names += [f"RelevantNovel@{deepest}", f"Precision@{min(config.k)}", "MergedDensity"]
     return names
 
 
@@ -453,7 +453,7 @@ def _human(
     top = deployed.rows
     found = {name: human_figures(of.rows, of.verdicts, top, people, config.k) for name, of in lists.items()}
     # Novel items are rare at shallow cuts; what matters is that the deepest one has its labels.
-    main = [f"Precision@{config.k[0]}", f"RelevantNovel@{max(config.k)}"]
+    main = [f"Precision@{min(config.k)}", f"RelevantNovel@{max(config.k)}"]
     fewest, figure = min(
         (of[metric].pairs if metric in of else 0, f"{metric} of {name}")
         for name, of in found.items()

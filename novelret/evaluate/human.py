@@ -173,6 +173,10 @@ def _correct(
     terms = without - trust * gained
     error = float(np.sqrt(terms @ terms * queries / (queries - 1)))
     reach = error * _t_quantile((1 + level) / 2, queries - 1)
+    unexplained = seen_human - trust * seen_judged - (by_human - trust * by_judge) * seen
+    if np.abs(unexplained).max() < 1e-9:
+        # A sample without any error still allows for −log(1 − level) / n of them (the rule of three).
+        reach = float(np.hypot(reach, whole.mean() * -np.log(1 - level) / pairs_of.sum()))
     low, middle, high = (min(max(float(end), 0.0), most) for end in (value - reach, value, value + reach))
     return Corrected(middle, low, high, int(pairs_of.sum()), queries, trust)
 

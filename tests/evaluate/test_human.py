@@ -92,6 +92,15 @@ def test_short_lists_count_by_their_own_length_and_too_few_labels_give_nothing()
     assert corrected_precision(rows, truth, four, 4) is None
 
 
+def test_a_sample_without_errors_is_not_taken_for_certainty():
+    rows = np.arange(2_000).reshape(200, 10)
+    verdicts, human = np.zeros((2, 200, 10), dtype=np.int8)
+    human = np.where(np.arange(10) < 1, human, -1).astype(np.int8)  # 200 labels, all "not relevant"
+    found = corrected_precision(rows, verdicts, human, 10)
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx(stats.beta.ppf(0.95, 1, 200), abs=2e-4)  # the exact bound for 0 of 200
+
+
 @pytest.mark.parametrize("freedom", [5, 20, 300])
 def test_t_quantile_against_scipy(freedom):
     assert _t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
