@@ -586,16 +586,23 @@ def _significance(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict
     names = list(per_query[BASE])
     figures = {model: np.stack([of[name] for name in names], axis=1) for model, of in per_query.items()}
     others = [model for model in figures if model != BASE]
-    p_values = np.array([randomization_tests(figures[model] - figures[BASE]) for model in others])
-    corrected = holm(p_values) if others else p_values
+    # All models side by side in one matrix share the resamples and the sign flips.
+    shape = (-1, len(names))
+    low, high = (
+        end.reshape(shape) for end in bootstrap_intervals(np.concatenate([*figures.values()], axis=1))
+    )
+    p_values = np.empty((0, len(names)))
+    if others:
+        differences = np.concatenate([figures[model] - figures[BASE] for model in others], axis=1)
+        p_values = randomization_tests(differences).reshape(shape)
+    corrected = holm(p_values)
     result: dict[str, dict[str, dict[str, Any]]] = {}
-    for model, values in figures.items():
-        low, high = bootstrap_intervals(values)
-        result[model] = {name: {"low": float(low[n]), "high": float(high[n])} for n, name in enumerate(names)}
-        if model != BASE:
-            row = others.index(model)
-            for n, name in enumerate(names):
-                result[model][name] |= {"p": float(p_values[row, n]), "p_holm": float(corrected[row, n])}
+    for place, model in enumerate(figures):
+        ends = zip(names, low[place].tolist(), high[place].tolist(), strict=True)
+        result[model] = {name: {"low": start, "high": end} for name, start, end in ends}
+    for place, model in enumerate(others):
+        for name, p, p_holm in zip(names, p_values[place].tolist(), corrected[place].tolist(), strict=True):
+            result[model][name] |= {"p": p, "p_holm": p_holm}
     return result
 
 
