@@ -15,6 +15,8 @@ _HOMES = {
     "IndexConfig": "novelret.index",
     "build_index": "novelret.index",
     "open_index": "novelret.index",
+    "AppendConfig": "novelret.append",
+    "append_items": "novelret.append",
     "LabelConfig": "novelret.label.label",
     "build_labels": "novelret.label.label",
     "TrainConfig": "novelret.train.config",

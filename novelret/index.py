@@ -88,6 +88,14 @@ class Index:
         """Whether scores are cosines (else plain inner products)."""
         return bool(self.manifest.facts["normalized"])
 
+    def descends_from(self, fingerprint: str) -> bool:
+        """Whether this is the index with that fingerprint, or new items were appended to it to make this one.
+
+        Appending moves no embedding and keeps the query encoder, so what was trained or labelled with an
+        ancestor serves its descendants.
+        """
+        return fingerprint in (self.manifest.fingerprint, *self.manifest.facts.get("ancestors", ()))
+
     @cached_property
     def catalog(self) -> Catalog:
         """Item ids and texts, memory-mapped."""
@@ -178,11 +186,15 @@ def build_index(
     identity = fingerprint_of(settings)
     with open_output(out, identity, force=force, settings=settings) as folder:
         if not (folder / "items.arrow").is_file():
-            with report.bar("reading the catalog") as advance:
-                write_catalog(config.data, folder / "items.arrow", advance)
+            try:
+                with report.bar("reading the catalog") as advance:
+                    write_catalog(config.data, folder / "items.arrow", advance)
+            except UserError:
+                shutil.rmtree(folder)  # it must not stand in the way of the mended data
+                raise
         catalog = open_catalog(folder / "items.arrow")
         np.save(folder / "id_rank.npy", id_ranks(catalog))
-        _encode_catalog(items_model, catalog, config, folder, report)
+        encode_catalog(items_model, catalog, folder, config.dtype, config.batch_size, report)
         query_model.save(str(folder / "query_encoder"), create_model_card=False)
         if config.query_model:
             items_model.save(str(folder / "item_encoder"), create_model_card=False)
@@ -213,34 +225,41 @@ def _check_same_space(config: IndexConfig, items: SentenceTransformer, queries: 
         )
 
 
-def _encode_catalog(
-    model: SentenceTransformer, catalog: Catalog, config: IndexConfig, folder: Path, report: Reporter
+def encode_catalog(
+    model: SentenceTransformer, catalog: Catalog, folder: Path, dtype: str, batch_size: int, report: Reporter
 ) -> None:
+    """Write embeddings.npy, from where `progress.json` in the folder says on."""
     path, progress = folder / "embeddings.npy", folder / "progress.json"
     done = read_json(progress)["rows"] if progress.is_file() and path.is_file() else 0
     if done == 0:
         shape = (len(catalog), model.get_embedding_dimension())
-        matrix = np.lib.format.open_memmap(path, "w+", np.dtype(config.dtype), shape)
-        # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        matrix = make_matrix(path, shape, dtype)
     else:
         matrix = np.lib.format.open_memmap(path, "r+")
     if 0 < done < len(catalog):
         report.note(f"going on at item {done:,} of {len(catalog):,}")
-    chunk = 32 * config.batch_size
+    chunk = 32 * batch_size
     with report.bar("encoding items", len(catalog)) as advance:
         advance(done)
         for start in range(done, len(catalog), chunk):
             stop = min(start + chunk, len(catalog))
             texts = catalog.texts_at(range(start, stop))
-            embeddings = encode.encode_items(model, texts, config.batch_size)
+            embeddings = encode.encode_items(model, texts, batch_size)
             encode.check_finite(embeddings, f"items {start} to {stop - 1}")
             matrix[start:stop] = embeddings
             matrix.flush()
             fsync_file(path)
             write_json(progress, {"rows": stop})
             advance(stop - start)
+
+
+def make_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
+    """An .npy file of zeros as a writable memory map, its place on the disk reserved."""
+    matrix = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+    # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return matrix
 
 
 def _build_faiss(factory: str, folder: Path, report: Reporter) -> None:
@@ -259,12 +278,17 @@ def _build_faiss(factory: str, folder: Path, report: Reporter) -> None:
             index.train(np.ascontiguousarray(embeddings[sample], dtype=np.float32))
         except RuntimeError:
             raise UserError(f"--factory {factory}: {len(embeddings)} items are too few to train it") from None
+    add_to_faiss(index, embeddings, folder / "items.faiss", report)
+
+
+def add_to_faiss(index: Any, embeddings: np.ndarray, path: Path, report: Reporter) -> None:
+    """Add embeddings to a trained faiss index and write it."""
     with report.bar("building the faiss index", len(embeddings)) as advance:
         for start in range(0, len(embeddings), 65_536):
             block = np.ascontiguousarray(embeddings[start : start + 65_536], dtype=np.float32)
             index.add(block)
             advance(len(block))
-    faiss.write_index(index, str(folder / "items.faiss"))
+    faiss.write_index(index, str(path))
 
 
 def base_lists(
@@ -362,7 +386,7 @@ def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> Sente
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         manifest = read_manifest(folder, "model")
-        if manifest.inputs["index"] != index.manifest.fingerprint:
+        if not index.descends_from(manifest.inputs["index"]):
             raise UserError(
                 f"{path}: was trained for another index ({manifest.config['index']}) than {index.folder}; "
                 "train it again or pass the index it belongs to"

@@ -5,6 +5,7 @@ import pytest
 
 from novelret import encode
 from novelret.data.split import load_split
+from novelret.errors import UserError
 from novelret.index import IndexConfig, base_lists, build_index, open_index
 from tests.conftest import make_encoder
 
@@ -69,3 +70,14 @@ def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):
     again = base_lists(index, split, 5)
     assert (again[0] == first[0][:, :5]).all()
     assert (again[1] == first[1][:, :5]).all()
+
+
+def test_mended_data_may_be_indexed_where_broken_data_failed(world, encoder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = (world / "corpus.jsonl").read_text()
+    (data / "corpus.jsonl").write_text(lines + "{}\n")
+    with pytest.raises(UserError, match="no _id"):
+        build(data, encoder, tmp_path / "index")
+    (data / "corpus.jsonl").write_text(lines)
+    assert len(build(data, encoder, tmp_path / "index")) == 40

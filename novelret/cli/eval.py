@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from novelret.cli.label import render_plan
 from novelret.cli.options import (
     ConfigOption,
     DataOption,
@@ -34,6 +36,9 @@ EXAMPLES = """
   novelret eval --data my-data --split test --index runs/index --model supervised=runs/supervised
       --model pg-ret=runs/pg-ret --judge file:judgements.tsv --out runs/report
 
+  novelret eval --data my-data --index runs/index --model sweep=runs/sweep --max-recall-drop 0.02
+      --judge openai:gpt-4o --plan
+
   novelret eval --data my-data --index runs/index --model pg-ret=runs/pg-ret --base-depth 200 --k 50,100,200
       --judge openai:gpt-4o --max-cost 10 --out runs/report
 """
@@ -42,12 +47,17 @@ EXAMPLES = """
 def evaluate(
     data: DataOption,
     index: IndexOption,
-    out: Annotated[Path, typer.Option(help="The REPORT folder to make.")],
-    model: Annotated[
-        list[str] | None, typer.Option(help="NAME=MODEL, a query encoder to compare; may be repeated.")
+    out: Annotated[Path | None, typer.Option(help="The REPORT folder to make.")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="NAME=MODEL, a query encoder to compare, or a folder of several; may be repeated.",
+        ),
     ] = None,
-    run: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE, a TREC run of any other retriever; may be repeated.")
+    runs: Annotated[
+        list[str] | None,
+        typer.Option("--run", help="NAME=FILE, a TREC run of any other retriever; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option(help="The held-out feedback.")] = "test",
     judge: Annotated[str | None, typer.Option(help="file:PATH.tsv or openai:MODEL.")] = None,
@@ -60,11 +70,32 @@ def evaluate(
     store: Annotated[
         Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the judge would be asked and its cost; send nothing.")
+    ] = False,
     max_cost: Annotated[float | None, typer.Option(help="Stop asking before so many dollars.")] = None,
     max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
     price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     k: Annotated[str, typer.Option(help="Cuts of the lists.")] = "10,20,50",
+    human: Annotated[
+        Path | None,
+        typer.Option(help="A few pairs labelled by people, as to_label.tsv of --human-sample or as qrels."),
+    ] = None,
+    human_sample: Annotated[
+        int | None,
+        typer.Option(help="Draw so many random pairs of the lists for people to label: OUT/to_label.tsv."),
+    ] = None,
+    max_recall_drop: Annotated[
+        float, typer.Option(help="Relative recall that the selected model may lose.")
+    ] = 0.01,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Query id and frequency, tab-separated. (default: `weight` in the queries file)"),
+    ] = None,
+    merge_budget: Annotated[
+        int | None, typer.Option(help="Novel items that the merged list takes per query. (default: all)")
+    ] = None,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,
     force: ForceOption = False,
@@ -74,13 +105,13 @@ def evaluate(
 ) -> None:
     """Measure novelty, recall and judged precision of query encoders over the unchanged index."""
     cuts = parse_cuts(k)
-    from novelret.evaluate.evaluate import EvalConfig, evaluate_models
+    from novelret.evaluate.evaluate import EvalConfig, evaluate_models, plan_judging, result_of
 
     settings = EvalConfig(
         data=data,
         index=str(index),
-        models=tuple(model or ()),
-        runs=tuple(run or ()),
+        models=tuple(models or ()),
+        runs=tuple(runs or ()),
         split=split,
         judge=judge,
         missing=missing,
@@ -91,17 +122,22 @@ def evaluate(
         price=price,
         base_depth=base_depth,
         k=cuts,
+        human=str(human) if human else None,
+        human_sample=human_sample,
+        max_recall_drop=max_recall_drop,
+        weights=str(weights) if weights else None,
+        merge_budget=merge_budget,
         device=device,
         ignore_identical_ids=ignore_identical_ids,
     )
+    if plan:
+        planned = plan_judging(settings, reporter(quiet))
+        show_result(asdict(planned), as_json=as_json, render=lambda console: render_plan(console, planned))
+        return
+    if out is None:
+        raise UserError("--out is missing: where should the REPORT go?")
     evaluation = evaluate_models(settings, out, force=force, report=reporter(quiet))
-    result = {
-        "k": list(cuts),
-        "base_depth": base_depth,
-        "queries": len(evaluation.split),
-        "models": evaluation.means,
-        "report": str(out / "report.html"),
-    }
+    result = {**result_of(evaluation), "report": str(out / "report.html")}
     show_result(result, as_json=as_json, render=lambda console: render(console, evaluation, out))
 
 
@@ -114,29 +150,105 @@ def parse_cuts(text: str) -> tuple[int, ...]:
 
 
 def render(console: Console, evaluation: Evaluation, out: Path) -> None:
-    """The summary table and where the report lies."""
-    from novelret.evaluate.report import headline_metrics
+    """The summary table, what people's labels say of it, the frontier, and where the report lies."""
+    from novelret.evaluate.tables import headline_metrics
 
-    names = headline_metrics(evaluation)
-    table = Table(
-        title=f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("model")
-    for name in names:
-        table.add_column(
-            name.replace("RelevantNovel", "Relevant\nNovel").replace("@", "\n@"), justify="right"
+    console.print(_summary(evaluation, headline_metrics(evaluation)))
+    console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
+    if len(evaluation.means) > 1:
+        console.print(
+            "N, R: no model has more Novelty, RelevantNovel at as much recall (Pareto)", style="dim"
         )
+    if any(evaluation.human.values()):
+        console.print(_human(evaluation))
+    if evaluation.buckets:
+        console.print(_buckets(evaluation))
+    if len(evaluation.means) > 1:
+        console.print(_frontier_line(evaluation), soft_wrap=True, highlight=False)
+    if evaluation.config.human_sample is not None:
+        console.print(f"for people to label: [bold]{escape(str(out / 'to_label.tsv'))}[/]", soft_wrap=True)
+    console.print(f"report: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True)
+
+
+def _summary(evaluation: Evaluation, names: list[str]) -> Table:
+    from novelret.evaluate.significance import stars
+    from novelret.evaluate.tables import digits_of
+
+    table = _table(f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}", "model")
+    for name in names:
+        short = name.replace("RelevantNovel", "Relev.\nNovel").replace("Precision", "Prec.")
+        table.add_column(short.replace("@", "\n@"), justify="right")
+    table.add_column()
     for model, means in evaluation.means.items():
         cells = []
         for name in names:
-            p = evaluation.significance[model].get(name, {}).get("p_holm", 1.0)
-            stars = "**" if p < 0.01 else "*" if p < 0.05 else ""
-            digits = 2 if "Novel" in name else 3
-            cells.append(f"{means[name]:.{digits}f}{stars}" if name in means else "–")
-        table.add_row(escape(model), *cells)
-    console.print(table)
-    console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
-    console.print(f"report: [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True)
+            mark = stars(evaluation.significance[model].get(name, {}).get("p_holm"))
+            cells.append(f"{means[name]:.{digits_of(name)}f}{mark}" if name in means else "–")
+        table.add_row(escape(model), *cells, _pareto(evaluation, model))
+    return table
+
+
+def _pareto(evaluation: Evaluation, model: str) -> str:
+    """What a model is best at, given its recall: "N" for Novelty, "R" for RelevantNovel."""
+    if len(evaluation.means) == 1:
+        return ""
+    point = next(point for point in evaluation.frontier.points if point.model == model)
+    marks = (("N", point.pareto_novelty), ("R", point.pareto_relevant_novel))
+    return " ".join(mark for mark, is_on in marks if is_on)
+
+
+def _human(evaluation: Evaluation) -> Table:
+    from novelret.evaluate.tables import headline_metrics
+
+    table = _table("Corrected by human labels (95 % intervals)", "model")
+    for name in ("metric", "judge's", "corrected", "interval", "labels"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    headline = headline_metrics(evaluation)  # metrics.json holds all of them
+    for model, figures in evaluation.human.items():
+        for metric, figure in ((name, figures[name]) for name in headline if name in figures):
+            raw = evaluation.means[model].get(metric)
+            table.add_row(
+                escape(model),
+                metric,
+                "–" if raw is None else f"{raw:.3f}",
+                f"{figure.value:.3f}",
+                f"{figure.low:.3f} – {figure.high:.3f}",
+                str(figure.pairs),
+            )
+    return table
+
+
+def _buckets(evaluation: Evaluation) -> Table:
+    table = _table("The merged list by query frequency", "queries")
+    names = [
+        name
+        for name in ("MergedAdded", "MergedDensity", "MergedCoverage")
+        if name in evaluation.means["base"]
+    ]
+    for name in ("number", "traffic", "model", *(name.removeprefix("Merged").lower() for name in names)):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for bucket in evaluation.buckets:
+        for place, (model, figures) in enumerate(bucket.models.items()):
+            head = ("", "", "") if place else (bucket.name, f"{bucket.queries:,}", f"{bucket.traffic:.0%}")
+            table.add_row(*head, escape(model), *(f"{figures[name]:.3f}" for name in names))
+    return table
+
+
+def _frontier_line(evaluation: Evaluation) -> str:
+    frontier = evaluation.frontier
+    budget = f"recall within {frontier.max_recall_drop:.1%} of base"
+    if frontier.selected is None:
+        return f"selected: [bold]none[/]: no model brings novel items and keeps {budget}"
+    point = next(point for point in frontier.points if point.model == frontier.selected)
+    gain = point.novelty if point.relevant_novel is None else point.relevant_novel
+    name = "Novelty" if point.relevant_novel is None else "RelevantNovel"
+    return (
+        f"selected: [bold]{escape(point.model)}[/], most {name}@{frontier.k} ({gain:.2f}) with {budget} "
+        f"({point.recall_change:+.1%})"
+    )
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold")
+    return table

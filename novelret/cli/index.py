@@ -18,11 +18,14 @@ from novelret.cli.options import (
     reporter,
     show_result,
 )
+from novelret.errors import UserError
 
 EXAMPLES = """
 [bold]examples:[/]
 
   novelret index --data my-data --model sentence-transformers/all-MiniLM-L6-v2 --out runs/index
+
+  novelret index --data my-grown-data --append runs/index --out runs/index-new
 
   novelret index --data my-data --model ./items --query-model ./queries --dtype float16 --out runs/index
 """
@@ -30,13 +33,23 @@ EXAMPLES = """
 
 def index(
     data: DataOption,
-    model: Annotated[str, typer.Option(help="The deployed encoder: a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="The INDEX folder to make.")],
+    model: Annotated[
+        str | None, typer.Option(help="The deployed encoder: a folder or a hub id; not with --append.")
+    ] = None,
+    append: Annotated[
+        Path | None,
+        typer.Option(help="INDEX whose items --data holds beside new ones: only these are encoded."),
+    ] = None,
     query_model: Annotated[
         str | None, typer.Option(help="The deployed query encoder, where it is another model.")
     ] = None,
-    factory: Annotated[str, typer.Option(help="faiss index factory string; Flat is exact.")] = "Flat",
-    dtype: Annotated[str, typer.Option(help="How embeddings are stored: float32 or float16.")] = "float32",
+    factory: Annotated[
+        str | None, typer.Option(help="faiss index factory string. (default: Flat, which is exact)")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="How embeddings are stored: float32 or float16. (default: float32)")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 64,
     device: DeviceOption = "auto",
     force: ForceOption = False,
@@ -45,14 +58,31 @@ def index(
     config: ConfigOption = None,
 ) -> None:
     """Encode the catalog with the deployed encoder: the frozen item side everything else works against."""
-    from novelret.index import IndexConfig, build_index
+    if append is not None:
+        from novelret.append import AppendConfig, append_items
 
-    settings = IndexConfig(data, model, query_model, factory, dtype, batch_size, device)
-    made = build_index(settings, out, force=force, report=reporter(quiet))
+        fixed = {"--model": model, "--query-model": query_model, "--factory": factory, "--dtype": dtype}
+        given = [flag for flag, value in fixed.items() if value is not None]
+        if given:
+            raise UserError(
+                f"{given[0]}: new items are encoded like those of --append {append}; leave it out"
+            )
+        made = append_items(
+            AppendConfig(data, str(append), batch_size, device), out, force=force, report=reporter(quiet)
+        )
+    else:
+        from novelret.index import IndexConfig, build_index
+
+        if model is None:
+            raise UserError("--model is missing: the deployed encoder (or --append INDEX for new items)")
+        settings = IndexConfig(
+            data, model, query_model, factory or "Flat", dtype or "float32", batch_size, device
+        )
+        made = build_index(settings, out, force=force, report=reporter(quiet))
     result = {"index": str(out), "fingerprint": made.manifest.fingerprint, **made.manifest.facts}
 
     def render(console: Console) -> None:
-        facts = made.manifest.facts
-        console.print(f"[bold]{out}[/]: {facts['items']:,} items x {facts['dimension']} dimensions ({dtype})")
+        size = f"{len(made):,} items x {made.dimension} dimensions ({made.embeddings.dtype.name})"
+        console.print(f"[bold]{out}[/]: {size}")
 
     show_result(result, as_json=as_json, render=render)

@@ -111,7 +111,7 @@ def label(
     )
     if plan:
         planned = stage.plan(settings, report=reporter(quiet))
-        show_result(asdict(planned), as_json=as_json, render=lambda console: _render_plan(console, planned))
+        show_result(asdict(planned), as_json=as_json, render=lambda console: render_plan(console, planned))
         return
     if out is None:
         raise UserError("--out is missing: where should the LABELS go?")
@@ -126,7 +126,8 @@ def _render(console: Console, out: Path, facts: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(str(out))}[/]: {facts['pairs']:,} judged pairs ({verdicts})")
 
 
-def _render_plan(console: Console, plan: Any) -> None:
+def render_plan(console: Console, plan: Any) -> None:
+    """What would be asked, what it would cost, and one question."""
     pairs = ", ".join(f"{n:,} from {source}" for source, n in plan.pairs.items())
     cost = "unknown (give --price INPUT,OUTPUT)" if plan.cost is None else f"at most ${plan.cost:,.2f}"
     console.print(f"pairs:          {pairs}")

@@ -61,6 +61,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise UserError(f"{path}: expected option names and values, like `depth: 200`")
     names, repeated = {}, set()
     for parameter in context.command.params:
+        names[str(parameter.name)] = parameter.name  # config.yaml of an output names settings, not flags
         for flag in parameter.opts:
             name = flag.lstrip("-").replace("-", "_")
             names[name] = parameter.name

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from novelret.cli.compare import lists_table
 from novelret.cli.options import (
     ConfigOption,
     DataOption,
@@ -47,28 +47,8 @@ def search(
     results = compare_query(data, index, model, query, k=k, base_depth=base_depth, device=device)
 
     def render(console: Console) -> None:
-        table = Table(title=escape(query), title_justify="left", show_lines=False)
-        for name in results:
-            table.add_column(escape(name))
-            table.add_column("score", justify="right")
-            if name != "base":
-                table.add_column("rank in base", justify="right")
-        columns = list(results.items())
-        for place in range(max(len(hits) for hits in results.values())):
-            cells: list[str] = []
-            for name, hits in columns:
-                if place >= len(hits):
-                    cells += [""] * (2 if name == "base" else 3)
-                    continue
-                hit = hits[place]
-                mark = "[bold]+ [/]" if hit["novel"] else "  "
-                cells += [f"{mark}{escape(hit['text'])}", f"{hit['score']:.3f}"]
-                if name != "base":
-                    cells.append(
-                        f"beyond {base_depth}" if hit["base_rank"] is None else str(hit["base_rank"])
-                    )
-            table.add_row(*cells)
-        console.print(table)
+        console.print(f"[bold]{escape(query)}[/]", highlight=False, soft_wrap=True)
+        console.print(lists_table(results, base_depth))
         if len(results) > 1:
             console.print(f"+ novel: not in the deployed top {base_depth}", style="dim")
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from novelret.data.source import read_part
 from novelret.errors import UserError
 
-_SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
+SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
 _BATCH = 65_536
 
 
@@ -82,9 +82,9 @@ def write_catalog(data: str, path: Path, advance: Callable[[int], None]) -> None
     """
     temporary = path.with_suffix(".tmp")
     hashes: list[np.ndarray] = []
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for ids, texts in _batches(data):
-            writer.write_batch(pa.record_batch([ids, texts], schema=_SCHEMA))
+            writer.write_batch(pa.record_batch([ids, texts], schema=SCHEMA))
             hashes.append(np.fromiter((hash(i) for i in ids), dtype=np.int64, count=len(ids)))
             advance(len(ids))
     if not hashes:

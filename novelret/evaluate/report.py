@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
-import shlex
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from novelret.evaluate.breakdown import Group, by_length, by_overlap, gain_metric, recall_spread, spread
 from novelret.evaluate.chart import Mark, scatter
-from novelret.evaluate.metrics.membership import is_in
-from novelret.label.table import RELEVANT
+from novelret.evaluate.provenance import commands
+from novelret.evaluate.side_by_side import side_by_side
+from novelret.evaluate.significance import stars
+from novelret.evaluate.tables import digits_of, headline_metrics
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
 
-_SHOWN_QUERIES = 5
-_SHOWN_ITEMS = 10
-
+_MERGED = {
+    "MergedAdded": "items added",
+    "MergedDensity": "density",
+    "MergedCoverage": "coverage",
+}
+_ALL_PAIRS = 5
+# Columns that hold words or bars.
+_TEXTS = ("model", "metric", "best (Pareto) in", "fingerprint", "brings", "recall change")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6575; --rule: #d8dde5; --page: #fff;
-  --m0: #1c2330; --m1: #0b6bcb; --m2: #b5460f; --m3: #1d7a46; --m4: #7a3fb0; }
+  --bar: #8fb8e8; --m0: #1c2330; --m1: #0b6bcb; --m2: #b5460f; --m3: #1d7a46; --m4: #7a3fb0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b5; --rule: #343c49;
-  --page: #14181f; --m0: #e6eaf0; --m1: #6cb2ff; --m2: #ff9a62; --m3: #6fd39b; --m4: #c79bf2; } }
+  --page: #14181f; --bar: #2f5d94;
+  --m0: #e6eaf0; --m1: #6cb2ff; --m2: #ff9a62; --m3: #6fd39b; --m4: #c79bf2; } }
 body { margin: 0 auto; max-width: 1100px; padding: 24px 20px 64px; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0 0 4px; } h2 { font-size: 1.2rem; margin: 40px 0 8px; }
 h3 { font-size: 1rem; margin: 24px 0 4px; } p, li { max-width: 75ch; } .soft { color: var(--soft); }
+.lead { font-size: 1.1rem; } .warning { border-left: 4px solid var(--ink); padding-left: 10px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px 5px 0; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td small { display: block; color: var(--soft); }
-svg { width: 100%; max-width: 760px; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
+th:first-child, td:first-child, .name { text-align: left; } td small { display: block; color: var(--soft); }
+th { vertical-align: bottom; } .chosen td { font-weight: 650; }
+.bar { display: inline-block; height: .8em; background: var(--bar); border: 1px solid var(--ink);
+  box-sizing: border-box; vertical-align: baseline; margin-right: 6px; }
+td.bars { text-align: left; min-width: 112px; }
+.zero { display: inline-block; width: 60px; text-align: right; } .zero .bar { margin: 0; }
+.loss { background: repeating-linear-gradient(45deg, var(--bar) 0 2px, transparent 2px 5px); }
+.chart { overflow-x: auto; } .chart svg { width: 100%; max-width: 800px; height: auto; }
+svg text { fill: var(--ink); font-size: 13px; }
 svg .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--rule); }
 .rule { stroke: var(--soft); stroke-dasharray: 5 4; } .leader { stroke: var(--rule); }
+.ring, .front { fill: none; stroke: var(--soft); stroke-width: 1.5; }
 .mark0 { fill: var(--m0); } .mark1 { fill: var(--m1); } .mark2 { fill: var(--m2); }
 .mark3 { fill: var(--m3); } .mark4 { fill: var(--m4); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
-.pair ol { margin: 4px 0 0; padding-left: 1.6em; } .pair li { overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; } .query { margin: 20px 0 4px; }
+.pair ol { margin: 4px 0 0; padding-left: 2em; } .pair li small { color: var(--soft); }
 .novel { font-weight: 650; } code { font-size: .85em; overflow-wrap: anywhere; }
-@media (max-width: 640px) { .pair { grid-template-columns: 1fr; } body { padding: 16px 14px 48px; } }
+pre { white-space: pre-wrap; margin: 4px 0; }
+@media (max-width: 640px) { .pair { grid-template-columns: 1fr; } body { padding: 16px 14px 48px; }
+  .chart svg text { font-size: 19px; } td.bars { min-width: 100px; } }
 """
 
 
@@ -48,46 +66,72 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
     """Write the page."""
     config = evaluation.config
     judge = escape(evaluation.judge) if evaluation.judge else "none (relevance is not measured)"
+    shown = _shown_model(evaluation)
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>novelret report</title>",
-        f"<style>{_STYLE}</style><h1>What the new retriever brings</h1>",
+        # Without an icon of its own, a page makes the browser ask a server for one.
+        f"<link rel='icon' href='data:,'><style>{_STYLE}</style><h1>What the new retriever brings</h1>",
         f"<p class='soft'>{len(evaluation.split):,} queries of split {escape(config.split)}, "
         f"{len(evaluation.index):,} items; an item is novel when the deployed top {config.base_depth} "
         f"does not hold it; judge: {judge}</p>",
+        _decision(evaluation),
+        *(f"<p class='warning'><b>Mind:</b> {escape(warning)}</p>" for warning in evaluation.warnings),
         "<h2>Summary</h2>",
         _summary(evaluation),
+        _pairs(evaluation),
+        _human(evaluation),
         _frontier(evaluation),
         _merged(evaluation),
-        _side_by_side(evaluation),
+        _buckets(evaluation),
+        _distribution(evaluation),
+        _groups(evaluation),
+        side_by_side(evaluation, shown) if shown else "",
         _provenance(evaluation),
         "</html>",
     ]
     path.write_text("".join(parts), encoding="utf-8")
 
 
-def headline_metrics(evaluation: Evaluation) -> list[str]:
-    """The metrics worth a column: novelty at each cut, then the rest at the deepest or shallowest one."""
-    cuts = sorted(evaluation.config.k)
-    names = [f"Novelty@{k}" for k in cuts] + [f"RelevantNovel@{cuts[-1]}", f"Recall@{cuts[-1]}"]
-    names += [f"Precision@{cuts[0]}", f"Judged@{cuts[0]}"]
-    have = evaluation.means["base"]
-    return [
-        name for name in names if any(name in means for means in evaluation.means.values()) or name in have
-    ]
+def _shown_model(evaluation: Evaluation) -> str | None:
+    """The model shown beside the base: the selected one, else the one that brings most."""
+    metric = gain_metric(evaluation)
+    others = [name for name in evaluation.lists if name != "base"]
+    best = max(others, key=lambda name: evaluation.means[name].get(metric, 0.0), default=None)
+    return evaluation.frontier.selected or best
+
+
+def _decision(evaluation: Evaluation) -> str:
+    frontier = evaluation.frontier
+    if len(evaluation.means) == 1:
+        return ""
+    budget = f"recall within {frontier.max_recall_drop:.1%} of the deployed model's"
+    if frontier.selected is None:
+        return f"<p class='lead'>No model brings novel items and keeps {budget}.</p>"
+    metric = gain_metric(evaluation)
+    value = evaluation.means[frontier.selected][metric]
+    change = next(p.recall_change for p in frontier.points if p.model == frontier.selected)
+    return (
+        f"<p class='lead'><b>{escape(frontier.selected)}</b> brings most with {budget}: {metric} {value:.2f} "
+        f"per query, Recall@{frontier.k} {change:+.1%}.</p>"
+    )
+
+
+def _table(head: list[str], rows: list[str], *, bars: bool = False) -> str:
+    cells = "".join(f"<th{' class=name' if bars or name in _TEXTS else ''}>{name}</th>" for name in head)
+    return f"<div class='scroll'><table><tr>{cells}</tr>{''.join(rows)}</table></div>"
+
+
+def _row(cells: list[str], *, chosen: bool = False) -> str:
+    """A row of cells; those that are not cells already become one."""
+    inside = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in cells)
+    return f"<tr{' class=chosen' if chosen else ''}>{inside}</tr>"
 
 
 def _summary(evaluation: Evaluation) -> str:
     names = headline_metrics(evaluation)
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = []
-    for model, means in evaluation.means.items():
-        cells = "".join(
-            _cell(evaluation.significance[model].get(name, {}), means.get(name)) for name in names
-        )
-        rows.append(f"<tr><td>{escape(model)}</td>{cells}</tr>")
-    return (
-        f"<div class='scroll'><table><tr><th>model</th>{head}</tr>{''.join(rows)}</table></div>"
+    rows = [_row([escape(model), *_cells(evaluation, model, names)]) for model in evaluation.means]
+    return _table(["model", *names], rows) + (
         "<p class='soft'>Novelty and RelevantNovel are mean counts per query, the others shares. "
         "Small print: 95 % bootstrap intervals over queries. * differs from the base with p &lt; 0.05, "
         "** with p &lt; 0.01 "
@@ -95,120 +139,209 @@ def _summary(evaluation: Evaluation) -> str:
     )
 
 
-def _cell(significance: dict[str, Any], value: float | None) -> str:
+def _pairs(evaluation: Evaluation) -> str:
+    """Models against each other; where they are many, only against the one that is shown."""
+    shown = _shown_model(evaluation)
+    metrics = list(dict.fromkeys(pair.metric for pair in evaluation.pairs))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for pair in evaluation.pairs:
+        if len(evaluation.lists) <= _ALL_PAIRS or shown in (pair.first, pair.second):
+            text = f"{pair.difference:+.{digits_of(pair.metric)}f}{stars(pair.p_holm)}"
+            rows.setdefault((pair.first, pair.second), []).append(text)
+    if not rows:
+        return ""
+    lines = [_row([f"{escape(a)} − {escape(b)}", *cells]) for (a, b), cells in rows.items()]
+    return "<h3>Between the models</h3><p>Differences of means; marks as above.</p>" + _table(
+        ["pair", *metrics], lines
+    )
+
+
+def _cells(evaluation: Evaluation, model: str, names: list[str]) -> list[str]:
+    means, significance = evaluation.means[model], evaluation.significance[model]
+    return [_cell(significance.get(name, {}), means.get(name), digits_of(name)) for name in names]
+
+
+def _cell(significance: dict[str, Any], value: float | None, digits: int) -> str:
     if value is None:
         return "<td>–</td>"
-    p = significance.get("p_holm", 1.0)
-    stars = "**" if p < 0.01 else "*" if p < 0.05 else ""
     interval = ""
     if "low" in significance:
-        interval = f"<small>{significance['low']:.3f} – {significance['high']:.3f}</small>"
-    return f"<td>{value:.3f}{stars}{interval}</td>"
+        interval = f"<small>{significance['low']:.{digits}f} – {significance['high']:.{digits}f}</small>"
+    return f"<td>{value:.{digits}f}{stars(significance.get('p_holm'))}{interval}</td>"
+
+
+def _human(evaluation: Evaluation) -> str:
+    cuts, rows = sorted(evaluation.config.k), []
+    names = dict.fromkeys([f"Precision@{cuts[0]}", f"Precision@{cuts[-1]}", f"RelevantNovel@{cuts[-1]}"])
+    for model, figures in evaluation.human.items():
+        for metric, figure in ((name, figures[name]) for name in names if name in figures):
+            digits, raw = digits_of(metric), evaluation.means[model].get(metric)
+            cells = [escape(model), f"<td class='name'>{metric}", "–" if raw is None else f"{raw:.{digits}f}"]
+            cells += [f"{figure.value:.{digits}f}", f"{figure.low:.{digits}f} – {figure.high:.{digits}f}"]
+            rows.append(_row([*cells, f"{figure.pairs:,}", f"{figure.queries:,}", f"{figure.trust:.2f}"]))
+    if not rows:
+        return ""
+    head = ["model", "metric", "by the judge", "corrected", "95 % interval", "labels", "queries", "trust"]
+    return (
+        "<h2>Corrected by human labels</h2><p>What people would have measured, estimated from the judge's "
+        "figures and the labels people gave to a random sample (prediction-powered inference). Where the "
+        "judge's figure lies outside the interval, do not decide on it. Trust says how far the estimate "
+        "leans on the judge, from 0 (not at all) to 1.</p>" + _table(head, rows)
+    )
 
 
 def _frontier(evaluation: Evaluation) -> str:
-    deepest = max(evaluation.config.k)
+    frontier = evaluation.frontier
+    recall = f"Recall@{frontier.k}, change from base (%)"
     pictures = []
-    for metric in (f"Novelty@{deepest}", f"RelevantNovel@{deepest}"):
+    for metric, value_of, is_best in (
+        ("Novelty", lambda p: p.novelty, lambda p: p.pareto_novelty),
+        ("RelevantNovel", lambda p: p.relevant_novel, lambda p: p.pareto_relevant_novel),
+    ):
         marks = [
-            Mark(model, means[f"Recall@{deepest}"], means[metric])
-            for model, means in evaluation.means.items()
-            if metric in means
+            Mark(point.model, 100 * point.recall_change, value_of(point), is_best(point))
+            for point in frontier.points
+            if value_of(point) is not None
         ]
         if marks:
-            base_recall = evaluation.means["base"][f"Recall@{deepest}"]
-            pictures.append(scatter(marks, f"Recall@{deepest}", metric, line_at=base_recall))
+            budget = -100 * frontier.max_recall_drop
+            chart = scatter(marks, recall, f"{metric}@{frontier.k}", line_at=budget)
+            pictures.append(f"<div class='chart'>{chart}</div>")
+    rows = []
+    for point in frontier.points:
+        best = (("Novelty", point.pareto_novelty), ("RelevantNovel", point.pareto_relevant_novel))
+        marks_of = ", ".join(name for name, is_on in best if is_on) or "–"
+        relevant = "–" if point.relevant_novel is None else f"{point.relevant_novel:.2f}"
+        chosen = point.model == frontier.selected
+        name = escape(point.model) + (" (selected)" if chosen else "")
+        cells = [name, f"{point.recall:.3f}", f"{point.recall_change:+.1%}", f"{point.novelty:.2f}", relevant]
+        rows.append(_row([*cells, f"<td class='name'>{marks_of}"], chosen=chosen))
+    head = ["model", f"Recall@{frontier.k}", "change", f"Novelty@{frontier.k}", f"RelevantNovel@{frontier.k}"]
     return (
-        "<h2>Novelty against recall</h2><p>Up is more that the deployed system does not return; right of the "
-        "dashed line is no loss of recall.</p>" + "".join(pictures)
+        "<h2>Novelty against recall</h2><p>Up is more that the deployed system does not return, right is "
+        "more recall; the deployed model is the origin. Ringed: no other model is better in both (the Pareto "
+        f"set). The dashed line is the recall budget, {frontier.max_recall_drop:.1%} below the base.</p>"
+        + "".join(pictures)
+        + _table([*head, "best (Pareto) in"], rows)
     )
 
 
 def _merged(evaluation: Evaluation) -> str:
-    if "MergedDensity" not in evaluation.means["base"]:
-        return ""
-    names = ("MergedAdded", "MergedDensity", "MergedCoverage")
-    rows = "".join(
-        "<tr><td>{}</td>{}</tr>".format(
-            escape(model),
-            "".join(_cell(evaluation.significance[model].get(name, {}), means.get(name)) for name in names),
-        )
-        for model, means in evaluation.means.items()
-    )
-    deepest = max(evaluation.config.k)
+    names = [name for name in _MERGED if name in evaluation.means["base"]]
+    rows = [_row([escape(model), *_cells(evaluation, model, names)]) for model in evaluation.means]
+    config = evaluation.config
+    budget = "" if config.merge_budget is None else f", at most {config.merge_budget} per query"
     return (
-        "<h2>As deployed: the merged list</h2><p>The deployed top "
-        f"{evaluation.config.base_depth}, then the novel items of the new model's top {deepest}. "
-        "Density: relevant items per query. Coverage: share of queries with a relevant item.</p>"
-        "<div class='scroll'><table>"
-        "<tr><th>model</th><th>items added</th><th>density</th><th>coverage</th></tr>"
-        f"{rows}</table></div>"
+        f"<h2>As deployed: the merged list</h2><p>The deployed top {config.base_depth}, then the novel items "
+        f"of the new model's top {max(config.k)}{budget}. Density: relevant items per query. Coverage: share "
+        "of queries with a relevant item.</p>" + _table(["model", *(_MERGED[name] for name in names)], rows)
     )
 
 
-def _side_by_side(evaluation: Evaluation) -> str:
+def _buckets(evaluation: Evaluation) -> str:
+    if not evaluation.buckets:
+        return ""
+    names = [name for name in _MERGED if name in evaluation.means["base"]]
+    rows = []
+    for bucket in evaluation.buckets:
+        for place, (model, figures) in enumerate(bucket.models.items()):
+            asked = f"{bucket.least:g}–{bucket.most:g}" if bucket.least < bucket.most else f"{bucket.most:g}"
+            first = [bucket.name, f"{bucket.queries:,}", asked, f"{bucket.traffic:.0%}"]
+            values = [f"{figures[name]:.{digits_of(name)}f}" for name in names]
+            rows.append(
+                _row([*(first if place == 0 else [""] * 4), f"<td class='name'>{escape(model)}", *values])
+            )
+    head = ["bucket", "queries", "frequency", "traffic", "model", *(_MERGED[name] for name in names)]
+    return (
+        "<h3>By query frequency</h3><p>Queries from the most frequent down, a third of the traffic in each "
+        "bucket; the last rows count every query by its frequency.</p>" + _table(head, rows)
+    )
+
+
+def _distribution(evaluation: Evaluation) -> str:
     others = [name for name in evaluation.lists if name != "base"]
     if not others:
         return ""
-    deepest = max(evaluation.config.k)
-    metric = f"RelevantNovel@{deepest}" if evaluation.judge else f"Novelty@{deepest}"
-    best = max(others, key=lambda name: evaluation.means[name].get(metric, 0.0))
-    change = evaluation.per_query[best][metric] - evaluation.per_query["base"][metric]
-    loss = evaluation.per_query[best][f"Recall@{deepest}"] - evaluation.per_query["base"][f"Recall@{deepest}"]
-    gained = np.argsort(-change, kind="stable")[:_SHOWN_QUERIES]
-    lost = [q for q in np.argsort(loss, kind="stable")[:_SHOWN_QUERIES] if loss[q] < 0]
-    parts = [
-        f"<h2>Side by side: base and {escape(best)}</h2>",
-        "<p>＋ novel, ✓ judged relevant, ● held-out feedback.</p>",
-        f"<h3>Most gained ({metric})</h3>",
-        *(_query(evaluation, best, int(q), f"{change[q]:+g}") for q in gained),
+    metric, deepest = gain_metric(evaluation), max(evaluation.config.k)
+    shares = {model: spread(evaluation, model) for model in others}
+    widest = max(share for of in shares.values() for _, share in of)
+    labels = [label for label, _ in shares[others[0]]]
+    rows = [
+        _row([escape(model), *(_bar_cell(share, widest, f"{share:.0%}") for _, share in of)])
+        for model, of in shares.items()
     ]
-    if lost:
-        parts.append(f"<h3>Most lost (Recall@{deepest})</h3>")
-        parts += [_query(evaluation, best, int(q), f"{loss[q]:+.2f}") for q in lost]
-    return "".join(parts)
-
-
-def _query(evaluation: Evaluation, model: str, query: int, figure: str) -> str:
-    split = evaluation.split
-    base_top = evaluation.base.rows[query : query + 1, : evaluation.config.base_depth]
-    feedback = set(split.feedback_items[split.feedback_queries == query].tolist())
-    columns = []
-    for name in ("base", model):
-        lists = evaluation.lists[name]
-        rows = lists.rows[query, :_SHOWN_ITEMS]
-        rows = rows[rows >= 0]
-        texts = evaluation.index.catalog.texts_at(rows)
-        known = is_in(rows[None, :], base_top)[0]
-        items = []
-        for place, (row, text) in enumerate(zip(rows.tolist(), texts, strict=True)):
-            marks = "" if known[place] else "＋"
-            marks += "✓" if lists.verdicts[query, place] == RELEVANT else ""
-            marks += "●" if row in feedback else ""
-            style = "" if known[place] else " class='novel'"
-            items.append(f"<li{style}>{escape(text[:160])} {marks}</li>")
-        columns.append(f"<div><b>{escape(name)}</b><ol>{''.join(items)}</ol></div>")
-    text = escape(split.query_texts[query][:300])
+    changes = []
+    for model in others:
+        lost, same, won = recall_spread(evaluation, model)
+        changes.append(
+            _row([escape(model), *(_bar_cell(share, 1.0, f"{share:.0%}") for share in (lost, same, won))])
+        )
     return (
-        f"<p><b>{text}</b> <span class='soft'>{figure}</span></p><div class='pair'>{''.join(columns)}</div>"
+        f"<h2>How queries differ</h2><p>Share of queries by {metric}: how many such items they get.</p>"
+        + _table(["model", *labels], rows, bars=True)
+        + f"<p>Share of queries by Recall@{deepest} against the base.</p>"
+        + _table(["model", "lower", "the same", "higher"], changes, bars=True)
     )
+
+
+def _groups(evaluation: Evaluation) -> str:
+    metric, deepest = gain_metric(evaluation), max(evaluation.config.k)
+    head = ["queries", "number", "model", "brings", "recall change", "with lower recall"]
+    sections = (
+        ("By length of the query", by_length(evaluation)),
+        (f"By overlap of the top {deepest} with the base's", by_overlap(evaluation)),
+    )
+    tables = [f"<h3>{title}</h3>{_table(head, _group_rows(groups))}" for title, groups in sections if groups]
+    if not tables:
+        return ""
+    return (
+        f"<h2>Where it gains and loses</h2><p>What a model brings is its {metric}; recall is Recall@{deepest}"
+        " against the base's, a hatched bar to the left being a loss.</p>" + "".join(tables)
+    )
+
+
+def _group_rows(groups: list[Group]) -> list[str]:
+    most = max(group.gain for group in groups)
+    reach = max(abs(group.recall_change) for group in groups)
+    rows, before = [], ""
+    for group in groups:
+        if group.queries:
+            cells = [group.label if group.label != before else "", f"{group.queries:,}"]
+            cells += [
+                f"<td class='name'>{escape(group.model)}",
+                _bar_cell(group.gain, most, f"{group.gain:.2f}"),
+            ]
+            cells += [_change_cell(group.recall_change, reach), f"{group.lost:.0%}"]
+            rows.append(_row(cells))
+            before = group.label
+    return rows
+
+
+def _bar_cell(value: float, most: float, text: str) -> str:
+    width = round(60 * value / most) if most > 0 else 0
+    return f"<td class='bars'>{_bar(width, 'bar')}{text}</td>"
+
+
+def _bar(width: int, kind: str) -> str:
+    return f"<span class='{kind}' style='width:{width}px'></span>" if width else ""
+
+
+def _change_cell(value: float, reach: float) -> str:
+    """A bar to the left of a middle line, hatched, for a loss, and to its right for a gain."""
+    width = round(58 * abs(value) / reach) if reach > 0 else 0
+    bar = _bar(width, "bar loss" if value < 0 else "bar")
+    left, right = (bar, "") if value < 0 else ("", bar)
+    sides = f"<span class='zero'>{left}</span>|<span class='zero' style='text-align:left'>{right}</span>"
+    return f"<td class='bars'>{sides} {value:+.3f}</td>"
 
 
 def _provenance(evaluation: Evaluation) -> str:
-    config = evaluation.config
-    words = ["novelret", "eval", "--data", config.data, "--split", config.split, "--index", config.index]
-    for model in config.models:
-        words += ["--model", model]
-    for run in config.runs:
-        words += ["--run", run]
-    if config.judge:
-        words += ["--judge", config.judge, "--missing", config.missing]
-    words += ["--base-depth", str(config.base_depth), "--k", ",".join(map(str, config.k))]
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td><code>{value}</code></td></tr>"
+    lines = "".join(f"<pre><code>{escape(line)}</code></pre>" for line in commands(evaluation))
+    rows = [
+        _row([escape(name), f"<td class='name'><code>{value}</code>"])
         for name, value in evaluation.inputs.items()
-    )
+    ]
     return (
-        f"<h2>Where these figures come from</h2><p><code>{escape(shlex.join(words))}</code></p>"
-        f"<div class='scroll'><table><tr><th>input</th><th>fingerprint</th></tr>{rows}</table></div>"
+        f"<h2>Where these figures come from</h2><p>novelret {version('novelret')}. The commands that make "
+        f"them again:</p>{lines}" + _table(["input", "fingerprint"], rows)
     )

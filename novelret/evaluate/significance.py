@@ -5,6 +5,9 @@ All take one row per query and one column per figure, so that a resample is draw
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import combinations
+
 import numpy as np
 
 _CHUNK = 500  # resamples at a time: memory stays flat
@@ -74,3 +77,59 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     corrected = np.empty_like(ordered)
     np.put_along_axis(corrected, order, np.maximum.accumulate(ordered, axis=0), axis=0)
     return corrected
+
+
+@dataclass(frozen=True)
+class PairTest:
+    """Two models on one metric.
+
+    Attributes:
+        first: a model.
+        second: the other one.
+        metric: what is compared.
+        difference: the first one's mean minus the second one's, over queries where both have a figure.
+        p: two-sided p-value of the paired randomisation test.
+        p_holm: corrected for all pairs of this metric.
+    """
+
+    first: str
+    second: str
+    metric: str
+    difference: float
+    p: float
+    p_holm: float
+
+
+def compare_pairs(per_query: dict[str, dict[str, np.ndarray]], metrics: list[str]) -> list[PairTest]:
+    """Paired tests between all models, on some metrics.
+
+    Args:
+        per_query: model → metric → (Q,) figures.
+        metrics: those to compare.
+    """
+    pairs = list(combinations(per_query, 2))
+    if not pairs or not metrics:
+        return []
+    # One matrix, so that all pairs share the sign flips.
+    differences = np.stack(
+        [per_query[a][metric] - per_query[b][metric] for a, b in pairs for metric in metrics], axis=1
+    )
+    p_values = randomization_tests(differences).reshape(len(pairs), len(metrics))
+    corrected = holm(p_values)
+    tests = []
+    for row, (a, b) in enumerate(pairs):
+        for column, metric in enumerate(metrics):
+            values = differences[:, row * len(metrics) + column]
+            known = values[~np.isnan(values)]
+            mean = float(known.mean()) if len(known) else 0.0
+            tests.append(
+                PairTest(a, b, metric, mean, float(p_values[row, column]), float(corrected[row, column]))
+            )
+    return tests
+
+
+def stars(p_value: float | None) -> str:
+    """The mark that tables put behind a figure: ** for p < 0.01, * for p < 0.05."""
+    if p_value is None:
+        return ""
+    return "**" if p_value < 0.01 else "*" if p_value < 0.05 else ""

@@ -1,4 +1,4 @@
-"""TREC run files, in and out."""
+"""TREC run files, in and out, and qrels out (`read_qrels_file` reads them)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from novelret.data.catalog import Catalog
 from novelret.data.source import read_lines
+from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.search import DECIMALS
 
@@ -29,13 +30,39 @@ def write_run(
                 )
 
 
-def read_run(path: Path, query_ids: list[str], catalog: Catalog, k: int, id_rank: np.ndarray) -> np.ndarray:
+def write_qrels(
+    path: Path,
+    query_rows: np.ndarray,
+    item_rows: np.ndarray,
+    grades: np.ndarray,
+    query_ids: list[str],
+    catalog: Catalog,
+) -> None:
+    """Write judged pairs as `query 0 item grade`."""
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, len(query_rows), 65_536):
+            rows = slice(start, start + 65_536)
+            file.writelines(
+                f"{query_ids[query]} 0 {item_id} {grade}\n"
+                for query, item_id, grade in zip(
+                    query_rows[rows].tolist(),
+                    catalog.ids_at(item_rows[rows]),
+                    grades[rows].tolist(),
+                    strict=True,
+                )
+            )
+
+
+def read_run(path: Path, split: Split, catalog: Catalog, k: int, id_rank: np.ndarray) -> np.ndarray:
     """Read a run as (Q, k) catalog rows, −1 padded, ordered by score and the tie rule; ranks are ignored.
+
+    Items that the split leaves out of a query's rankings are left out here too.
 
     Raises:
         UserError: a malformed line, an unknown item, a repeated item, a score that is no number, or no
             query in common.
     """
+    query_ids = split.query_ids
     row_of = {query_id: row for row, query_id in enumerate(query_ids)}
     wheres: list[str] = []
     queries: list[int] = []
@@ -71,6 +98,8 @@ def read_run(path: Path, query_ids: list[str], catalog: Catalog, k: int, id_rank
     if len(first_seen) != len(pair):
         again = int(np.setdiff1d(np.arange(len(pair)), first_seen)[0])
         raise UserError(f"{wheres[again]}: item {items[again]!r} occurs twice for this query")
+    allowed = np.flatnonzero((split.excluded[query_rows] != rows[:, None]).all(axis=1))
+    query_rows, rows, rounded = query_rows[allowed], rows[allowed], rounded[allowed]
     order = np.lexsort((-id_rank[rows].astype(np.int64), -rounded, query_rows))
     ordered = query_rows[order]
     place = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")

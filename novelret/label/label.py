@@ -152,11 +152,27 @@ def judge_candidates(
 def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
     """What `build_labels` would ask of an LLM, and what it would cost at most; sends nothing."""
     report = report or Reporter()
-    kind, model = split_judge(config.judge)
-    if kind != "openai":
-        raise UserError(f"--plan is for judges that cost money, not for {config.judge}")
-    prompt = load_prompt(config.prompt)
+    check_plan(config.judge)
+    load_prompt(config.prompt)
     index, split, candidates = _prepare(config, report)
+    return plan_candidates(config, index, split, candidates, report)
+
+
+def check_plan(judge: str) -> None:
+    """Refuse to plan what costs nothing.
+
+    Raises:
+        UserError: the judge is none that is paid.
+    """
+    if split_judge(judge)[0] != "openai":
+        raise UserError(f"--plan is for judges that cost money, not for {judge}")
+
+
+def plan_candidates(
+    config: LabelConfig, index: Index, split: Split, candidates: Candidates, report: Reporter
+) -> Plan:
+    """What having given pairs judged would ask, and cost at most; sends nothing."""
+    prompt, model = load_prompt(config.prompt), split_judge(config.judge)[1]
     price = find_price(model, config.price)
     parameters = parameters_for(model, prompt.max_tokens)
     store = Store(_store_path(config))

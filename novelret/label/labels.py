@@ -84,13 +84,13 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
 
 
 def open_labels(folder: Path, *indexes: Index) -> Labels:
-    """Open a LABELS folder that was made with one of these indexes.
+    """Open a LABELS folder that was made with one of these indexes, or before items were appended to it.
 
     Raises:
         UserError: no labels there, or they belong to another index.
     """
     manifest = read_manifest(folder, "labels")
-    if manifest.inputs["index"] not in [index.manifest.fingerprint for index in indexes]:
+    if not any(index.descends_from(manifest.inputs["index"]) for index in indexes):
         raise UserError(
             f"{folder}: was labelled with another index ({manifest.config['index']}) than "
             f"{indexes[0].folder}; pass the index it belongs to, or label again"

@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_line(chain, world, capsys, tmp_path, monkeypatch, er
 
 
 def test_help_is_there_for_every_command(capsys):
-    for command in ("index", "label", "train", "eval", "search", "demo"):
+    for command in ("index", "label", "train", "eval", "search", "compare", "demo"):
         code, out, _ = run(capsys, command, "--help")
         assert code == 0
         assert "examples:" in out

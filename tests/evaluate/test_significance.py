@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from novelret.evaluate.significance import bootstrap_intervals, holm, randomization_tests
+from novelret.evaluate.significance import bootstrap_intervals, compare_pairs, holm, randomization_tests
 
 
 def test_bootstrap_agrees_with_scipy():
@@ -49,3 +49,25 @@ def test_randomization_test_rejects_rarely_under_the_null_and_counts_ties():
 def test_holm_by_hand():
     corrected = holm(np.array([[0.01], [0.04], [0.03], [0.005]]))
     assert corrected[:, 0].tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_pairs_of_models_against_scipy():
+    rng = np.random.default_rng(5)
+    figures = {
+        name: {"a": rng.normal(mean, 1, 80), "b": rng.normal(0, 1, 80)}
+        for name, mean in zip("xyz", (0, 0.2, 0.9), strict=True)
+    }
+    figures["y"]["b"][:10] = np.nan
+    tests = {(t.first, t.second, t.metric): t for t in compare_pairs(figures, ["a", "b"])}
+    assert len(tests) == 6
+    found = tests["x", "z", "a"]
+    difference = figures["x"]["a"] - figures["z"]["a"]
+    theirs = stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", n_resamples=20_000, rng=0
+    ).pvalue
+    assert found.p == pytest.approx(theirs, abs=0.01)
+    assert found.difference == pytest.approx(difference.mean())
+    assert found.p_holm == pytest.approx(min(1, 3 * found.p))  # the least of three
+    with_gaps = tests["x", "y", "b"]
+    assert with_gaps.difference == pytest.approx((figures["x"]["b"] - figures["y"]["b"])[10:].mean())
+    assert compare_pairs({"x": figures["x"]}, ["a"]) == []

@@ -25,15 +25,24 @@ class Merged:
     covered: np.ndarray
 
 
-def merge(rows: np.ndarray, base: np.ndarray, verdicts: np.ndarray, base_verdicts: np.ndarray) -> Merged:
+def merge(
+    rows: np.ndarray,
+    base: np.ndarray,
+    verdicts: np.ndarray,
+    base_verdicts: np.ndarray,
+    budget: int | None = None,
+) -> Merged:
     """Merge a model's novel items behind the deployed lists.
 
     Args:
-        rows: (Q, k) the new model's lists; its budget is k places.
+        rows: (Q, k) the new model's lists, best first.
         base: (Q, L) the deployed lists.
         verdicts: (Q, k) of `rows`.
         base_verdicts: (Q, L) of `base`.
+        budget: at most so many novel items are added per query, the best ones; all k places where None.
     """
     new = novel(rows, base, rows.shape[1])
+    if budget is not None:
+        new &= new.cumsum(axis=1) <= budget
     density = (base_verdicts == RELEVANT).sum(axis=1) + (new & (verdicts == RELEVANT)).sum(axis=1)
     return Merged(new.sum(axis=1), density, density > 0)

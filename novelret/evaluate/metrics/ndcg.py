@@ -11,7 +11,9 @@ def ndcg(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndar
     """Σ_i hit_i / log₂(i + 1) over the same of an ideal list, per query (Järvelin and Kekäläinen, 2002)."""
     top = rows[:, :k]
     discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
-    gain = feedback_hits(top, feedback_queries, feedback_items) @ discount
+    # Hits are few: adding up where they are needs no (Q, k) array of floats.
+    queries, places = np.nonzero(feedback_hits(top, feedback_queries, feedback_items))
+    gain = np.bincount(queries, discount[places], minlength=len(rows))
     ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
     count = np.minimum(np.bincount(feedback_queries, minlength=len(rows)), k)
     return gain / ideal[count]

@@ -1,0 +1,96 @@
+"""The novelty–recall frontier of several models, and the point that a recall budget allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One model on the frontier.
+
+    Attributes:
+        model: its name.
+        recall: Recall at the deepest cut.
+        recall_change: relative to the base, −0.02 for a loss of two percent.
+        novelty: Novelty at the deepest cut, a mean count.
+        relevant_novel: RelevantNovel at the deepest cut; None without a judge.
+        pareto_novelty: no other model has as much recall and novelty, and more of one.
+        pareto_relevant_novel: the same for RelevantNovel.
+    """
+
+    model: str
+    recall: float
+    recall_change: float
+    novelty: float
+    relevant_novel: float | None
+    pareto_novelty: bool
+    pareto_relevant_novel: bool
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Every model compared, and the one to launch.
+
+    Attributes:
+        k: the cut of all figures, the deepest one.
+        max_recall_drop: the budget: how much of the base's recall may be lost, relative.
+        points: the base first, as the origin.
+        selected: the model that brings most within the budget; None where none brings more than the base.
+    """
+
+    k: int
+    max_recall_drop: float
+    points: list[FrontierPoint]
+    selected: str | None
+
+
+def make_frontier(means: dict[str, dict[str, float]], base: str, k: int, max_recall_drop: float) -> Frontier:
+    """Mark the Pareto set among models and choose within the recall budget.
+
+    Most relevant novel items win (most novel ones without a judge); ties go to novelty, then to recall.
+
+    Args:
+        means: model → metric → figure, the base among them.
+        base: the base's name.
+        k: the cut.
+        max_recall_drop: relative loss of recall that is acceptable.
+    """
+    recall = {model: of[f"Recall@{k}"] for model, of in means.items()}
+    novelty = {model: of[f"Novelty@{k}"] for model, of in means.items()}
+    relevant = {model: of.get(f"RelevantNovel@{k}") for model, of in means.items()}
+    judged = {model: value for model, value in relevant.items() if value is not None}
+    best_novelty, best_relevant = _pareto(recall, novelty), _pareto(recall, judged)
+    points = [
+        FrontierPoint(
+            model,
+            recall[model],
+            recall[model] / recall[base] - 1 if recall[base] > 0 else 0.0,
+            novelty[model],
+            relevant[model],
+            model in best_novelty,
+            model in best_relevant,
+        )
+        for model in means
+    ]
+    gain = judged or novelty
+    floor = recall[base] * (1 - max_recall_drop) - 1e-12
+    inside = [
+        model for model in gain if model != base and recall[model] >= floor and gain[model] > gain[base]
+    ]
+    selected = max(inside, key=lambda model: (gain[model], novelty[model], recall[model]), default=None)
+    return Frontier(k, max_recall_drop, points, selected)
+
+
+def _pareto(recall: dict[str, float], gain: dict[str, float]) -> set[str]:
+    """Models that no other one equals or beats in both figures and beats in one."""
+    return {
+        model
+        for model in gain
+        if not any(
+            recall[other] >= recall[model]
+            and gain[other] >= gain[model]
+            and (recall[other] > recall[model] or gain[other] > gain[model])
+            for other in gain
+        )
+    }

@@ -1,0 +1,95 @@
+"""The sample that people label: drawn from the lists that are compared, written as a table, and read back.
+
+query-id, corpus-id, score, query, item, tab-separated: BEIR's qrels with the texts behind them. People fill
+in the score, 1 for relevant and 0 for not; what they leave empty was not looked at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from novelret.data.catalog import Catalog
+from novelret.data.source import read_lines
+from novelret.data.split import Split
+from novelret.errors import UserError
+from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
+
+_HEADER = "query-id\tcorpus-id\tscore\tquery\titem\n"
+
+
+def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, catalog: Catalog) -> int:
+    """Draw (query, item) pairs from all lists, each as likely as any other, and write them in random order.
+
+    Args:
+        path: the file to write; it does not say which list a pair comes from, lest people favour one.
+        lists: (Q, K) catalog rows of each model, −1 padded.
+        size: how many pairs; all where there are fewer.
+        split: the queries.
+        catalog: the items.
+
+    Returns:
+        How many pairs were drawn.
+    """
+    pairs = np.empty(0, dtype=np.int64)
+    for rows in lists:
+        queries, places = np.nonzero(rows >= 0)
+        pairs = np.union1d(pairs, queries * np.int64(len(catalog)) + rows[queries, places])
+    drawn = np.random.default_rng(0).permutation(pairs)[:size]
+    queries, items = drawn // len(catalog), drawn % len(catalog)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(_HEADER)
+        for query, item_id, text in zip(
+            queries.tolist(), catalog.ids_at(items), catalog.texts_at(items), strict=True
+        ):
+            shown = "\t".join(" ".join(words.split()) for words in (split.query_texts[query], text))
+            file.write(f"{split.query_ids[query]}\t{item_id}\t\t{shown}\n")
+    return len(drawn)
+
+
+def read_sample(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:
+    """People's verdicts: a score above 0 is relevant; lines without one and further columns are skipped.
+
+    Lines of other queries are passed over, since one file may serve several splits.
+
+    Raises:
+        UserError: a malformed line, an unknown item, or no labelled line about these queries.
+    """
+    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
+    wheres: list[str] = []
+    queries: list[int] = []
+    items: list[str] = []
+    verdicts: list[int] = []
+    for number, line in read_lines(path):
+        columns = line.rstrip("\r\n").split("\t")
+        if len(columns) < 3:
+            raise UserError(
+                f"{path}:{number}: {len(columns)} columns, expected query-id, corpus-id, score, tab-separated"
+            )
+        query_id, item_id, score = columns[:3]
+        if (number == 1 and score == "score") or not score.strip() or query_id not in row_of:
+            continue
+        wheres.append(f"{path}:{number}")
+        queries.append(row_of[query_id])
+        items.append(item_id)
+        verdicts.append(RELEVANT if _number(wheres[-1], score) > 0 else IRRELEVANT)
+    if not queries:
+        raise UserError(
+            f"{path}: no labelled line is about the split's {len(query_ids)} queries; fill in the scores"
+        )
+    rows = catalog.rows_of(items)
+    unknown = np.flatnonzero(rows < 0)
+    if len(unknown):
+        first = int(unknown[0])
+        raise UserError(f"{wheres[first]}: item id {items[first]!r} is not in the catalog")
+    return make_table(
+        np.array(queries, dtype=np.int64), rows, np.array(verdicts, dtype=np.int8), len(catalog)
+    )
+
+
+def _number(where: str, score: str) -> float:
+    try:
+        return float(score)
+    except ValueError:
+        raise UserError(f"{where}: the score {score!r} is not a number; 1 is relevant, 0 is not") from None

@@ -1,0 +1,88 @@
+"""The commands behind a report, put together again from the settings that the artifacts keep."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from novelret.artifacts import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from novelret.evaluate.evaluate import Evaluation
+
+# Options whose flags differ from the settings' names.
+_FLAGS = {"models": "--model", "runs": "--run", "sources": "--from"}
+
+
+_FIXED_BY_APPEND = ("model", "query_model", "factory", "dtype")
+
+
+def commands(evaluation: Evaluation) -> list[str]:
+    """Shell lines that make the index, each model and this report again, in that order."""
+    config, index = evaluation.config, evaluation.index
+    made = dict(index.manifest.config)
+    if made.get("append"):
+        made = {name: value for name, value in made.items() if name not in _FIXED_BY_APPEND}
+    lines = [f"{_line('index', made, _index_defaults())} --out {shlex.quote(str(index.folder))}"]
+    labels: dict[str, None] = {}
+    trained = []
+    for path in evaluation.models.values():
+        if not (Path(path) / MANIFEST).is_file():
+            continue
+        settings = read_manifest(Path(path), "model").config
+        trained.append(f"{_line('train', settings, _train_defaults())} --out {shlex.quote(path)}")
+        if settings.get("labels"):
+            labels[str(settings["labels"])] = None
+    for folder in labels:
+        if (Path(folder) / MANIFEST).is_file():
+            settings = read_manifest(Path(folder), "labels").config
+            lines.append(f"{_line('label', settings, _label_defaults())} --out {shlex.quote(folder)}")
+    last = _line("eval", asdict(config), _defaults(type(config)))
+    return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
+
+
+def _line(verb: str, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """One command with the options that differ from their defaults."""
+    words = ["novelret", verb]
+    for name, value in settings.items():
+        if value is None or (name in defaults and _plain(value) == _plain(defaults[name])):
+            continue
+        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "k":
+            words += [flag, ",".join(map(str, value))]
+        elif isinstance(value, list | tuple):
+            words += [word for part in value for word in (flag, str(part))]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _defaults(config: type[Any]) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
+
+
+def _index_defaults() -> dict[str, Any]:
+    from novelret.index import IndexConfig
+
+    return _defaults(IndexConfig)
+
+
+def _label_defaults() -> dict[str, Any]:
+    from novelret.label.label import LabelConfig
+
+    return _defaults(LabelConfig)
+
+
+def _train_defaults() -> dict[str, Any]:
+    # Imported here: evaluation needs nothing else of training.
+    from novelret.train.config import TrainConfig
+
+    return _defaults(TrainConfig)

@@ -1,0 +1,391 @@
+"""`novelret eval` as a user types it: human labels, the frontier, traffic, tables, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import ir_measures
+import pytest
+import yaml
+
+from novelret.evaluate.weights import bucket_of
+from tests.cli.test_chain import fails, result, run
+from tests.conftest import make_encoder, write_qrels
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two random query encoders of the index's dimension, in one folder."""
+    folder = tmp_path_factory.mktemp("models")
+    return folder, [make_encoder(folder / name, seed=seed) for name, seed in (("a", 3), ("b", 4))]
+
+
+@pytest.fixture
+def common(world, index_folder):
+    judge = f"file:{world / 'judgements.tsv'}"
+    return ["eval", "--data", world, "--index", index_folder, "--judge", judge, "--missing", "irrelevant",
+            "--base-depth", 5, "--k", "2,5", "--device", "cpu"]  # fmt: skip
+
+
+def lists_of(report, name) -> dict[str, list[str]]:
+    lists: dict[str, list[str]] = {}
+    for line in (report / "runs" / f"{name}.trec").read_text().splitlines():
+        query, _, item, *_ = line.split()
+        lists.setdefault(query, []).append(item)
+    return lists
+
+
+def truth_of(world) -> set[tuple[str, ...]]:
+    return {tuple(line.split("\t")[:2]) for line in (world / "judgements.tsv").read_text().splitlines()[1:]}
+
+
+def test_people_who_labelled_everything_overrule_the_judge(common, world, models, capsys, tmp_path):
+    first = result(capsys, *common, "--model", f"new={models[1][0]}", "--out", tmp_path / "first")
+    lists, base = (lists_of(tmp_path / "first", name) for name in ("new", "base"))
+    # People call relevant exactly what the judge does not.
+    truth = truth_of(world)
+    rows = sorted(
+        {(q, i, int((q, i) not in truth)) for of in (lists, base) for q, row in of.items() for i in row}
+    )
+    write_qrels(tmp_path / "human.tsv", rows)
+    found = result(
+        capsys,
+        *common,
+        "--model",
+        f"new={models[1][0]}",
+        "--human",
+        tmp_path / "human.tsv",
+        "--out",
+        tmp_path / "r",
+    )
+    assert found["models"] == first["models"]  # the raw figures stay what they are
+    people = found["human"]["new"]
+    assert people["Precision@5"]["value"] == pytest.approx(1 - found["models"]["new"]["Precision@5"])
+    novel_irrelevant = found["models"]["new"]["Novelty@5"] - found["models"]["new"]["RelevantNovel@5"]
+    assert people["RelevantNovel@5"]["value"] == pytest.approx(novel_irrelevant)
+    assert people["Precision@5"]["pairs"] == 20 * 5
+    assert people["Precision@5"]["low"] < people["Precision@5"]["value"] < people["Precision@5"]["high"]
+    saved = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert saved["human"] == found["human"]
+
+
+def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys, tmp_path):
+    arguments = [*common, "--model", f"new={models[1][0]}"]
+    result(capsys, *arguments, "--human-sample", 120, "--out", tmp_path / "first")
+    drawn = [line.split("\t") for line in (tmp_path / "first" / "to_label.tsv").read_text().splitlines()]
+    assert drawn[0] == ["query-id", "corpus-id", "score", "query", "item"]
+    pairs = {(q, i) for q, i, *_ in drawn[1:]}
+    lists, base = (lists_of(tmp_path / "first", name) for name in ("new", "base"))
+    assert len(pairs) == 120
+    assert pairs <= {(q, i) for of in (lists, base) for q, row in of.items() for i in row}
+    assert all(line[2] == "" and line[3].startswith("buy ") and line[4] for line in drawn[1:])
+    # An empty table is refused; a filled one, with gaps, is used.
+    assert "fill in the scores" in fails(
+        capsys, *arguments, "--human", tmp_path / "first" / "to_label.tsv", "--out", tmp_path / "second"
+    )
+    truth = truth_of(world)
+    filled = [
+        [q, i, "" if n % 10 == 0 else str(int((q, i) in truth)), *rest]
+        for n, (q, i, _, *rest) in enumerate(drawn[1:])
+    ]
+    text = "".join("\t".join(line) + "\n" for line in [drawn[0], *filled])
+    (tmp_path / "first" / "labelled.tsv").write_text(text)
+    found = result(
+        capsys, *arguments, "--human", tmp_path / "first" / "labelled.tsv", "--out", tmp_path / "second"
+    )
+    in_new = sum(line[2] != "" and line[1] in lists[line[0]] for line in filled)
+    figure = found["human"]["new"]["Precision@5"]
+    assert figure["pairs"] == in_new
+    # The judge is the truth here, so correction changes nothing.
+    assert figure["value"] == pytest.approx(found["models"]["new"]["Precision@5"])
+    assert figure["trust"] == pytest.approx(1)
+    message = fails(
+        capsys,
+        *arguments,
+        "--human",
+        tmp_path / "first" / "labelled.tsv",
+        "--out",
+        tmp_path / "first",
+        "--force",
+    )
+    assert "which would be replaced" in message
+    assert (tmp_path / "first" / "labelled.tsv").read_text() == text
+
+
+def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_path, monkeypatch):
+    from tests.loopback import LoopbackJudge
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    common = [part for part in common if not str(part).startswith("file:")]
+    common[common.index("--judge") + 1 : common.index("--judge") + 1] = ["openai:tiny"]
+    arguments = [
+        *common,
+        "--prompt",
+        "query-keyword",
+        "--store",
+        tmp_path / "store.sqlite",
+        "--model",
+        f"new={models[1][0]}",
+    ]
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        plan = result(capsys, *arguments, "--price", "1,2", "--plan")
+        assert server.seen == []
+        result(capsys, *arguments, "--out", tmp_path / "report")
+        assert plan["to_ask"] == len(server.seen) > 100
+        assert plan["cost"] > 0
+        again = result(capsys, *arguments, "--plan")
+        assert (again["to_ask"], again["known"]) == (0, plan["to_ask"])
+        lists, base = (lists_of(tmp_path / "report", name) for name in ("new", "base"))
+        assert plan["pairs"] == {
+            "eval": len({(q, i) for of in (lists, base) for q, row in of.items() for i in row})
+        }
+    assert "--plan: there is nothing to ask" in fails(capsys, *common[:5], "--plan")
+    assert "--out is missing" in fails(capsys, *common[:5])
+
+
+def test_frontier_of_a_folder_of_models(common, models, capsys, tmp_path):
+    found = result(
+        capsys, *common, "--model", f"sweep={models[0]}", "--max-recall-drop", 1, "--out", tmp_path / "report"
+    )
+    frontier = found["frontier"]
+    assert [point["model"] for point in frontier["points"]] == ["base", "sweep-a", "sweep-b"]
+    assert (frontier["k"], frontier["points"][0]["novelty"]) == (5, 0)
+    gains = {name: of["RelevantNovel@5"] for name, of in found["models"].items()}
+    assert frontier["selected"] == max(gains, key=gains.get) != "base"
+    strict = result(
+        capsys, *common, "--model", f"sweep={models[0]}", "--max-recall-drop", 0, "--out", tmp_path / "strict"
+    )
+    floor = strict["models"]["base"]["Recall@5"]
+    inside = [name for name, of in strict["models"].items() if of["Recall@5"] >= floor and gains[name] > 0]
+    assert strict["frontier"]["selected"] in (inside or [None])
+    pairs = {pair["metric"]: pair for pair in found["pairs"]}
+    assert {(pair["first"], pair["second"]) for pair in found["pairs"]} == {("sweep-a", "sweep-b")}
+    for metric in ("RelevantNovel@5", "Recall@5", "MergedDensity"):
+        expected = found["models"]["sweep-a"][metric] - found["models"]["sweep-b"][metric]
+        assert pairs[metric]["difference"] == pytest.approx(expected)
+    code, out, _ = run(capsys, *common, "--model", f"sweep={models[0]}", "--out", tmp_path / "seen")
+    assert code == 0
+    assert "selected:" in out
+
+
+def test_tables_hold_the_figures_with_intervals_and_marks(common, models, capsys, tmp_path):
+    found = result(capsys, *common, "--model", f"a_1={models[1][0]}", "--out", tmp_path / "report")
+    with (tmp_path / "report" / "metrics.csv").open(newline="") as file:
+        rows = {(row["model"], row["metric"]): row for row in csv.DictReader(file)}
+    assert {key: float(row["value"]) for key, row in rows.items()} == {
+        (model, metric): value for model, of in found["models"].items() for metric, value in of.items()
+    }
+    row = rows["a_1", "Novelty@5"]
+    assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    assert (float(row["p_holm"]) < 0.01) == (row["mark"] == "**")
+    assert row["mark"] == "**"
+    figure = f"{found['models']['a_1']['Novelty@5']:.2f}"
+    markdown, latex = ((tmp_path / "report" / name).read_text() for name in ("table.md", "table.tex"))
+    assert f"{figure}\\*\\* [" in markdown
+    assert f"{figure}$^{{**}}$" in latex
+    assert r"a\_1 &" in latex
+    table = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len({line.count("&") for line in table}) == 1  # every row as wide as the head
+    assert len({line.count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
+
+
+def test_written_qrels_and_runs_give_the_same_figures_elsewhere(common, models, capsys, tmp_path):
+    found = result(capsys, *common, "--model", f"new={models[1][0]}", "--out", tmp_path / "report")
+    qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "report" / "qrels" / "feedback.trec")))
+    lists = list(ir_measures.read_trec_run(str(tmp_path / "report" / "runs" / "new.trec")))
+    measures = {"Recall@5": ir_measures.R @ 5, "nDCG@5": ir_measures.nDCG @ 5}
+    theirs = ir_measures.calc_aggregate(list(measures.values()), qrels, lists)
+    for name, measure in measures.items():
+        assert found["models"]["new"][name] == pytest.approx(theirs[measure], abs=1e-9)
+    judged = list(ir_measures.read_trec_qrels(str(tmp_path / "report" / "qrels" / "judged.trec")))
+    precision = ir_measures.calc_aggregate([ir_measures.P @ 5], judged, lists)[ir_measures.P @ 5]
+    assert found["models"]["new"]["Precision@5"] == pytest.approx(precision, abs=1e-9)
+
+
+def test_buckets_of_traffic_and_the_merge_budget(common, world, models, capsys, tmp_path):
+    queries = [line.split("\t")[0] for line in (world / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+    queries = sorted(set(queries))
+    frequency = {query: 100 if n == 0 else 20 if n < 6 else 7 for n, query in enumerate(queries)}
+    (tmp_path / "weights.tsv").write_text(
+        "query-id\tweight\n" + "".join(f"{q}\t{w}\n" for q, w in frequency.items())
+    )
+    found = result(
+        capsys, *common, "--model", f"new={models[1][0]}", "--weights", tmp_path / "weights.tsv",
+        "--merge-budget", 1, "--out", tmp_path / "report",
+    )  # fmt: skip
+    # Brute force over the written lists.
+    lists, base, truth = (
+        lists_of(tmp_path / "report", "new"),
+        lists_of(tmp_path / "report", "base"),
+        truth_of(world),
+    )
+    density, added = {}, {}
+    for query in queries:
+        new = [item for item in lists[query] if item not in base[query][:5]][:1]
+        added[query] = len(new)
+        density[query] = sum((query, item) in truth for item in base[query][:5] + new)
+    buckets = {bucket["name"]: bucket for bucket in found["buckets"]}
+    names = {100: "head", 20: "torso", 7: "tail"}
+    for weight, name in names.items():
+        inside = [query for query in queries if frequency[query] == weight]
+        figures = buckets[name]["models"]["new"]
+        assert buckets[name]["queries"] == len(inside)
+        assert figures["MergedDensity"] == pytest.approx(sum(density[q] for q in inside) / len(inside))
+        assert figures["MergedAdded"] == pytest.approx(sum(added[q] for q in inside) / len(inside))
+        assert figures["MergedCoverage"] == pytest.approx(sum(density[q] > 0 for q in inside) / len(inside))
+    total = sum(frequency.values())
+    weighted = sum(frequency[q] * density[q] for q in queries) / total
+    assert buckets["all by traffic"]["models"]["new"]["MergedDensity"] == pytest.approx(weighted)
+    assert buckets["head"]["models"]["base"]["MergedAdded"] == 0
+    assert found["models"]["new"]["MergedAdded"] == pytest.approx(sum(added.values()) / len(queries))
+
+
+def test_weights_lie_in_the_queries_file_too(common, world, capsys, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(world, data)
+    lines = (data / "queries.jsonl").read_text().splitlines()
+    (data / "queries.jsonl").write_text(
+        "".join(f'{line[:-1]}, "weight": {n}}}\n' for n, line in enumerate(lines))
+    )
+    arguments = [data if part == world else part for part in common]
+    found = result(capsys, *arguments, "--out", tmp_path / "report")
+    assert sum(bucket["queries"] for bucket in found["buckets"][:-1]) == 20
+
+
+def test_queries_of_one_frequency_stay_together():
+    import numpy as np
+
+    assert bucket_of(np.array([1.0, 3, 3, 1, 1, 1, 1, 0])).tolist() == [2, 0, 0, 2, 2, 2, 2, 2]
+    assert len(set(bucket_of(np.ones(9)).tolist())) == 1
+
+
+def test_its_own_config_runs_it_again(common, models, capsys, tmp_path):
+    found = result(capsys, *common, "--model", f"new={models[1][0]}", "--out", tmp_path / "first")
+    config = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert config["models"] == [f"new={models[1][0]}"] or tuple(config["models"]) == (f"new={models[1][0]}",)
+    again = result(
+        capsys, "eval", "--config", tmp_path / "first" / "config.yaml", "--out", tmp_path / "again"
+    )
+    assert again["models"] == found["models"]
+
+
+def test_cuts_beyond_the_deployed_depth_are_explained(common, models, capsys, tmp_path):
+    code, _, err = run(
+        capsys,
+        *common,
+        "--k",
+        "2,9",
+        "--model",
+        f"new={models[1][0]}",
+        "--out",
+        tmp_path / "report",
+        "--quiet",
+    )
+    message = " ".join(err.split())
+    assert code == 0
+    assert "--k 9 is more than --base-depth 5" in message
+    assert "base scores Novelty@9 4.00 against itself" in message
+    assert "--base-depth 9" in message
+    saved = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert len(saved["warnings"]) == 1
+    result(capsys, *common, "--out", tmp_path / "fine")
+    assert json.loads((tmp_path / "fine" / "metrics.json").read_text())["warnings"] == []
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    runs = {
+        "unknown": "q01 Q0 nothing 1 0.5 x\n",
+        "twice": "q01 Q0 i03 1 0.5 x\nq01 Q0 i03 2 0.4 x\n",
+        "nan": "q01 Q0 i03 1 nan x\n",
+        "words": "q01 Q0 i03 1 high x\n",
+        "short": "q01 i03 0.5\n",
+        "other": "another Q0 i03 1 0.5 x\n",
+    }
+    files = {name: write(tmp_path / f"{name}.trec", text) for name, text in runs.items()}
+    (world_without := tmp_path / "empty" / "qrels").mkdir(parents=True)
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        write(tmp_path / "empty" / name, (world / name).read_text())
+    write(world_without / "test.tsv", "query-id\tcorpus-id\tscore\nq01\ti01\t0\n")
+    pair = {name: write(tmp_path / f"{name}.tsv", text) for name, text in {
+        "negative": "q01\t-3\n", "nanweight": "id\tweight\nq01\tnan\n", "few": "q01\t3\n", "double": "q01\t3\nq01\t4\n",
+        "wide": "q01\t3\t4\n", "alien": "zz\ti01\t1\n", "elsewhere": "q01\ti01\t1\n",
+        "words": "q01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
+    }.items()}  # fmt: skip
+    without_judge = ["eval", "--data", world, "--index", index_folder, "--k", 5, "--base-depth", 5]
+    cases = {
+        "unknown.trec:1: item id 'nothing' is not in the catalog": [*common, "--run", f"x={files['unknown']}"],
+        "twice.trec:2: item 'i03' occurs twice": [*common, "--run", f"x={files['twice']}"],
+        "nan.trec:1: the score 'nan' is not a finite number": [*common, "--run", f"x={files['nan']}"],
+        "words.trec:1: the score 'high'": [*common, "--run", f"x={files['words']}"],
+        "short.trec:1: 3 columns, expected query Q0 item rank score name": [*common, "--run", f"x={files['short']}"],
+        "no line is about the split's queries": [*common, "--run", f"x={files['other']}"],
+        "--run /no/such: no such file": [*common, "--run", "x=/no/such"],
+        "is used twice": [*common, "--run", f"base={files['nan']}"],
+        "the name 'sweep-a' is given twice": [
+            *common, "--model", f"sweep-a={models[1][0]}", "--model", f"sweep={models[0]}"
+        ],
+        "no test pairs left": ["eval", "--data", tmp_path / "empty", "--index", index_folder, "--k", 5, "--base-depth", 5],
+        "alien.tsv: no line is about the split's 20 queries": [
+            *without_judge, "--judge", f"file:{pair['alien']}"
+        ],
+        "--human: corrects a judge's figures": [*without_judge, "--human", pair["alien"]],
+        "--human /no/such: no such file": [*common, "--human", "/no/such"],
+        "elsewhere.tsv: none of its pairs is in any list": [*common, "--human", pair["elsewhere"]],
+        "--weights /no/such: no such file": [*common, "--weights", "/no/such"],
+        "negative.tsv:1: the weight '-3' is not a number of at least 0": [*common, "--weights", pair["negative"]],
+        "nanweight.tsv:2: the weight 'nan\\n' is not": [*common, "--weights", pair["nanweight"]],
+        "few.tsv: no weight for query 'q03' (19 of 20 queries)": [*common, "--weights", pair["few"]],
+        "double.tsv:2: query 'q01' has a weight already": [*common, "--weights", pair["double"]],
+        "wide.tsv:1: 3 columns, expected query-id and weight": [*common, "--weights", pair["wide"]],
+        "--human-sample 0: must be at least 1": [*common, "--human-sample", 0],
+        "words.tsv:1: the score 'yes' is not a number": [*common, "--human", pair["words"]],
+        "wrongitem.tsv:1: item id 'i99' is not in the catalog": [*common, "--human", pair["wrongitem"]],
+        "--merge-budget 0: must be at least 1": [*common, "--merge-budget", 0],
+        "--max-recall-drop 2.0: expected a share": [*common, "--max-recall-drop", 2],
+    }  # fmt: skip
+    for message, arguments in cases.items():
+        said = fails(capsys, *arguments, *out)
+        assert message.replace("\\n", "") in said, (message, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_judge_that_saw_none_of_the_lists_is_reported(common, world, capsys, tmp_path):
+    write(tmp_path / "judge.tsv", "q01\ti01\t1\n")
+    judge = ["--judge", f"file:{tmp_path / 'judge.tsv'}", "--missing", "unknown"]
+    code, _, err = run(capsys, *common, *judge, "--out", tmp_path / "report", "--quiet")
+    assert code == 0
+    assert re.search(r"judged nothing in the lists of base", " ".join(err.split()))
+
+
+def test_a_run_that_returns_the_query_itself_is_not_credited(common, world, index_folder, capsys, tmp_path):
+    import shutil
+
+    from tests.conftest import write_jsonl
+
+    data = tmp_path / "data"
+    shutil.copytree(world, data)
+    items = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
+    texts = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    # Queries are items: query i01 must not find item i01.
+    write_jsonl(
+        data / "queries.jsonl",
+        [{"_id": item["_id"], "text": q["text"]} for item, q in zip(items, texts, strict=True)],
+    )
+    write_qrels(data / "qrels" / "test.tsv", [("i01", "i02", 1), ("i03", "i02", 1)])
+    write(tmp_path / "run.trec", "i01 Q0 i01 1 0.9 x\ni01 Q0 i02 2 0.8 x\n")
+    found = result(
+        capsys, "eval", "--data", data, "--index", index_folder, "--run", f"x={tmp_path / 'run.trec'}",
+        "--k", 1, "--base-depth", 1, "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert found["models"]["x"]["Recall@1"] == 0.5

@@ -1,0 +1,121 @@
+"""Prediction-powered inference on synthetic truth: coverage, and what it is worth."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from novelret.evaluate.human import _t_quantile, corrected_precision, corrected_relevant_novelty, is_uneven
+from novelret.label.table import make_table
+
+K, LONG = 10, 12
+
+
+def draw_world(rng, queries, *, miss, false, drawn):
+    """Lists whose true relevance depends on the query, an erring judge, and a human-labelled sample.
+
+    Places 4 to LONG are novel; people saw a random `drawn` of all pairs.
+    """
+    ease = rng.beta(1.5, 2.5, size=(queries, 1))
+    truth = rng.random((queries, LONG)) < ease
+    verdicts = np.where(truth, rng.random(truth.shape) >= miss, rng.random(truth.shape) < false).astype(
+        np.int8
+    )
+    rows = np.arange(queries * LONG).reshape(queries, LONG)
+    human = np.full(rows.shape, -1, dtype=np.int8)
+    chosen = rng.choice(rows.size, drawn, replace=False)
+    human.flat[chosen] = truth.flat[chosen]
+    return rows, rows[:, :4], verdicts, human, truth
+
+
+@pytest.mark.parametrize(("miss", "false"), [(0.1, 0.2), (0.5, 0.5), (0.0, 0.0)])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(miss, false):
+    rng = np.random.default_rng(0)
+    # The truth is that of the population the queries come from: E[ease] = 1.5 / 4.
+    held = np.zeros((400, 2), dtype=bool)
+    for trial in range(400):
+        rows, base, verdicts, human, _ = draw_world(rng, 150, miss=miss, false=false, drawn=300)
+        precision = corrected_precision(rows, verdicts, human, K)
+        relevant_novel = corrected_relevant_novelty(rows, base, verdicts, human, K)
+        held[trial] = [
+            precision.low <= 0.375 <= precision.high,
+            relevant_novel.low <= 0.375 * 6 <= relevant_novel.high,
+        ]
+    # The standard error of a share of 0.95 over 400 trials is 0.011.
+    assert np.abs(held.mean(axis=0) - 0.95).max() < 0.033
+
+
+def test_a_biased_judge_is_put_right_where_the_raw_figure_is_far_off():
+    rows, _, verdicts, human, truth = draw_world(
+        np.random.default_rng(1), 2_000, miss=0.1, false=0.3, drawn=1_500
+    )
+    raw = (verdicts[:, :K] == 1).mean()
+    found = corrected_precision(rows, verdicts, human, K)
+    true = truth[:, :K].mean()
+    assert raw > true + 0.1
+    assert found.low <= true <= found.high
+    assert found.high < raw
+
+
+def test_everything_labelled_by_people_is_their_own_mean():
+    rows, base, verdicts, _, truth = draw_world(np.random.default_rng(2), 200, miss=0.3, false=0.3, drawn=1)
+    human = truth.astype(np.int8)
+    found = corrected_relevant_novelty(rows, base, verdicts, human, K)
+    counts = truth[:, 4:K].sum(axis=1)
+    assert found.value == pytest.approx(counts.mean())
+    low, high = stats.t.interval(0.95, 199, counts.mean(), stats.sem(counts))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_is_never_longer_than_people_alone_would_give():
+    worlds = {}
+    for name, miss, false in (("good", 0.03, 0.03), ("useless", 0.5, 0.5)):
+        rows, _, verdicts, human, _ = draw_world(
+            np.random.default_rng(3), 1_000, miss=miss, false=false, drawn=300
+        )
+        found = corrected_precision(rows, verdicts, human, K)
+        alone = corrected_precision(rows, np.zeros_like(verdicts), human, K)
+        worlds[name] = (found.high - found.low) / (alone.high - alone.low), found.trust
+    assert worlds["good"][0] < 0.6
+    assert worlds["good"][1] > 0.8
+    assert worlds["useless"][0] == pytest.approx(1, abs=0.05)
+    assert worlds["useless"][1] < 0.2
+
+
+def test_short_lists_count_by_their_own_length_and_too_few_labels_give_nothing():
+    rows = np.array([[0, 1, 2, 3], [4, -1, -1, -1], [-1, -1, -1, -1]])
+    truth = np.array([[1, 0, 0, 0], [1, -1, -1, -1], [-1, -1, -1, -1]], dtype=np.int8)
+    rows, truth = np.tile(rows, (3, 1)), np.tile(truth, (3, 1))
+    found = corrected_precision(rows, np.zeros_like(truth), truth, 4)
+    assert found.value == pytest.approx((1 / 4 + 1) / 2)  # the third of each has no list
+    assert (found.pairs, found.queries) == (15, 6)
+    four = np.where(np.arange(9)[:, None] < 6, truth, -1)
+    assert corrected_precision(rows, truth, four, 4) is None
+
+
+def test_a_sample_without_errors_is_not_taken_for_certainty():
+    rows = np.arange(2_000).reshape(200, 10)
+    verdicts, human = np.zeros((2, 200, 10), dtype=np.int8)
+    human = np.where(np.arange(10) < 1, human, -1).astype(np.int8)  # 200 labels, all "not relevant"
+    found = corrected_precision(rows, verdicts, human, 10)
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx(stats.beta.ppf(0.95, 1, 200), abs=2e-4)  # the exact bound for 0 of 200
+
+
+@pytest.mark.parametrize("freedom", [5, 20, 300])
+def test_t_quantile_against_scipy(freedom):
+    assert _t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
+def test_a_sample_of_other_lists_is_noticed():
+    rng = np.random.default_rng(4)
+    rows, base, _, human, _ = draw_world(rng, 500, miss=0, false=0, drawn=400)
+
+    def table(human):
+        queries, places = np.nonzero(human >= 0)
+        return make_table(queries, rows[queries, places], human[queries, places], rows.size)
+
+    assert not is_uneven(rows, base, table(human))
+    only_base = np.where(np.arange(LONG) < 4, human, -1)
+    assert is_uneven(rows, base, table(only_base))
+    only_novel = np.where(np.arange(LONG) < 4, -1, human)
+    assert is_uneven(rows, base, table(only_novel))
