@@ -93,6 +93,18 @@ def write_catalog(data: str, path: Path, advance: Callable[[int], None]) -> None
     temporary.replace(path)
 
 
+def reorder_catalog(path: Path, rows: np.ndarray) -> None:
+    """Put a catalog file into another order: its new row n is its old row rows[n]."""
+    catalog = open_catalog(path)
+    temporary = path.with_suffix(".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for start in range(0, len(rows), _BATCH):
+            some = rows[start : start + _BATCH]
+            batch = pa.record_batch([catalog.ids_at(some), catalog.texts_at(some)], schema=_SCHEMA)
+            writer.write_batch(batch)
+    temporary.replace(path)
+
+
 def id_ranks(catalog: Catalog) -> np.ndarray:
     """Rank of each item's id in ascending order (int32, or int64 from 2³¹ items): the tie rule's key."""
     order = pc.sort_indices(catalog.ids).to_numpy()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -140,7 +141,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(
             f"{path}:{number}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file with iconv"
         ) from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path}: the gzip data breaks off after line {number} ({error}); fetch it again"
         ) from None
