@@ -1,7 +1,7 @@
-"""`openai:MODEL` as a query encoder: an OpenAI-compatible embedding endpoint behind a sentence-transformers module.
+"""`openai:MODEL` as a query encoder: an embedding endpoint behind a sentence-transformers module.
 
-What such an encoder embeds can be learned from but not changed, so only an adapter behind it is trained. Every
-embedding that was paid for lies in one SQLite file per user and is never asked for again.
+Its weights are out of reach, so only an adapter behind it is trained. Every embedding that was paid for lies
+in one SQLite file per user and is never asked for again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCHEMA = (
 )
 
 
-class ApiEmbedding(InputModule):  # type: ignore[misc]
+class ApiEmbedding(InputModule):
     """The first module of a SentenceTransformer whose embeddings come from an endpoint, without gradient.
 
     Attributes:
@@ -109,12 +109,8 @@ def embed_texts(texts: Sequence[str], model: str, dimensions: int | None, expect
             found.update(zip(asked, embeddings, strict=True))
     finally:
         cache.close()
-    lengths = {len(embedding) for embedding in found.values()}
-    if len(lengths | ({expected} if expected else set())) > 1:
-        raise UserError(
-            f"{PREFIX}{model}: gives {max(lengths - {expected})} dimensions, expected {expected or min(lengths)}; "
-            "the endpoint serves another model than the one the index was made with"
-        )
+    for embedding in found.values():
+        _check_length(len(embedding), expected or len(found[keys[0]]), model)
     return np.stack([found[key] for key in keys]) if keys else np.empty((0, expected or 0), dtype=np.float32)
 
 
@@ -181,14 +177,19 @@ def _request(
         raise UserError(f"{PREFIX}{model}: malformed answer ({' '.join(str(error).split())[:200]})") from None
     if [entry.index for entry in ordered] != list(range(len(texts))) or embeddings.ndim != 2:
         raise UserError(f"{PREFIX}{model}: {len(texts)} texts were sent, {len(rows)} embeddings came back")
-    if expected is not None and embeddings.shape[1] != expected:
-        raise UserError(
-            f"{PREFIX}{model}: gives {embeddings.shape[1]} dimensions, expected {expected}; "
-            "the endpoint serves another model than the one the index was made with"
-        )
+    if expected is not None:
+        _check_length(embeddings.shape[1], expected, model)
     if not np.isfinite(embeddings).all():
         raise UserError(f"{PREFIX}{model}: an embedding holds values that are not finite")
     return embeddings
+
+
+def _check_length(found: int, expected: int, model: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{PREFIX}{model}: gives {found} dimensions, expected {expected}; the endpoint serves another "
+            "model than the one the index was made with"
+        )
 
 
 def cache_path() -> Path:

@@ -66,7 +66,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def is_api(model: SentenceTransformer) -> bool:
-    """Whether the embeddings come from an embedding API, so that nothing in front of an adapter can be trained."""
+    """Whether the embeddings come from an embedding API, whose weights cannot be trained."""
     return any(isinstance(module, ApiEmbedding) for module in model)
 
 

@@ -303,8 +303,9 @@ def _copy_embeddings(
     """Copy imported embeddings into the index, checked row by row."""
     if source.lossy:
         report.warn(
-            f"{source.name}: {source.lossy}, so item embeddings are reconstructions: training and exact scores "
-            "work on approximations of what was indexed. Pass the original vectors by --embeddings if you have them"
+            f"{source.name}: {source.lossy}, so item embeddings are reconstructions: training and exact "
+            "scores work on approximations of what was indexed. Pass the original vectors by --embeddings if "
+            "you have them"
         )
 
     def copied(start: int, stop: int) -> np.ndarray:
@@ -387,7 +388,8 @@ def _build_faiss(factory: str, search_params: str | None, folder: Path, report: 
             advance(len(block))
     if search_params:
         try:
-            faiss.ParameterSpace().set_index_parameters(index, search_params)
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, search_params)
         except RuntimeError:
             raise UserError(
                 f"--search-params {search_params}: faiss does not take them for {factory}; for instance "
@@ -397,12 +399,12 @@ def _build_faiss(factory: str, search_params: str | None, folder: Path, report: 
 
 
 def _copy_faiss(source: Source, folder: Path) -> None:
-    """Keep the deployed index as it is; out of an IDMap, whose ids the catalog now has, comes the inner one."""
+    """Keep the deployed index as it is; of an IDMap, whose ids the catalog now has, the inner one."""
     if source.ids is None:
         shutil.copyfile(source.files[0], folder / "items.faiss")
         return
     # Read anew without a memory map: what is mapped would be written as a reference to the file.
-    whole = faiss.read_index(str(source.files[0]))
+    whole: Any = faiss.read_index(str(source.files[0]))
     faiss.write_index(whole.index, str(folder / "items.faiss"))
 
 
