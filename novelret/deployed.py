@@ -64,41 +64,56 @@ def open_embeddings(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
-        return _of_matrix(path, _open_matrix(path))
+        matrix = _open_matrix(path)
+        return Source(str(path), (path,), matrix.rows, matrix.dimension, matrix.read)
     shards = sorted((p for p in path.iterdir() if p.suffix in (".npy", ".fbin")), key=_natural)
     if not shards:
         raise UserError(f"{path}: holds no .npy or .fbin files")
     matrices = [_open_matrix(shard) for shard in shards]
     for shard, matrix in zip(shards, matrices, strict=True):
-        if matrix.shape[1] != matrices[0].shape[1]:
+        if matrix.dimension != matrices[0].dimension:
             raise UserError(
-                f"{shard}: {matrix.shape[1]} dimensions, but {shards[0]} has {matrices[0].shape[1]}"
+                f"{shard}: {matrix.dimension} dimensions, but {shards[0]} has {matrices[0].dimension}"
             )
-    ends = np.cumsum([len(matrix) for matrix in matrices])
+    ends = np.cumsum([matrix.rows for matrix in matrices])
 
     def read(start: int, stop: int) -> np.ndarray:
         parts = []
         for number in range(int(np.searchsorted(ends, start, side="right")), len(matrices)):
-            first = int(ends[number]) - len(matrices[number])
+            first = int(ends[number]) - matrices[number].rows
             if first >= stop:
                 break
-            parts.append(matrices[number][max(start - first, 0) : stop - first])
+            parts.append(
+                matrices[number].read(max(start - first, 0), min(stop - first, matrices[number].rows))
+            )
         return np.concatenate(parts)
 
-    return Source(str(path), tuple(shards), int(ends[-1]), matrices[0].shape[1], read)
+    return Source(str(path), tuple(shards), int(ends[-1]), matrices[0].dimension, read)
 
 
-def _of_matrix(path: Path, matrix: np.ndarray) -> Source:
-    return Source(str(path), (path,), len(matrix), matrix.shape[1], lambda start, stop: matrix[start:stop])
+@dataclass(frozen=True)
+class _Matrix:
+    """Where a file's matrix lies; mapped anew for each read, so that pages read before are given back."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    rows: int
+    dimension: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        row = self.dimension * self.dtype.itemsize
+        shape = (stop - start, self.dimension)
+        return np.array(np.memmap(self.path, self.dtype, "r", self.offset + start * row, shape))
 
 
-def _open_matrix(path: Path) -> np.ndarray:
+def _open_matrix(path: Path) -> _Matrix:
     if path.suffix == ".fbin":
         return _open_fbin(path)
     if path.suffix != ".npy":
         raise UserError(f"{path}: expected .npy, .fbin, or a folder of such files")
     try:
-        matrix: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        matrix: np.memmap = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(
             f"{path}: not readable as .npy ({' '.join(str(error).split())}); write it again"
@@ -107,10 +122,12 @@ def _open_matrix(path: Path) -> np.ndarray:
         raise UserError(
             f"{path}: holds {matrix.dtype} of shape {matrix.shape}, expected floats, one row per item"
         )
-    return matrix
+    if not matrix.flags.c_contiguous:
+        raise UserError(f"{path}: is stored column by column; save it again with np.ascontiguousarray")
+    return _Matrix(path, matrix.dtype, matrix.offset, *matrix.shape)
 
 
-def _open_fbin(path: Path) -> np.ndarray:
+def _open_fbin(path: Path) -> _Matrix:
     """Two little-endian int32, rows and dimensions, then float32."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=2)
@@ -122,7 +139,7 @@ def _open_fbin(path: Path) -> np.ndarray:
             f"{path}: its header says {rows} x {dimension} float32, {8 + 4 * rows * dimension} bytes, but "
             f" the file has {size}; it is cut off or holds other numbers"
         )
-    return np.memmap(path, dtype="<f4", mode="r", offset=8, shape=(rows, dimension))
+    return _Matrix(path, np.dtype("<f4"), 8, rows, dimension)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

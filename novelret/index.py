@@ -350,16 +350,18 @@ def _fill_matrix(
         # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    else:
-        matrix = np.lib.format.open_memmap(path, "r+")
+        del matrix
     if 0 < done < shape[0]:
         report.note(f"going on at item {done:,} of {shape[0]:,}")
     with report.bar(what, shape[0]) as advance:
         advance(done)
         for start in range(done, shape[0], chunk):
             stop = min(start + chunk, shape[0])
+            # Mapped anew each time, so that pages written before do not count as the process's memory.
+            matrix = np.lib.format.open_memmap(path, "r+")
             matrix[start:stop] = make(start, stop)
             matrix.flush()
+            del matrix
             fsync_file(path)
             write_json(progress, {"rows": stop})
             advance(stop - start)

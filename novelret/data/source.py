@@ -77,6 +77,16 @@ def read_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
     yield from read_qrels_file(_qrels_file(data, split))
 
 
+def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
+    """Rows of excluded/SPLIT.tsv: items left out of a query's rankings, like products seen before.
+
+    Its columns are those of qrels; without such a file nothing is left out.
+    """
+    path = find_file(Path(data) / "excluded", split, (".tsv",)) if is_folder(data) else None
+    if path is not None:
+        yield from read_qrels_file(path)
+
+
 def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 
