@@ -272,7 +272,7 @@ def ids_of(source: Source, path: Path | None) -> tuple[pa.ChunkedArray, str]:
             raise UserError(f"{source.name}: --ids says which item each row is; give one id per line")
         labels = np.arange(source.rows) if source.ids is None else source.ids
         strings = pc.cast(pa.array(labels), pa.large_string())
-        return pa.chunked_array([strings]), source.name
+        return pa.chunked_array([strings]), f"the labels of {source.name} (no --ids given)"
     lines = read_ids(path)
     if source.ids is None:
         if len(lines) != source.rows:
@@ -297,9 +297,9 @@ def rows_in_order(catalog: Catalog, ids: pa.ChunkedArray, named_in: str, data: s
     if _same_order(catalog.ids, ids):
         return None
     ours, theirs = pc.sort_indices(catalog.ids), pc.sort_indices(ids)
+    _check_distinct(ids, theirs, named_in)
     for start in range(0, max(len(ours), len(theirs)), _IDS_AT_ONCE):
-        # One id of overlap, so that a repeated id is seen beside its first occurrence.
-        stretch = slice(max(start - 1, 0), start + _IDS_AT_ONCE)
+        stretch = slice(start, start + _IDS_AT_ONCE)
         mine = catalog.ids.take(ours[stretch]).to_pylist()
         given = ids.take(theirs[stretch]).to_pylist()
         if mine != given:
@@ -313,15 +313,24 @@ def _same_order(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> bool:
     return len(ours) == len(theirs) and bool(ours.equals(theirs))
 
 
+def _check_distinct(ids: pa.ChunkedArray, order: pa.Array, named_in: str) -> None:
+    for start in range(0, len(order), _IDS_AT_ONCE):
+        # One id of overlap, so that a repeated id is seen beside its first occurrence.
+        found = ids.take(order[start : start + _IDS_AT_ONCE + 1]).combine_chunks()
+        repeats = pc.filter(found[1:], pc.equal(found[1:], found[:-1]))
+        if len(repeats):
+            raise UserError(
+                f"{named_in}: the id {repeats[0].as_py()!r} repeats; every item has one embedding"
+            )
+
+
 def _raise_first_difference(ours: list[str], theirs: list[str], named_in: str, data: str) -> None:
-    """Name the first id on which two sorted stretches differ; the corpus's own ids are distinct."""
+    """Name the first id on which two sorted stretches of distinct ids differ."""
     place = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if place is None:
         place = min(len(ours), len(theirs))
     our_id = ours[place] if place < len(ours) else None
     their_id = theirs[place] if place < len(theirs) else None
-    if their_id is not None and place and theirs[place - 1] == their_id:
-        raise UserError(f"{named_in}: the id {their_id!r} repeats; every item has one embedding")
     if their_id is None or (our_id is not None and our_id < their_id):
         raise UserError(
             f"{data}: item {our_id!r} has no embedding in {named_in}; drop it from the corpus or embed it"

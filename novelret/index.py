@@ -27,6 +27,7 @@ from novelret import encode
 from novelret.artifacts import (
     Manifest,
     check_output,
+    fingerprint_file,
     fingerprint_of,
     fsync_file,
     open_output,
@@ -177,6 +178,8 @@ def build_index(
     check_output(out, force=force)
     corpus = fingerprint_part(config.data, "corpus")
     device = encode.pick_device(config.device)
+    if config.ids and not Path(config.ids).is_file():
+        raise UserError(f"{config.ids}: no such file")
     source = _open_source(config)
     query_model = encode.load_encoder(config.query_model or config.model, device)
     items_model = encode.load_encoder(config.model, device) if config.query_model else query_model
@@ -189,8 +192,12 @@ def build_index(
     settings = {**inputs, "dtype": config.dtype, "factory": config.factory}
     if config.search_params:
         settings["search_params"] = config.search_params
+    if config.ids:
+        settings["ids"] = fingerprint_file(Path(config.ids))
     identity = fingerprint_of(settings)
-    with open_output(out, identity, force=force, settings=settings) as folder:
+    # Hours of encoding are not dropped without being asked; a copy is simply begun anew.
+    dear = None if source else settings
+    with open_output(out, identity, force=force, settings=dear) as folder:
         _prepare_catalog(config, source, folder, report)
         catalog = open_catalog(folder / "items.arrow")
         if source:
