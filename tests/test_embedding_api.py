@@ -173,6 +173,27 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
     # Nothing that was written holds the key.
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"sk-secret" not in path.read_bytes(), path
+    # Whoever serves the API's embeddings elsewhere needs the matrix alone.
+    assert (
+        main(
+            [
+                "export",
+                "--model",
+                str(tmp_path / "model"),
+                "--format",
+                "npz",
+                "--out",
+                str(tmp_path / "a.npz"),
+            ]
+        )
+        == 0
+    )
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.allclose(base @ file["matrix"], moved, atol=1e-5)
+    capsys.readouterr()
+    assert "ONNX takes transformers" in fails(
+        capsys, "export", "--model", tmp_path / "model", "--format", "onnx", "--out", tmp_path / "onnx"
+    )
     line = fails(capsys, *train, "--tune", "full", "--out", tmp_path / "full")
     assert "--tune full: the query encoder is an embedding API; use --tune adapter" in line
 
