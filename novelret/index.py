@@ -437,9 +437,10 @@ def _measure_recall(
     recall = round(float(np.mean(hits)) / k, 4)
     what = config.faiss or config.factory
     said = f"{what}: finds {recall:.1%} of the exact top {k} ({len(queries)} queries)"
-    report.note(said)
     if recall < _LOW_RECALL:
         report.warn(f"{said}; novelty will count what the deployed lists miss. Raise nprobe or efSearch")
+    else:
+        report.note(said)
     return {"k": k, "recall": recall, "queries": len(queries)}
 
 

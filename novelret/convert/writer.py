@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,14 +149,14 @@ def open_writer(
     inputs = {str(path): f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in files}
     identity = fingerprint_of(source, settings, inputs)
     with open_output(out, identity, force=force) as folder:
-        with contextlib.ExitStack() as stack:
-            writer = Writer(folder, splits, stack)
-            yield writer
-        if writer.items == 0 or writer.queries == 0:
-            raise UserError(
-                f"{files[0] if files else source}: nothing is left to write ({writer.items} items, "
-                f"{writer.queries} queries; dropped: {dict(writer.dropped) or 'nothing'})"
-            )
+        try:
+            with contextlib.ExitStack() as stack:
+                writer = Writer(folder, splits, stack)
+                yield writer
+            _check_not_empty(writer, files[0] if files else source)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # a stream cannot be taken up in its middle
+            raise
         facts = {
             "items": writer.items,
             "queries": writer.queries,
@@ -164,6 +165,14 @@ def open_writer(
         }
         config = {"source": source, **{key: str(value) for key, value in settings.items()}}
         write_manifest(folder, Manifest("data", config, inputs, identity, facts))
+
+
+def _check_not_empty(writer: Writer, source: Path | str) -> None:
+    if writer.items == 0 or writer.queries == 0:
+        raise UserError(
+            f"{source}: nothing is left to write ({writer.items} items, {writer.queries} queries; dropped: "
+            f"{dict(writer.dropped) or 'nothing'})"
+        )
 
 
 def converted(out: Path, writer: Writer) -> Converted:
