@@ -47,6 +47,7 @@ class Catalog:
             found = np.flatnonzero(position >= 0)
             row_of_unique[position[found]] = found + start
             start += len(chunk)
+        pa.default_memory_pool().release_unused()  # the hash tables of each pass, else kept for the next
         return row_of_unique[pc.index_in(wanted, value_set=unique).to_numpy(zero_copy_only=False)]
 
     def ids_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
