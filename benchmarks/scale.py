@@ -4,8 +4,8 @@
 
 Items are three words each out of 20,000, embedded as the sum of the words' random vectors plus noise, in
 float16 shards on disk; queries are two words. Items that share an even-numbered word with the query are
-called relevant, and even words have something in common that an adapter can learn. Every stage is a command of
-its own whose resident memory is sampled: "anonymous" is what it allocated, "resident" adds the pages of
+called relevant, and even words have something in common that an adapter can learn. Every stage is a command
+of its own whose resident memory is sampled: "anonymous" is what it allocated, "resident" adds the pages of
 memory-mapped files, which the system takes back when it needs them. A stage that is done is not repeated,
 and one that was killed goes on where it was.
 """
@@ -111,9 +111,9 @@ def run_stage(name: str, made: Path, command: list[str]) -> dict[str, object]:
             status = Path(f"/proc/{process.pid}/status").read_text()
         except OSError:
             break
-        figures = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
-        anonymous = max(anonymous, int(figures.get("RssAnon", 0)))
-        resident = max(resident, sum(int(value) for value in figures.values()))
+        rss = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line[:3] == "Rss"}
+        anonymous = max(anonymous, rss.get("RssAnon", 0))
+        resident = max(resident, sum(rss.values()))
         time.sleep(0.2)
     if process.wait() != 0:
         sys.exit(f"{name}: exit code {process.returncode}; the same command goes on from there")
@@ -163,7 +163,9 @@ def main() -> None:
             "--steps", str(given.steps), "--eval-every", str(max(1, given.steps // 4)),
             "--validation-fraction", "0.02", "--log-every", "20",
         ]),
-        ("eval", "report", [*novelret, "eval", *common, *judged, "--model", f"new={out / 'model'}", "--k", "10,50"]),
+        ("eval", "report", [
+            *novelret, "eval", *common, *judged, "--model", f"new={out / 'model'}", "--k", "10,50",
+        ]),
     ]  # fmt: skip
     figures = out / "figures.jsonl"
     for name, made, command in stages:
