@@ -120,8 +120,8 @@ def run_stage(name: str, made: Path, command: list[str]) -> dict[str, object]:
     return {
         "stage": name,
         "seconds": round(time.perf_counter() - began, 1),
-        "anonymous_gb": round(anonymous / 1e6, 2),
-        "resident_gb": round(resident / 1e6, 2),
+        "anonymous_gib": round(anonymous / 2**20, 2),
+        "resident_gib": round(resident / 2**20, 2),
     }
 
 
@@ -174,10 +174,10 @@ def main() -> None:
         if figure["seconds"] is not None:
             with figures.open("a") as file:
                 file.write(json.dumps({"items": given.items, "queries": given.queries, **figure}) + "\n")
-    print("| stage | seconds | anonymous GB | resident GB |\n| --- | --- | --- | --- |")
+    print("| stage | seconds | anonymous GiB | resident GiB |\n| --- | --- | --- | --- |")
     for line in figures.read_text().splitlines():
         row = json.loads(line)
-        print(f"| {row['stage']} | {row['seconds']} | {row['anonymous_gb']} | {row['resident_gb']} |")
+        print(f"| {row['stage']} | {row['seconds']} | {row['anonymous_gib']} | {row['resident_gib']} |")
 
 
 if __name__ == "__main__":
