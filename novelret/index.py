@@ -294,6 +294,12 @@ def _check_same_space(
 def _encode_catalog(
     model: SentenceTransformer, catalog: Catalog, config: IndexConfig, folder: Path, report: Reporter
 ) -> None:
+    if encode.is_api(model):
+        report.note(
+            f"{len(catalog):,} items will be embedded by {config.model}, which bills them; "
+            "--embeddings takes vectors that exist already"
+        )
+
     def encoded(start: int, stop: int) -> np.ndarray:
         texts = catalog.texts_at(range(start, stop))
         embeddings = encode.encode_items(model, texts, config.batch_size)
