@@ -70,6 +70,11 @@ def append_items(
         raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
     check_output(out, force=force)
     old = open_index(config.append)
+    if "imported" in old.manifest.facts:
+        raise UserError(
+            f"--append {config.append}: its embeddings were imported, so novelret does not know the item "
+            "encoder; index the grown catalog from its own --embeddings or --faiss"
+        )
     inputs = {**old.manifest.inputs, "corpus": fingerprint_part(config.data, "corpus")}
     inputs["appended_to"] = old.manifest.fingerprint
     identity = fingerprint_of(inputs)

@@ -11,7 +11,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers.utils.logging import disable_progress_bar
 
-from novelret.artifacts import fingerprint_of
+from novelret.artifacts import fingerprint_of, read_json
+from novelret.embedding_api import PREFIX, ApiEmbedding, make_module
 from novelret.errors import UserError
 
 # Their bars and retries would mix with ours; what matters comes back as an exception.
@@ -34,21 +35,39 @@ def pick_device(device: str) -> str:
 
 
 def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
-    """Load a sentence-transformers model from a folder or by its hub id.
+    """Load a sentence-transformers model from a folder or by its hub id, or make one for `openai:MODEL`.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or the embedding API refuses.
     """
+    if str(path).startswith(PREFIX):
+        return SentenceTransformer(modules=[make_module(str(path))], device=device)
     is_path = Path(path).exists() or str(path).startswith((".", "/", "~"))
     if is_path and not Path(path).is_dir():
         raise UserError(f"{path}: no such model folder")
     if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: holds no sentence-transformers model (no modules.json)")
     try:
-        return SentenceTransformer(str(path), device=device)
+        return SentenceTransformer(str(path), device=device, trust_remote_code=_is_ours(Path(path)))
+    except UserError:
+        raise
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: the model cannot be read ({reason})") from None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the only modules outside sentence-transformers are novelret's own, which may then be loaded."""
+    if not (folder / "modules.json").is_file():
+        return False
+    types = {str(module.get("type")) for module in read_json(folder / "modules.json")}
+    others = {name for name in types if not name.startswith("sentence_transformers.")}
+    return others == {f"{ApiEmbedding.__module__}.{ApiEmbedding.__name__}"}
+
+
+def is_api(model: SentenceTransformer) -> bool:
+    """Whether the embeddings come from an embedding API, whose weights cannot be trained."""
+    return any(isinstance(module, ApiEmbedding) for module in model)
 
 
 def fingerprint_encoder(model: SentenceTransformer) -> str:
@@ -77,6 +96,8 @@ def is_normalized(model: SentenceTransformer) -> bool:
 
 def encode_items(model: SentenceTransformer, texts: list[str], batch_size: int) -> np.ndarray:
     """Item embeddings, (n, d) float32, with the model's document prompt."""
+    if is_api(model):
+        batch_size = max(1, len(texts))  # its requests have their own size, and several are under way at once
     embeddings: np.ndarray = model.encode_document(
         texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
     )
@@ -85,6 +106,8 @@ def encode_items(model: SentenceTransformer, texts: list[str], batch_size: int) 
 
 def encode_queries(model: SentenceTransformer, texts: list[str], batch_size: int = 128) -> np.ndarray:
     """Query embeddings, (n, d) float32, with the model's query prompt."""
+    if is_api(model):
+        batch_size = max(1, len(texts))  # its requests have their own size, and several are under way at once
     embeddings: np.ndarray = model.encode_query(
         texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
     )

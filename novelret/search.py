@@ -17,7 +17,7 @@ import torch
 DECIMALS = 6
 _SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once
 _QUERY_CHUNK = 32_768
-_BLOCK_BYTES = 256 << 20
+_BLOCK_BYTES = 128 << 20
 
 
 def nothing(_: int) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from novelret.cli import compare, demo, index, label, search, train
+from novelret.cli import compare, convert, demo, export, index, label, recipe, search, train
 from novelret.cli import eval as eval_command
 from novelret.cli.options import error_console, is_first_process
 from novelret.errors import UserError
@@ -48,6 +48,9 @@ app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval_command.EXAMPLES)(eval_command.evaluate)
 app.command("search", epilog=search.EXAMPLES)(search.search)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("export", epilog=export.EXAMPLES)(export.export)
+app.add_typer(recipe.app, name="recipe", epilog=recipe.EXAMPLES)
+app.add_typer(convert.app, name="convert", epilog=convert.EXAMPLES)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 

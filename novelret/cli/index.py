@@ -28,6 +28,14 @@ EXAMPLES = """
   novelret index --data my-grown-data --append runs/index --out runs/index-new
 
   novelret index --data my-data --model ./items --query-model ./queries --dtype float16 --out runs/index
+
+  novelret index --data my-data --embeddings items.npy --ids ids.txt --model ./queries --out runs/index
+
+  novelret index --data my-data --faiss deployed.faiss --ids ids.txt --model openai:text-embedding-3-small
+      --out runs/index
+
+  novelret index --data my-data --model ./encoder --factory IVF1024,Flat --search-params nprobe=16
+      --out runs/index
 """
 
 
@@ -35,7 +43,8 @@ def index(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="The INDEX folder to make.")],
     model: Annotated[
-        str | None, typer.Option(help="The deployed encoder: a folder or a hub id; not with --append.")
+        str | None,
+        typer.Option(help="The deployed encoder: a folder, a hub id or openai:MODEL; not with --append."),
     ] = None,
     append: Annotated[
         Path | None,
@@ -44,8 +53,19 @@ def index(
     query_model: Annotated[
         str | None, typer.Option(help="The deployed query encoder, where it is another model.")
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Item embeddings that exist: .npy or .fbin, or a folder of such shards."),
+    ] = None,
+    ids: Annotated[Path | None, typer.Option(help="Their item ids, one per line.")] = None,
+    faiss: Annotated[
+        Path | None, typer.Option(help="The deployed faiss index: its vectors are taken, it is searched.")
+    ] = None,
     factory: Annotated[
         str | None, typer.Option(help="faiss index factory string. (default: Flat, which is exact)")
+    ] = None,
+    search_params: Annotated[
+        str | None, typer.Option(help="faiss search parameters for --factory, like nprobe=16.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="How embeddings are stored: float32 or float16. (default: float32)")
@@ -61,7 +81,16 @@ def index(
     if append is not None:
         from novelret.append import AppendConfig, append_items
 
-        fixed = {"--model": model, "--query-model": query_model, "--factory": factory, "--dtype": dtype}
+        fixed = {
+            "--model": model,
+            "--query-model": query_model,
+            "--embeddings": embeddings,
+            "--ids": ids,
+            "--faiss": faiss,
+            "--factory": factory,
+            "--search-params": search_params,
+            "--dtype": dtype,
+        }
         given = [flag for flag, value in fixed.items() if value is not None]
         if given:
             raise UserError(
@@ -76,7 +105,17 @@ def index(
         if model is None:
             raise UserError("--model is missing: the deployed encoder (or --append INDEX for new items)")
         settings = IndexConfig(
-            data, model, query_model, factory or "Flat", dtype or "float32", batch_size, device
+            data,
+            model,
+            query_model,
+            factory or "Flat",
+            dtype or "float32",
+            batch_size,
+            device,
+            embeddings=str(embeddings) if embeddings else None,
+            ids=str(ids) if ids else None,
+            faiss=str(faiss) if faiss else None,
+            search_params=search_params,
         )
         made = build_index(settings, out, force=force, report=reporter(quiet))
     result = {"index": str(out), "fingerprint": made.manifest.fingerprint, **made.manifest.facts}
@@ -84,5 +123,8 @@ def index(
     def render(console: Console) -> None:
         size = f"{len(made):,} items x {made.dimension} dimensions ({made.embeddings.dtype.name})"
         console.print(f"[bold]{out}[/]: {size}")
+        if "recall" in made.manifest.facts:
+            found = made.manifest.facts["recall"]
+            console.print(f"faiss finds {found['recall']:.1%} of the exact top {found['k']}")
 
     show_result(result, as_json=as_json, render=render)

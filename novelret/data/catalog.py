@@ -47,6 +47,7 @@ class Catalog:
             found = np.flatnonzero(position >= 0)
             row_of_unique[position[found]] = found + start
             start += len(chunk)
+        pa.default_memory_pool().release_unused()  # the hash tables of each pass, else kept for the next
         return row_of_unique[pc.index_in(wanted, value_set=unique).to_numpy(zero_copy_only=False)]
 
     def ids_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
@@ -90,6 +91,18 @@ def write_catalog(data: str, path: Path, advance: Callable[[int], None]) -> None
     if not hashes:
         raise UserError(f"{data}: the corpus holds no items")
     _check_unique(data, np.concatenate(hashes))
+    temporary.replace(path)
+
+
+def reorder_catalog(path: Path, rows: np.ndarray) -> None:
+    """Put a catalog file into another order: its new row n is its old row rows[n]."""
+    catalog = open_catalog(path)
+    temporary = path.with_suffix(".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for start in range(0, len(rows), _BATCH):
+            some = rows[start : start + _BATCH]
+            batch = pa.record_batch([catalog.ids_at(some), catalog.texts_at(some)], schema=SCHEMA)
+            writer.write_batch(batch)
     temporary.replace(path)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,6 +77,16 @@ def read_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
     yield from read_qrels_file(_qrels_file(data, split))
 
 
+def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
+    """Rows of excluded/SPLIT.tsv: items left out of a query's rankings, like products seen before.
+
+    Its columns are those of qrels; without such a file nothing is left out.
+    """
+    path = find_file(Path(data) / "excluded", split, (".tsv",)) if is_folder(data) else None
+    if path is not None:
+        yield from read_qrels_file(path)
+
+
 def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 
@@ -140,7 +151,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(
             f"{path}:{number}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file with iconv"
         ) from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path}: the gzip data breaks off after line {number} ({error}); fetch it again"
         ) from None

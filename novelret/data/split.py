@@ -9,7 +9,7 @@ import numpy as np
 
 from novelret.artifacts import fingerprint_of, fingerprint_strings
 from novelret.data.catalog import Catalog, read_id
-from novelret.data.source import read_part, read_qrels
+from novelret.data.source import read_excluded, read_part, read_qrels
 from novelret.errors import UserError
 
 
@@ -116,8 +116,28 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
         list(texts.values()),
         np.array([row_of[q] for q in queries], dtype=np.int64),
         item_rows,
-        own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids),
+        np.concatenate(
+            [
+                own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids),
+                _excluded_rows(data, split, row_of, catalog),
+            ],
+            axis=1,
+        ),
     )
+
+
+def _excluded_rows(data: str, split: str, row_of: dict[str, int], catalog: Catalog) -> np.ndarray:
+    """(Q, E) catalog rows that excluded/SPLIT.tsv leaves out of each query's rankings, −1 padded."""
+    found = [(row_of[query], item) for _, query, item, _ in read_excluded(data, split) if query in row_of]
+    queries = np.array([query for query, _ in found], dtype=np.int64)
+    rows = catalog.rows_of([item for _, item in found]) if found else queries
+    queries, rows = queries[rows >= 0], rows[rows >= 0]
+    order = np.argsort(queries, kind="stable")
+    counts = np.bincount(queries, minlength=len(row_of))
+    column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    excluded = np.full((len(row_of), counts.max(initial=0)), -1, dtype=np.int64)
+    excluded[queries[order], column] = rows[order]
+    return excluded
 
 
 def own_rows(query_ids: list[str], catalog: Catalog, *, ignore_identical_ids: bool) -> np.ndarray:

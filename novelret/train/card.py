@@ -21,7 +21,7 @@ already return. Item embeddings are those of the deployed model, unchanged: this
 against the index it was trained with.
 
     from sentence_transformers import SentenceTransformer
-    query_encoder = SentenceTransformer("this folder")
+    query_encoder = SentenceTransformer("this folder"{trust})
     embeddings = query_encoder.encode_query(["a query"]{normalize})
 
 ## Results on held-back training queries
@@ -57,6 +57,8 @@ def model_card(
     return _TEMPLATE.format(
         version=version,
         depth=config.base_depth,
+        # The module that asks an embedding API is novelret's own, which has to be installed and allowed.
+        trust=", trust_remote_code=True" if str(made["model"]).startswith("openai:") else "",
         normalize=", normalize_embeddings=True" if index.normalized else "",
         results=_results(config, points, chosen),
         data=config.data,

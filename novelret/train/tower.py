@@ -50,7 +50,12 @@ def full_tower(
 
     Dropout stays off: the reward is about a ranking that the deployed encoder would give, and a run is
     then the same however it is cut into micro-batches.
+
+    Raises:
+        UserError: the encoder is an embedding API, whose weights are out of reach.
     """
+    if encode.is_api(model):
+        raise UserError("--tune full: the query encoder is an embedding API; use --tune adapter")
     normalized = encode.is_normalized(model)
     model.requires_grad_(True)
     model.eval()

@@ -1,0 +1,108 @@
+"""A collection, topics and qrels in separate files: the shape that MS MARCO and TREC share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from novelret.convert.writer import Hashes, Writer
+from novelret.data.source import read_qrels_file
+from novelret.errors import UserError
+from novelret.progress import Reporter
+
+Rows = Iterator[tuple[str, str, str, str]]
+"""(where, id, title, text)"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split: its name, its queries and its judged pairs."""
+
+    name: str
+    queries: Path
+    qrels: Path
+
+
+def parse_parts(given: list[str]) -> list[Part]:
+    """Splits from NAME=QUERIES,QRELS.
+
+    Raises:
+        UserError: another form, or a name that repeats.
+    """
+    parts: list[Part] = []
+    for text in given:
+        name, _, files = text.partition("=")
+        queries, _, qrels = files.partition(",")
+        if not (name and queries and qrels):
+            raise UserError(f"--split {text}: expected NAME=QUERIES,QRELS")
+        if name in [part.name for part in parts]:
+            raise UserError(f"--split {text}: the name {name!r} repeats")
+        parts.append(Part(name, Path(queries), Path(qrels)))
+    if not parts:
+        raise UserError("--split: give at least one, as NAME=QUERIES,QRELS")
+    return parts
+
+
+def write_collection(
+    items: Rows, parts: list[Part], read_queries: Callable[[Path], Rows], writer: Writer, report: Reporter
+) -> None:
+    """Write all items, the queries that have pairs, and the pairs whose query and item exist.
+
+    Raises:
+        UserError: an item's id repeats.
+    """
+    documents = _write_items(items, writer, report)
+    written = Hashes()
+    for part in parts:
+        _write_part(part, documents, written, read_queries, writer, report)
+
+
+def _write_items(items: Rows, writer: Writer, report: Reporter) -> Hashes:
+    """Write all items that have a text; give their ids."""
+    seen, documents = Hashes(), Hashes()
+    with report.bar("writing items") as advance:
+        for where, item_id, title, text in items:
+            if not seen.add(item_id):
+                raise UserError(f"{where}: id {item_id!r} repeats; keep one")
+            if title or text:
+                documents.add(item_id)
+                writer.item(where, item_id, title, text)
+            else:
+                writer.drop("items without a text")
+            advance(1)
+    return documents
+
+
+def _write_part(
+    part: Part,
+    documents: Hashes,
+    written: Hashes,
+    read_queries: Callable[[Path], Rows],
+    writer: Writer,
+    report: Reporter,
+) -> None:
+    """Write a split's queries, unless another split had them, and its pairs."""
+    wanted = Hashes()
+    for _, query_id, item_id, _ in read_qrels_file(part.qrels):
+        if item_id in documents:
+            wanted.add(query_id)
+    known = Hashes()
+    with report.bar(f"writing queries of {part.name}") as advance:
+        for where, query_id, _, text in read_queries(part.queries):
+            if not text:
+                writer.drop(f"{part.name}: queries without a text")
+            elif query_id not in wanted:
+                writer.drop(f"{part.name}: queries without pairs")
+            elif known.add(query_id) and written.add(query_id):
+                writer.query(where, query_id, text)
+            advance(1)
+    with report.bar(f"writing pairs of {part.name}") as advance:
+        for _, query_id, item_id, score in read_qrels_file(part.qrels):
+            if item_id not in documents:
+                writer.drop(f"{part.name}: pairs whose item is not in the collection")
+            elif query_id not in known:
+                writer.drop(f"{part.name}: pairs whose query is not in the queries file")
+            else:
+                writer.pair(part.name, query_id, item_id, score)
+            advance(1)

@@ -1,0 +1,142 @@
+"""Any Hugging Face data set of pairs with named columns, streamed: a hub id or a local folder of files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
+from novelret.convert.writer import Converted, Writer, converted, open_writer
+from novelret.errors import UserError
+from novelret.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what; ids and scores are optional, texts without an id are known by their hash.
+
+    Attributes:
+        query: the query's text.
+        item: the item's text, or a list of texts.
+        title: the item's title.
+        query_id: the query's id.
+        item_id: the item's id.
+        score: the pair's score; 1 without it.
+    """
+
+    query: str = "query"
+    item: str = "document"
+    title: str | None = None
+    query_id: str | None = None
+    item_id: str | None = None
+    score: str | None = None
+
+    def named(self) -> list[str]:
+        """The columns that must exist."""
+        return [name for name in vars(self).values() if name is not None]
+
+
+def convert_hf(
+    dataset: str,
+    out: Path,
+    columns: Columns,
+    *,
+    config: str | None = None,
+    splits: list[str] | None = None,
+    force: bool = False,
+    report: Reporter | None = None,
+) -> Converted:
+    """Write every row of the chosen splits as a pair.
+
+    Args:
+        dataset: hub id, or a local folder that `datasets` reads.
+        out: the BEIR folder to make.
+        columns: which column holds what.
+        config: configuration of the data set.
+        splits: its splits, or OURS=THEIRS to rename one; all by default.
+        force: replace an existing output.
+        report: for bars.
+
+    Raises:
+        UserError: the data set cannot be loaded, has other splits or columns, or an existing output.
+    """
+    report = report or Reporter()
+    streams = _load(dataset, config)
+    chosen = _choose(dataset, splits, list(streams))
+    for theirs in chosen.values():
+        _check_columns(dataset, theirs, streams[theirs], columns)
+    settings = {"dataset": dataset, "config": config, "splits": chosen, "columns": vars(columns)}
+    with open_writer(out, "hf", settings, [], tuple(chosen), force=force) as writer:
+        texts = PairWriter(writer)
+        for ours, theirs in chosen.items():
+            with report.bar(f"writing {ours}") as advance:
+                for number, row in enumerate(streams[theirs], 1):
+                    _write_row(f"{dataset} ({theirs}): row {number}", row, ours, columns, texts, writer)
+                    advance(1)
+    return converted(out, writer)
+
+
+def _write_row(
+    where: str, row: dict[str, Any], split: str, columns: Columns, texts: PairWriter, writer: Writer
+) -> None:
+    query = str(row[columns.query] or "").strip()
+    title = str(row[columns.title] or "").strip() if columns.title else ""
+    given = row[columns.item]
+    items = [str(text or "").strip() for text in (given if isinstance(given, list) else [given])]
+    if not query:
+        writer.drop(f"{split}: rows with an empty query")
+        return
+    if len(items) != 1 and columns.item_id:
+        raise UserError(f"{where}: {columns.item!r} is a list, so {columns.item_id!r} cannot name each item")
+    query_id = str(row[columns.query_id]) if columns.query_id else query_id_of(query)
+    score = _score(where, row[columns.score]) if columns.score else 1.0
+    for text in items:
+        if not text and not title:
+            writer.drop(f"{split}: rows with an empty item")
+            continue
+        item_id = str(row[columns.item_id]) if columns.item_id else item_id_of(f"{title}\t{text}")
+        texts.query(where, query_id, query)
+        texts.item(where, item_id, title, text)
+        writer.pair(split, query_id, item_id, score)
+
+
+def _score(where: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: the score {value!r} is not a number") from None
+
+
+def _load(dataset: str, config: str | None) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    try:
+        return datasets.load_dataset(dataset, config, streaming=True)
+    except Exception as error:  # whatever the library raises, the user needs one line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{dataset}: cannot be loaded as a Hugging Face data set ({reason})") from None
+
+
+def _choose(dataset: str, splits: list[str] | None, present: list[str]) -> dict[str, str]:
+    """Our name of each split → the data set's."""
+    chosen = {}
+    for text in splits or present:
+        ours, _, theirs = text.partition("=")
+        chosen[ours] = theirs or ours
+        if chosen[ours] not in present:
+            raise UserError(f"{dataset}: has no split {chosen[ours]!r} (it has: {', '.join(present)})")
+    return chosen
+
+
+def _check_columns(dataset: str, split: str, stream: Iterable[dict[str, Any]], columns: Columns) -> None:
+    first = next(iter(stream), None)
+    missing = [] if first is None else [name for name in columns.named() if name not in first]
+    if missing and first is not None:
+        raise UserError(
+            f"{dataset} ({split}): has no column {missing[0]!r} (it has: {', '.join(map(str, first))})"
+        )

@@ -1,0 +1,129 @@
+"""TREC collections: documents as `<DOC>` markup, JSON lines or two columns; topics as markup or two columns.
+
+Qrels have four columns: topic, iteration, document, relevance.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from novelret.convert.collections import Part, Rows, write_collection
+from novelret.convert.msmarco import read_two_columns
+from novelret.convert.writer import Converted, converted, open_writer
+from novelret.data.source import read_lines
+from novelret.errors import UserError
+from novelret.progress import Reporter
+
+_TAG = re.compile(r"<[^>]+>")
+_TITLE = re.compile(r"<(TITLE|HEADLINE|TTL|HL)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_DOCNO = re.compile(r"<DOCNO>(.*?)</DOCNO>", re.IGNORECASE | re.DOTALL)
+_NUMBER = re.compile(r"<num>\s*(?:Number:)?\s*([^\s<]+)", re.IGNORECASE)
+_TOPIC_TITLE = re.compile(r"<(?:title|query)>\s*(?:Topic:)?\s*(.*?)\s*(?=<|\Z)", re.IGNORECASE | re.DOTALL)
+_ATTRIBUTE = re.compile(r"<topic[^>]*\bnumber\s*=\s*[\"']([^\"']+)", re.IGNORECASE)
+
+
+def convert_trec(
+    corpus: list[Path], parts: list[Part], out: Path, *, force: bool = False, report: Reporter | None = None
+) -> Converted:
+    """Write documents, topics and qrels, judgements of 0 and below included.
+
+    Raises:
+        UserError: a missing, broken or malformed file, a document id that repeats, or an existing output.
+    """
+    files = [*corpus, *(file for part in parts for file in (part.queries, part.qrels))]
+    names = tuple(part.name for part in parts)
+    with open_writer(out, "trec", {"splits": names}, files, names, force=force) as writer:
+        rows = (row for path in corpus for row in read_documents(path))
+        write_collection(rows, parts, read_topics, writer, report or Reporter())
+    return converted(out, writer)
+
+
+def read_documents(path: Path) -> Rows:
+    """Documents of one file, whatever its form (JSON lines, two columns, or `<DOC>` markup).
+
+    Raises:
+        UserError: malformed, or a document without an id.
+    """
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        yield from _read_json(path)
+    elif name.endswith(".tsv"):
+        yield from read_two_columns(path)
+    else:
+        for where, block in _blocks(path, "doc"):
+            number = _DOCNO.search(block)
+            if number is None:
+                raise UserError(f"{where}: a document without <DOCNO>")
+            title = _TITLE.search(block)
+            rest = block.replace(number.group(0), "").replace(title.group(0) if title else "\0", "")
+            yield where, number.group(1).strip(), _plain(title.group(2)) if title else "", _plain(rest)
+
+
+def read_topics(path: Path) -> Rows:
+    """Topics of one file: two columns in a .tsv or .txt without markup, `<top>` or `<topic number=…>` else.
+
+    Raises:
+        UserError: malformed, or a topic without a number.
+    """
+    first = next((line for _, line in read_lines(path)), "")
+    if "\t" in first and not first.lstrip().startswith("<"):
+        yield from read_two_columns(path)
+        return
+    tag = (
+        "top" if any(re.match(r"\s*<top>", line, re.IGNORECASE) for _, line in read_lines(path)) else "topic"
+    )
+    for where, block in _blocks(path, tag):
+        number = _ATTRIBUTE.search(block) or _NUMBER.search(block)
+        title = _TOPIC_TITLE.search(block)
+        if number is None or title is None:
+            raise UserError(f"{where}: a topic without a number or a title")
+        yield where, number.group(1), "", _plain(title.group(1))
+
+
+def _blocks(path: Path, tag: str) -> Iterator[tuple[str, str]]:
+    """What stands between <tag …> and </tag>, with the line it begins on.
+
+    Raises:
+        UserError: there is none, or one is not closed.
+    """
+    begin = re.compile(rf"<{tag}[\s>]", re.IGNORECASE)
+    end = re.compile(rf"</{tag}>", re.IGNORECASE)
+    block: list[str] = []
+    where, found = "", False
+    for number, line in read_lines(path):
+        if not block and begin.search(line):
+            where, found = f"{path}:{number}", True
+        elif not block:
+            continue
+        block.append(line)
+        if end.search(line):
+            yield where, "".join(block)
+            block = []
+    if block:
+        raise UserError(f"{where}: <{tag}> is not closed; the file is cut off")
+    if not found:
+        raise UserError(f"{path}: holds no <{tag}>; expected TREC markup, .jsonl or two columns in a .tsv")
+
+
+def _read_json(path: Path) -> Rows:
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        identity = next((row[name] for name in ("_id", "id", "docno", "docid") if row.get(name)), None)
+        if identity is None:
+            raise UserError(f"{where}: no id, _id, docno or docid")
+        text = next((row[name] for name in ("text", "contents", "body") if row.get(name)), "")
+        yield where, str(identity), str(row.get("title") or ""), str(text)
+
+
+def _plain(markup: str) -> str:
+    return " ".join(html.unescape(_TAG.sub(" ", markup)).split())

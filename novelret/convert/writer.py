@@ -1,0 +1,209 @@
+"""A BEIR folder under construction: rows go straight to disk, what is left out is counted by its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from novelret.artifacts import Manifest, fingerprint_of, open_output, write_manifest
+from novelret.errors import UserError
+
+_RECENT = 500_000
+_HEADER = "query-id\tcorpus-id\tscore\n"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion gave.
+
+    Attributes:
+        folder: the BEIR folder.
+        items: items written.
+        queries: queries written.
+        pairs: split → pairs written.
+        dropped: reason → how many rows of the source were left out for it.
+    """
+
+    folder: Path
+    items: int
+    queries: int
+    pairs: dict[str, int]
+    dropped: dict[str, int]
+
+
+class Hashes:
+    """A set of strings in 8 bytes each: two of 30 million collide with a chance of 1 in 40,000."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, dtype=np.uint64)
+        self._recent: set[int] = set()
+
+    def add(self, string: str) -> bool:
+        """Add a string; says whether it is new."""
+        value = hash64(string)
+        if self._has(value):
+            return False
+        self._recent.add(value)
+        if len(self._recent) == _RECENT:
+            recent = np.fromiter(self._recent, dtype=np.uint64, count=_RECENT)
+            self._sorted = np.sort(np.concatenate([self._sorted, recent]), kind="stable")
+            self._recent = set()
+        return True
+
+    def __contains__(self, string: str) -> bool:
+        return self._has(hash64(string))
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._recent)
+
+    def _has(self, value: int) -> bool:
+        if value in self._recent:
+            return True
+        place = int(self._sorted.searchsorted(np.uint64(value)))
+        return place < len(self._sorted) and int(self._sorted[place]) == value
+
+
+def hash64(string: str) -> int:
+    """The same 64 bits for a string on every machine and in every run."""
+    data = string.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+class Writer:
+    """Appends items, queries and pairs to the files of a BEIR folder."""
+
+    def __init__(self, folder: Path, splits: tuple[str, ...], stack: contextlib.ExitStack) -> None:
+        """Open all files; a split that gets no pairs is an empty one, not a missing one."""
+        self.items, self.queries = 0, 0
+        self.pairs: Counter[str] = Counter(dict.fromkeys(splits, 0))
+        self.dropped: Counter[str] = Counter()
+        self._folder, self._stack = folder, stack
+        self._corpus = self._open("corpus.jsonl")
+        self._queries = self._open("queries.jsonl")
+        self._qrels = {split: self._open(f"qrels/{split}.tsv", _HEADER) for split in splits}
+        self._excluded: dict[str, TextIO] = {}
+
+    def item(self, where: str, item_id: str, title: str, text: str) -> None:
+        """Write one item; ids must be distinct and texts not empty, which the caller sees to."""
+        _check_id(where, item_id)
+        self.items += 1
+        self._corpus.write(_line({"_id": item_id, "title": title, "text": text}))
+
+    def query(self, where: str, query_id: str, text: str) -> None:
+        """Write one query; ids must be distinct and texts not empty, which the caller sees to."""
+        _check_id(where, query_id)
+        self.queries += 1
+        self._queries.write(_line({"_id": query_id, "text": text}))
+
+    def pair(self, split: str, query_id: str, item_id: str, score: float = 1) -> None:
+        """Write one line of feedback."""
+        self.pairs[split] += 1
+        self._qrels[split].write(f"{query_id}\t{item_id}\t{score:g}\n")
+
+    def exclude(self, split: str, query_id: str, item_id: str) -> None:
+        """Leave an item out of a query's rankings."""
+        if split not in self._excluded:
+            self._excluded[split] = self._open(f"excluded/{split}.tsv", _HEADER)
+        self._excluded[split].write(f"{query_id}\t{item_id}\t1\n")
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count what is left out."""
+        self.dropped[reason] += count
+
+    def _open(self, name: str, header: str = "") -> TextIO:
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        file = self._stack.enter_context(path.open("w", encoding="utf-8"))
+        file.write(header)
+        return file
+
+
+@contextlib.contextmanager
+def open_writer(
+    out: Path,
+    source: str,
+    settings: dict[str, Any],
+    files: list[Path],
+    splits: tuple[str, ...],
+    *,
+    force: bool,
+) -> Iterator[Writer]:
+    """Give a writer whose folder appears as `out` when the block ends well.
+
+    Raises:
+        UserError: a source file is missing, or `out` exists and `force` is off.
+    """
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    # Sizes and times instead of hashes: the sources are up to 22 GB, and nothing is taken over from them.
+    inputs = {str(path): f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in files}
+    identity = fingerprint_of(source, settings, inputs)
+    with open_output(out, identity, force=force) as folder:
+        try:
+            with contextlib.ExitStack() as stack:
+                writer = Writer(folder, splits, stack)
+                yield writer
+            _check_not_empty(writer, files[0] if files else source)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # a stream cannot be taken up in its middle
+            raise
+        facts = {
+            "items": writer.items,
+            "queries": writer.queries,
+            "pairs": dict(writer.pairs),
+            "dropped": dict(writer.dropped),
+        }
+        config = {"source": source, **{key: str(value) for key, value in settings.items()}}
+        write_manifest(folder, Manifest("data", config, inputs, identity, facts))
+
+
+def _check_not_empty(writer: Writer, source: Path | str) -> None:
+    if writer.items == 0 or writer.queries == 0:
+        raise UserError(
+            f"{source}: nothing is left to write ({writer.items} items, {writer.queries} queries; dropped: "
+            f"{dict(writer.dropped) or 'nothing'})"
+        )
+
+
+def converted(out: Path, writer: Writer) -> Converted:
+    """The writer's counts."""
+    return Converted(out, writer.items, writer.queries, dict(writer.pairs), dict(writer.dropped))
+
+
+def columns_of(where: str, line: str, names: tuple[str, ...], *, rest: bool = False) -> list[str]:
+    """The tab-separated columns of a line, stripped.
+
+    Args:
+        where: file and line, for messages.
+        line: the line.
+        names: the expected columns.
+        rest: the last column may hold tabs itself.
+
+    Raises:
+        UserError: another number of columns.
+    """
+    columns = line.rstrip("\r\n").split("\t", len(names) - 1 if rest else -1)
+    if len(columns) != len(names):
+        raise UserError(
+            f"{where}: {len(columns)} columns, expected {len(names)} ({', '.join(names)}; tab-separated)"
+        )
+    return [column.strip() for column in columns]
+
+
+def _line(row: dict[str, str]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _check_id(where: str, identity: str) -> None:
+    if not identity or not identity.isprintable():
+        raise UserError(f"{where}: {identity!r} cannot be an id; it is empty or holds control characters")

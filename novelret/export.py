@@ -1,0 +1,270 @@
+"""Take a finetuned query encoder to where it is served: sentence-transformers, ONNX, or one matrix.
+
+A matrix is all there is to an adapter: whoever serves embeddings elsewhere, or buys them from an API,
+multiplies the query embeddings they have by it, in front of the unchanged index.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from torch import Tensor, nn
+
+from novelret import encode
+from novelret.artifacts import (
+    Manifest,
+    check_output,
+    fingerprint_of,
+    open_output,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from novelret.errors import UserError
+from novelret.index import open_index
+from novelret.progress import Reporter
+
+FORMATS = ("st", "onnx", "npz")
+TOLERANCE = 1e-4
+_SAMPLES = ("a", "grey settee", "What is the best " + "very " * 40 + "long question?", "007 ünïcödé 家具")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export gave.
+
+    Attributes:
+        path: the folder or file.
+        format: "st", "onnx" or "npz".
+        dimension: of an embedding.
+        difference: the largest difference between the exported and the original embeddings that was seen.
+    """
+
+    path: Path
+    format: str
+    dimension: int
+    difference: float
+
+
+def export_model(
+    model: Path, form: str, out: Path, *, force: bool = False, report: Reporter | None = None
+) -> Exported:
+    """Write a query encoder in another form, and check that it gives the same embeddings.
+
+    Args:
+        model: MODEL folder, or any sentence-transformers folder.
+        form: "st", "onnx" (folder with model.onnx and its tokenizer) or "npz" (one file).
+        out: what to make.
+        force: replace what is there.
+        report: for notes.
+
+    Raises:
+        UserError: unknown format, unreadable model, a model that this format cannot hold, or `out` exists.
+    """
+    report = report or Reporter()
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: unknown; choose from {', '.join(FORMATS)}")
+    if form != "npz":
+        check_output(out, force=force)
+    elif out.suffix != ".npz" or out.is_dir():
+        raise UserError(f"{out}: --format npz makes one file; name it like adapter.npz")
+    elif out.exists() and not force:
+        raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
+    encoder = encode.load_encoder(model, "cpu").eval()
+    if form == "npz":
+        difference = _write_matrix(encoder, model, out, report)
+    else:
+        identity = fingerprint_of(form, encode.fingerprint_encoder(encoder))
+        write = _write_onnx if form == "onnx" else _write_folder
+        with open_output(out, identity, force=force) as folder:
+            difference = write(encoder, model, folder)
+            facts = {"difference": difference, "dimension": encoder.get_embedding_dimension()}
+            inputs = {"model": encode.fingerprint_encoder(encoder)}
+            settings = {"model": str(model), "format": form}
+            write_manifest(folder, Manifest("export", settings, inputs, identity, facts))
+    return Exported(out, form, int(encoder.get_embedding_dimension() or 0), difference)
+
+
+def _write_folder(encoder: SentenceTransformer, model: Path, folder: Path) -> float:
+    encoder.save(str(folder), create_model_card=False)
+    if (model / "README.md").is_file():
+        shutil.copyfile(model / "README.md", folder / "README.md")
+    if encode.is_api(encoder):
+        return 0.0
+    again = encode.load_encoder(folder, "cpu")
+    return _difference(
+        encode.encode_queries(again, list(_SAMPLES)), encode.encode_queries(encoder, list(_SAMPLES))
+    )
+
+
+class _Whole(nn.Module):
+    """Tensors in, embeddings out, with the normalisation that novelret applies."""
+
+    def __init__(self, encoder: SentenceTransformer, names: list[str]) -> None:
+        super().__init__()
+        self.encoder, self.names = encoder, names
+        self.normalized = encode.is_normalized(encoder)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        features: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
+        for module in self.encoder:
+            features = module(features)
+        embeddings: Tensor = features["sentence_embedding"]
+        return nn.functional.normalize(embeddings, dim=1) if self.normalized else embeddings
+
+
+def _write_onnx(encoder: SentenceTransformer, model: Path, folder: Path) -> float:
+    """Write model.onnx (any batch size and length), the tokenizer, and how to call both."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError:
+        raise UserError("--format onnx needs more packages: pip install 'novelret[onnx]'") from None
+    features = encode.query_features(encoder, list(_SAMPLES))
+    names = [name for name, value in features.items() if isinstance(value, Tensor)]
+    if encode.is_api(encoder) or "attention_mask" not in names:
+        raise UserError(
+            f"{model}: begins with {type(encoder[0]).__name__}, ONNX takes transformers; use another --format"
+        )
+    encoder[0].auto_model.set_attn_implementation("eager")  # fused attention cannot be traced
+    whole = _Whole(encoder, names)
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
+    path = folder / "model.onnx"
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about axis names
+        try:
+            torch.onnx.export(
+                whole,
+                tuple(features[name] for name in names),
+                str(path),
+                input_names=names,
+                output_names=["sentence_embedding"],
+                dynamic_shapes=(tuple({0: batch, 1: length} for _ in names),),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # whatever the exporter raises, the user needs one line
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{model}: cannot be exported to ONNX ({reason})") from None
+    encoder.tokenizer.save_pretrained(str(folder))
+    prompt = encoder.prompts.get("query") or encoder.prompts.get(encoder.default_prompt_name or "") or ""
+    write_json(
+        folder / "novelret.json",
+        {
+            "inputs": names,
+            "output": "sentence_embedding",
+            "prompt": prompt,
+            "max_length": encoder.max_seq_length,
+        },
+    )
+    difference = _compare_onnx(onnxruntime.InferenceSession(str(path)), whole, encoder, names)
+    if difference > TOLERANCE:
+        raise UserError(
+            f"{model}: the ONNX embeddings differ from torch's by {difference:.1e}, more than {TOLERANCE:g}"
+        )
+    return difference
+
+
+def _compare_onnx(session: Any, whole: _Whole, encoder: SentenceTransformer, names: list[str]) -> float:
+    """The largest difference over batches of another size and length than the traced one."""
+    worst = 0.0
+    for texts in ([_SAMPLES[1]], list(_SAMPLES), [_SAMPLES[0]] * 17):
+        features = encode.query_features(encoder, texts)
+        (found,) = session.run(None, {name: features[name].numpy() for name in names})
+        with torch.no_grad():
+            expected = whole(*(features[name] for name in names)).numpy()
+        worst = max(worst, _difference(found, expected))
+    return worst
+
+
+def _write_matrix(encoder: SentenceTransformer, model: Path, out: Path, report: Reporter) -> float:
+    """Write {matrix (d, d) float32, normalize}: new query = deployed query @ matrix, then normalised."""
+    modules = list(encoder)
+    first = len(modules)
+    while first and (_is_adapter(modules[first - 1]) or isinstance(modules[first - 1], Normalize)):
+        first -= 1
+    # The deployed encoder may end with a Normalize of its own; it stands before the first adapter.
+    while first < len(modules) and not _is_adapter(modules[first]):
+        first += 1
+    adapters = modules[first:]
+    if not adapters:
+        raise UserError(
+            f"{model}: is no adapter behind a frozen encoder (train it with --tune adapter); use --format st"
+        )
+    _check_starts_at_deployed(model, modules[:first], encoder, report)
+    dimension = int(encoder.get_embedding_dimension() or 0)
+    matrix = torch.eye(dimension)
+    for module in adapters:
+        if _is_adapter(module):
+            matrix = matrix + matrix @ module.linear.weight.detach().float().T
+    normalized = encode.is_normalized(encoder)
+    samples = nn.functional.normalize(
+        torch.randn(64, dimension, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    features: dict[str, Any] = {"sentence_embedding": samples}
+    with torch.no_grad():
+        for module in adapters:
+            features = module(features)
+    expected = features["sentence_embedding"].numpy()
+    found = samples @ matrix
+    if normalized:
+        found = nn.functional.normalize(found, dim=1)
+    temporary = out.with_name(out.name + ".tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+        np.savez(file, matrix=matrix.numpy(), normalize=np.array(normalized))
+    temporary.replace(out)
+    return _difference(found.numpy(), expected)
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return (
+        isinstance(module, Dense)
+        and bool(module.use_residual)
+        and module.linear.bias is None
+        and isinstance(module.activation_function, nn.Identity)
+        and module.in_features == module.out_features
+    )
+
+
+def _check_starts_at_deployed(
+    model: Path, frozen: list[nn.Module], encoder: SentenceTransformer, report: Reporter
+) -> None:
+    """A matrix is for the deployed embeddings; behind a finetuned encoder it is for that one's."""
+    if not (model / "manifest.json").is_file():
+        return
+    manifest = read_manifest(model, "model")
+    if not manifest.config.get("init"):
+        return
+    try:
+        deployed = open_index(manifest.config["index"]).manifest.inputs["query_encoder"]
+    except UserError:
+        report.warn(f"{model}: was trained from {manifest.config['init']}; the matrix is for its embeddings")
+        return
+    front = SentenceTransformer(
+        modules=frozen,
+        device="cpu",
+        prompts=encoder.prompts,
+        default_prompt_name=encoder.default_prompt_name,
+        similarity_fn_name=encoder.similarity_fn_name,
+    )
+    if encode.fingerprint_encoder(front) != deployed:
+        raise UserError(
+            f"{model}: its adapter stands behind {manifest.config['init']}, whose weights are not the "
+            "deployed ones, so no matrix takes the deployed embeddings there; use --format st or onnx"
+        )
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max())

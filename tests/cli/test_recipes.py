@@ -1,0 +1,150 @@
+"""Every recipe names real options, in the file as in its header, and our own can be run from its first line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import typer
+import yaml
+
+from novelret import recipe
+from novelret.cli import app, main
+from novelret.evaluate.evaluate import _check as check_evaluation
+from novelret.label.prompts import load_prompt
+from novelret.train.config import TrainConfig, check_config
+
+CATALOG = 1_000_000
+
+
+def commands() -> dict:
+    """Name → click command, subcommands as "convert orcas"."""
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {sub}": c for sub, c in inner.items()} if inner else {name: command}
+    return found
+
+
+def fails(capsys, *arguments) -> str:
+    code = main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(err) == 1, err
+    return err[0]
+
+
+def test_all_of_the_papers_settings_are_there(capsys):
+    assert main(["recipe", "ls", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == [
+        "amazon-conservative", "default", "orcas-aggressive", "orcas-conservative",
+        "query-keyword-aggressive", "query-keyword-conservative",
+    ]  # fmt: skip
+    length = {name: recipe.load(recipe.find(name), [])["train"].get("base-depth", 50) for name in listed}
+    assert {name: n for name, n in length.items() if n != 50} == {
+        "query-keyword-aggressive": 200, "query-keyword-conservative": 200,
+    }  # fmt: skip
+    for name in listed:
+        if name != "default":
+            train = recipe.load(recipe.find(name), [])["train"]
+            assert train["loss"] == name.rpartition("-")[2]
+            assert (train["reward"], train["batch-size"]) == ("eq7", 128)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_key_is_an_option_and_every_value_fits(name):
+    stages = recipe.load(recipe.find(name), [])
+    assert list(stages) == ["index", "label", "train", "eval"]
+    for stage, options in stages.items():
+        command = commands()[stage]
+        flags = {flag.lstrip("-"): parameter for parameter in command.params for flag in parameter.opts}
+        assert set(options) <= set(flags), set(options) - set(flags)
+        arguments = []
+        for key, value in options.items():
+            for one in value if isinstance(value, list) else [value]:
+                arguments += [f"--{key}", str(one)]
+        with command.make_context(stage, arguments):  # raises where a value is not of the option's type
+            pass
+    # What a stage reads is what the one before it made, and the settings pass the stages' own checks.
+    index, label, train, evaluation = stages.values()
+    assert label["index"] == train["index"] == evaluation["index"] == index["out"]
+    assert train["labels"] == label["out"]
+    assert evaluation["model"] == [f"new={train['out']}"]
+    assert load_prompt(label["prompt"]).name == load_prompt(evaluation.get("prompt", "query-document")).name
+    assert label["judge"] != evaluation["judge"]
+    settings = {key.replace("-", "_"): value for key, value in train.items() if key != "out"}
+    check_config(TrainConfig(**settings), CATALOG)
+    cuts = tuple(int(k) for k in str(evaluation.get("k", "10,20,50")).split(","))
+    given = {"models": tuple(evaluation["model"]), "judge": evaluation["judge"], "k": cuts}
+    from novelret.evaluate.evaluate import EvalConfig
+
+    check_evaluation(EvalConfig("d", "i", base_depth=evaluation.get("base-depth", 50), **given), CATALOG)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_the_header_s_commands_are_real(name):
+    header = [line for line in recipe.find(name).read_text().splitlines() if line.startswith("#")]
+    given = [
+        shlex.split(line.removeprefix("#").strip()) for line in header if line.startswith("#   novelret ")
+    ]
+    assert len(given) >= 6
+    known = commands()
+    for words in given:
+        command = " ".join(words[1:3]) if " ".join(words[1:3]) in known else words[1]
+        rest = words[1 + len(command.split()) :]
+        flags = {flag for parameter in known[command].params for flag in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= flags
+        if "--config" in rest:
+            assert rest[rest.index("--config") + 1] == f"{name}.yaml"
+    assert any(words[1:4] == ["recipe", "run", name] for words in given)
+    stages = [words[1] for words in given if "--config" in words]
+    assert stages == ["index", "label", "label", "train", "eval"]
+
+
+def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    judge = f"file:{world / 'judgements.tsv'}"
+    given = {
+        "data": world, "index.model": encoder, "judge": judge, "label.base-depth": 3, "label.depth": 12,
+        "train.base-depth": 3, "train.depth": 12, "train.steps": 5, "eval.base-depth": 3, "eval.k": "2,5",
+        "label.missing": "irrelevant", "eval.missing": "irrelevant", "train.validation-fraction": 0.2,
+    }  # fmt: skip
+    command = [
+        "recipe",
+        "run",
+        "default",
+        *(w for key, value in given.items() for w in ("--set", f"{key}={value}")),
+    ]
+    assert main(command) == 0, capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.err.count("$ novelret") == 4
+    report = json.loads((tmp_path / "runs" / "default" / "report" / "metrics.json").read_text())
+    assert "new" in json.dumps(report)
+    assert main(command) == 0
+    assert capsys.readouterr().err.count("is there already") == 4
+    # A stage that fails stops the rest.
+    assert main([*command, "--set", "train.out=elsewhere", "--set", "train.loss=none"]) == 2
+    assert "--loss none: unknown" in capsys.readouterr().err
+
+
+def test_show_and_copy(tmp_path, capsys):
+    assert main(["recipe", "show", "orcas-aggressive"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["recipe", "cp", "orcas-aggressive", str(tmp_path / "my.yaml")]) == 0
+    assert (tmp_path / "my.yaml").read_text() == shown
+    assert yaml.safe_load(shown)["train"]["negatives"] == 5
+    assert "exists already" in fails(capsys, "recipe", "cp", "default", tmp_path / "my.yaml")
+    assert main(["recipe", "show", str(tmp_path / "my.yaml")]) == 0
+
+
+def test_what_is_no_recipe_is_one_line(tmp_path, capsys):
+    assert "nothing: no such recipe or file; choose from" in fails(capsys, "recipe", "show", "nothing")
+    assert "expected STAGE.OPTION=VALUE" in fails(capsys, "recipe", "run", "default", "--set", "steps")
+    assert "has no stage 'tarin'" in fails(capsys, "recipe", "run", "default", "--set", "tarin.steps=1")
+    assert "no stage of default.yaml names 'steps'" in fails(
+        capsys, "recipe", "run", "default", "--set", "steps=1"
+    )
+    (tmp_path / "bad.yaml").write_text("- a list")
+    assert "expected stages" in fails(capsys, "recipe", "run", tmp_path / "bad.yaml")

@@ -1,0 +1,241 @@
+"""MS MARCO passages, TREC collections, query-keyword logs and Hugging Face data sets."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.convert.helpers import convert, fails, pairs_of, rows_of, write_lines
+
+
+def test_msmarco_passages(tmp_path, capsys):
+    collection = write_lines(
+        tmp_path / "collection.tsv", ["0\tThe presence of communication", "1\tA second\tpassage", "2\t"]
+    )
+    queries = write_lines(
+        tmp_path / "queries.train.tsv", ["121352\tdefine extreme", "634306\twhat does chattel mean"]
+    )
+    qrels = write_lines(
+        tmp_path / "qrels.train.tsv", ["121352\t0\t0\t1", "121352\t0\t2\t1", "121352\t0\t99\t1", "5\t0\t1\t1"]
+    )
+    dev = write_lines(tmp_path / "queries.dev.tsv", ["634306\twhat does chattel mean"])
+    dev_qrels = write_lines(tmp_path / "qrels.dev.tsv", ["634306\t0\t1\t1"])
+    made = convert(
+        capsys, "msmarco", "--collection", collection, "--split", f"train={queries},{qrels}",
+        "--split", f"test={dev},{dev_qrels}", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert rows_of(tmp_path / "out" / "corpus.jsonl") == [
+        {"_id": "0", "title": "", "text": "The presence of communication"},
+        {"_id": "1", "title": "", "text": "A second\tpassage"},
+    ]
+    assert {r["_id"] for r in rows_of(tmp_path / "out" / "queries.jsonl")} == {"121352", "634306"}
+    assert pairs_of(tmp_path / "out" / "qrels" / "train.tsv") == [("121352", "0", 1)]
+    assert pairs_of(tmp_path / "out" / "qrels" / "test.tsv") == [("634306", "1", 1)]
+    assert made["dropped"] == {
+        "items without a text": 1,
+        "train: queries without pairs": 1,
+        "train: pairs whose item is not in the collection": 2,
+        "train: pairs whose query is not in the queries file": 1,
+    }
+
+
+def test_a_passage_id_that_repeats_is_refused(tmp_path, capsys):
+    collection = write_lines(tmp_path / "collection.tsv", ["0\ta", "0\tb"])
+    queries, qrels = (
+        write_lines(tmp_path / "q.tsv", ["1\tx"]),
+        write_lines(tmp_path / "r.tsv", ["1\t0\t0\t1"]),
+    )
+    line = fails(
+        capsys,
+        "msmarco",
+        "--collection",
+        collection,
+        "--split",
+        f"t={queries},{qrels}",
+        "--out",
+        tmp_path / "out",
+    )
+    assert "collection.tsv:2: id '0' repeats" in line
+    line = fails(
+        capsys, "msmarco", "--collection", collection, "--split", f"t={queries}", "--out", tmp_path / "out"
+    )
+    assert "expected NAME=QUERIES,QRELS" in line
+
+
+SGML = """<DOC>
+<DOCNO> FBIS3-1 </DOCNO>
+<HEADLINE> Sofa &amp; chairs </HEADLINE>
+<TEXT>
+Grey <b>sofas</b> are
+cheap.
+</TEXT>
+</DOC>
+<DOC>
+<DOCNO>FT911-3</DOCNO>
+<TEXT>Lamps.</TEXT>
+</DOC>
+"""
+TOPICS = """<top>
+
+<num> Number: 301
+<title> International Organized Crime
+
+<desc> Description:
+Identify organizations.
+</top>
+<top>
+<num> Number: 302
+<title> Poliomyelitis
+<desc> Description:
+x
+</top>
+"""
+XML_TOPICS = """<topics task="COVIDSearch">
+  <topic number="1">
+    <query>coronavirus origin</query>
+    <question>what is the origin of COVID-19</question>
+  </topic>
+  <topic number="2">
+    <query>weather &amp; virus</query>
+  </topic>
+</topics>
+"""
+
+
+def test_trec_markup(tmp_path, capsys):
+    (tmp_path / "docs").write_text(SGML)
+    (tmp_path / "topics.txt").write_text(TOPICS)
+    qrels = write_lines(tmp_path / "qrels.txt", ["301 0 FBIS3-1 1", "301 0 FT911-3 0", "302 0 FT911-3 2"])
+    made = convert(
+        capsys, "trec", "--corpus", tmp_path / "docs", "--split", f"test={tmp_path / 'topics.txt'},{qrels}",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert rows_of(tmp_path / "out" / "corpus.jsonl") == [
+        {"_id": "FBIS3-1", "title": "Sofa & chairs", "text": "Grey sofas are cheap."},
+        {"_id": "FT911-3", "title": "", "text": "Lamps."},
+    ]
+    assert rows_of(tmp_path / "out" / "queries.jsonl") == [
+        {"_id": "301", "text": "International Organized Crime"},
+        {"_id": "302", "text": "Poliomyelitis"},
+    ]
+    assert pairs_of(tmp_path / "out" / "qrels" / "test.tsv") == [
+        ("301", "FBIS3-1", 1), ("301", "FT911-3", 0), ("302", "FT911-3", 2),
+    ]  # fmt: skip
+    assert made["dropped"] == {}
+
+
+def test_trec_json_documents_and_xml_topics(tmp_path, capsys):
+    docs = write_lines(
+        tmp_path / "docs.jsonl",
+        [json.dumps({"id": "a", "contents": "origin"}), json.dumps({"docno": "b", "title": "t"})],
+    )
+    (tmp_path / "topics.xml").write_text(XML_TOPICS)
+    qrels = write_lines(tmp_path / "qrels.txt", ["1 0 a 1", "2 0 b 1"])
+    convert(
+        capsys,
+        "trec",
+        "--corpus",
+        docs,
+        "--split",
+        f"test={tmp_path / 'topics.xml'},{qrels}",
+        "--out",
+        tmp_path / "out",
+    )
+    assert rows_of(tmp_path / "out" / "queries.jsonl") == [
+        {"_id": "1", "text": "coronavirus origin"}, {"_id": "2", "text": "weather & virus"},
+    ]  # fmt: skip
+    assert rows_of(tmp_path / "out" / "corpus.jsonl") == [
+        {"_id": "a", "title": "", "text": "origin"}, {"_id": "b", "title": "t", "text": ""},
+    ]  # fmt: skip
+
+
+def test_trec_files_cut_off_are_named(tmp_path, capsys):
+    (tmp_path / "docs").write_text(SGML[:-8])
+    (tmp_path / "topics.txt").write_text(TOPICS)
+    qrels = write_lines(tmp_path / "qrels.txt", ["301 0 FBIS3-1 1"])
+    part = f"test={tmp_path / 'topics.txt'},{qrels}"
+    line = fails(capsys, "trec", "--corpus", tmp_path / "docs", "--split", part, "--out", tmp_path / "out")
+    assert "docs:9: <doc> is not closed" in line
+
+
+def test_query_keyword_logs(tmp_path, capsys):
+    log = write_lines(
+        tmp_path / "log.tsv",
+        [
+            "query\tkeyword\tcount",
+            *(f"query {n % 7}\tkeyword {n}\t{n + 1}" for n in range(20)),
+            "\tx\t1",
+            "rare\tkeyword 1\t0.5",
+        ],
+    )
+    pool = write_lines(tmp_path / "pool.txt", ["keyword 3", "never clicked"])
+    made = convert(
+        capsys,
+        "query-keyword",
+        "--pairs",
+        log,
+        "--keywords",
+        pool,
+        "--train",
+        5,
+        "--test",
+        3,
+        "--out",
+        tmp_path / "out",
+    )
+    assert made["pairs"] == {"base": 12, "train": 5, "test": 3}
+    assert made["dropped"] == {"pairs with an empty query or keyword": 1, "pairs seen less than 1 times": 1}
+    items = {row["_id"]: row["text"] for row in rows_of(tmp_path / "out" / "corpus.jsonl")}
+    assert sorted(items.values()) == sorted([*(f"keyword {n}" for n in range(20)), "never clicked"])
+    queries = {row["_id"]: row["text"] for row in rows_of(tmp_path / "out" / "queries.jsonl")}
+    assert sorted(queries.values()) == [f"query {n}" for n in range(7)]
+    found = {
+        (queries[q], items[i], s)
+        for split in made["pairs"]
+        for q, i, s in pairs_of(tmp_path / "out" / "qrels" / f"{split}.tsv")
+    }
+    assert found == {(f"query {n % 7}", f"keyword {n}", n + 1) for n in range(20)}
+
+
+def test_a_count_that_is_no_number_is_named(tmp_path, capsys):
+    log = write_lines(tmp_path / "log.tsv", ["a\tb\t1", "c\td\tmany"])
+    line = fails(capsys, "query-keyword", "--pairs", log, "--out", tmp_path / "out")
+    assert "log.tsv:2: the count 'many' is not a number" in line
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    table = {
+        "question": ["who", "what", "", "who"],
+        "answers": [["a", "b"], ["c"], ["d"], ["b"]],
+        "n": [1.0, 2.0, 3.0, 4.0],
+    }
+    pq.write_table(pa.table(table), folder / "train-00000.parquet")
+    pq.write_table(
+        pa.table({"question": ["how"], "answers": [["e"]], "n": [1.0]}), folder / "test-00000.parquet"
+    )
+    return folder
+
+
+def test_hugging_face_pairs(dataset, tmp_path, capsys):
+    made = convert(
+        capsys, "hf", "--dataset", dataset, "--query-column", "question", "--item-column", "answers",
+        "--score-column", "n", "--split", "train", "--split", "held=test", "--out", tmp_path / "out",
+    )  # fmt: skip
+    items = {row["_id"]: row["text"] for row in rows_of(tmp_path / "out" / "corpus.jsonl")}
+    queries = {row["_id"]: row["text"] for row in rows_of(tmp_path / "out" / "queries.jsonl")}
+    assert sorted(items.values()) == ["a", "b", "c", "e"]
+    named = [(queries[q], items[i], s) for q, i, s in pairs_of(tmp_path / "out" / "qrels" / "train.tsv")]
+    assert named == [("who", "a", 1), ("who", "b", 1), ("what", "c", 2), ("who", "b", 4)]
+    assert len(pairs_of(tmp_path / "out" / "qrels" / "held.tsv")) == 1
+    assert made["dropped"] == {"train: rows with an empty query": 1}
+
+
+def test_hugging_face_columns_and_splits_are_checked(dataset, tmp_path, capsys):
+    common = ["hf", "--dataset", dataset, "--out", tmp_path / "out"]
+    assert "has no column 'query' (it has: question, answers, n)" in fails(capsys, *common)
+    assert "has no split 'dev'" in fails(capsys, *common, "--split", "dev")

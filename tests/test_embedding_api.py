@@ -1,0 +1,227 @@
+"""An embedding API as the query side: cached, batched, only an adapter tuned, its faults one line each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from sentence_transformers.base.modules import Dense
+
+from novelret import encode
+from novelret.cli import main
+from novelret.embedding_api import ApiEmbedding, embed_texts
+from novelret.errors import UserError
+from novelret.index import open_index
+from tests.loopback import LoopbackJudge, send
+
+D = 24
+
+
+def embedding(text: str, dimension: int = D) -> list[float]:
+    """Words add up, so texts that share one are similar."""
+    vector = np.zeros(dimension)
+    for word in text.split():
+        seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "big")
+        vector += np.random.default_rng(seed).standard_normal(dimension)
+    return (vector / np.linalg.norm(vector)).tolist()
+
+
+class LoopbackEmbeddings(LoopbackJudge):
+    """Speaks /v1/embeddings; `dimension` may be changed to play an endpoint whose model was exchanged."""
+
+    def __init__(self, faults: list[str] | None = None, dimension: int = D) -> None:
+        super().__init__(faults)
+        self.dimension = dimension
+        self.short = False
+
+    def answer(self, request, body, fault) -> None:
+        if fault is not None:
+            super().answer(request, {"messages": [{"content": '"a" "b"'}]}, fault)
+            return
+        with self.lock:
+            self.billed.update(body["input"])
+        dimension = body.get("dimensions", self.dimension)
+        data = [
+            {"object": "embedding", "index": n, "embedding": embedding(text, dimension)}
+            for n, text in enumerate(body["input"])
+        ]
+        if self.short:
+            data.pop()
+        data.reverse()  # the protocol orders by index, not by place
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        send(
+            request, 200, json.dumps({"object": "list", "data": data, "model": body["model"], "usage": usage})
+        )
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    with LoopbackEmbeddings() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
+        monkeypatch.setenv("NOVELRET_EMBEDDINGS", str(tmp_path / "cache" / "embeddings.sqlite"))
+        monkeypatch.setattr("novelret.embedding_api._RETRIES", 2)
+        yield server
+
+
+def fails(capsys, *arguments) -> str:
+    code = main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(err) == 1, err
+    assert "sk-secret" not in err[0]
+    return err[0]
+
+
+def test_texts_are_asked_for_once_in_batches(api, monkeypatch):
+    monkeypatch.setattr("novelret.embedding_api._AT_ONCE", 7)
+    texts = [f"text {n}" for n in range(40)] + ["text 3"]
+    found = embed_texts(texts, "m", None, None)
+    assert np.allclose(found, [embedding(text) for text in texts], atol=1e-6)
+    assert len(api.seen) == 6
+    assert set(api.billed.values()) == {1}
+    again = embed_texts([*texts[::-1], "new"], "m", None, D)
+    assert np.array_equal(again[:-1], found[::-1])
+    assert len(api.seen) == 7
+    embed_texts(texts, "another model", None, None)
+    assert len(api.seen) == 13  # another model's embeddings are others
+
+
+def test_what_came_before_a_failure_is_kept(api, monkeypatch):
+    monkeypatch.setattr("novelret.embedding_api._AT_ONCE", 5)
+    monkeypatch.setattr("novelret.embedding_api._CONCURRENCY", 1)
+    api.faults.extend([None, None, "400"])
+    texts = [f"text {n}" for n in range(20)]
+    with pytest.raises(UserError, match=r"openai:m: .*content filtered"):
+        embed_texts(texts, "m", None, None)
+    billed = sum(api.billed.values())
+    assert billed >= 10
+    embed_texts(texts, "m", None, None)
+    assert set(api.billed.values()) == {1}
+
+
+@pytest.mark.parametrize("fault", ["429", "429-retry-after", "500", "cut"])
+def test_passing_faults_are_tried_again(api, fault):
+    api.faults.append(fault)
+    assert embed_texts(["a text"], "m", None, None).shape == (1, D)
+
+
+@pytest.mark.parametrize("fault", ["401", "400", "malformed", "html", "empty"])
+def test_other_faults_are_one_line_without_the_key(api, world, tmp_path, capsys, fault):
+    api.faults.extend([fault] * 9)
+    line = fails(capsys, "index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index")
+    assert "openai:m: " in line
+    assert not (tmp_path / "index").exists()
+
+
+def test_no_key_and_missing_embeddings_are_named(api, world, tmp_path, capsys, monkeypatch):
+    api.short = True
+    line = fails(capsys, "index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index")
+    assert "1 texts were sent, 0 embeddings came back" in line or "malformed answer" in line
+    monkeypatch.delenv("OPENAI_API_KEY")
+    line = fails(capsys, "index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index")
+    assert "OPENAI_API_KEY is not set" in line
+
+
+def test_a_model_can_be_asked_for_shorter_embeddings(api):
+    model = encode.load_encoder("openai:text-embedding-3-small@8")
+    assert model.get_embedding_dimension() == 8
+    assert {body.get("dimensions") for body in api.seen} == {8}
+    whole = encode.load_encoder("openai:text-embedding-3-small")
+    assert encode.fingerprint_encoder(model) != encode.fingerprint_encoder(whole)
+    named = encode.load_encoder("openai:nomic@home")
+    assert api.seen[-1]["model"] == "nomic@home"
+    assert named.get_embedding_dimension() == D
+
+
+def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, capsys):
+    """Items are somebody's .npy file, queries come from the API, an adapter is trained, evaluated and saved."""
+    corpus = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
+    np.save(tmp_path / "items.npy", np.array([embedding(row["text"]) for row in corpus], dtype=np.float32))
+    (tmp_path / "ids.txt").write_text("".join(row["_id"] + "\n" for row in corpus))
+    index = tmp_path / "index"
+    judge = ["--judge", f"file:{world / 'judgements.tsv'}", "--missing", "irrelevant"]
+    common = ["--data", world, "--index", index, "--device", "cpu"]
+    train = ["train", *common, "--labels", tmp_path / "labels", "--base-depth", 3, "--depth", 12, "--steps", 20,
+             "--batch-size", 16, "--learning-rate", 0.02, "--max-recall-drop", 1, "--validation-fraction", 0.2]  # fmt: skip
+    commands = [
+        ["index", "--data", world, "--embeddings", tmp_path / "items.npy", "--ids", tmp_path / "ids.txt",
+         "--model", "openai:text-embedding-3-small", "--out", index, "--device", "cpu"],
+        ["label", *common, *judge, "--base-depth", 3, "--depth", 12, "--out", tmp_path / "labels"],
+        [*train, "--tune", "adapter", "--out", tmp_path / "model"],
+        ["eval", *common, *judge, "--model", f"new={tmp_path / 'model'}", "--base-depth", 3, "--k", "2,5",
+         "--out", tmp_path / "report"],
+    ]  # fmt: skip
+    for command in commands:
+        assert main([*map(str, command), "--quiet"]) == 0, capsys.readouterr().err
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert "new" in json.dumps(metrics)
+    # Every query of both splits was asked for once, by whichever command came first, and no item ever was.
+    queries = {json.loads(line)["text"] for line in (world / "queries.jsonl").read_text().splitlines()}
+    assert set(api.billed) == queries | {"dimension"}
+    assert set(api.billed.values()) == {1}
+    # The saved encoder is the API with an adapter behind it, and moves queries by that adapter alone.
+    model = encode.load_encoder(tmp_path / "model")
+    assert [type(module) for module in model][:2] == [ApiEmbedding, Dense]
+    text = next(iter(queries))
+    base = np.array(embedding(text), dtype=np.float32)
+    moved = base + model[1].linear.weight.detach().numpy() @ base
+    assert np.allclose(encode.encode_queries(model, [text])[0], moved / np.linalg.norm(moved), atol=1e-5)
+    assert np.abs(model[1].linear.weight.detach().numpy()).max() > 1e-3
+    # Nothing that was written holds the key.
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"sk-secret" not in path.read_bytes(), path
+    # Whoever serves the API's embeddings elsewhere needs the matrix alone.
+    assert (
+        main(
+            [
+                "export",
+                "--model",
+                str(tmp_path / "model"),
+                "--format",
+                "npz",
+                "--out",
+                str(tmp_path / "a.npz"),
+            ]
+        )
+        == 0
+    )
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.allclose(base @ file["matrix"], moved, atol=1e-5)
+    capsys.readouterr()
+    assert "ONNX takes transformers" in fails(
+        capsys, "export", "--model", tmp_path / "model", "--format", "onnx", "--out", tmp_path / "onnx"
+    )
+    line = fails(capsys, *train, "--tune", "full", "--out", tmp_path / "full")
+    assert "--tune full: the query encoder is an embedding API; use --tune adapter" in line
+
+
+def test_an_endpoint_that_changed_its_model_is_refused(api, world, tmp_path, capsys):
+    assert (
+        main(
+            [
+                "index",
+                "--data",
+                str(world),
+                "--model",
+                "openai:m",
+                "--out",
+                str(tmp_path / "index"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert open_index(tmp_path / "index").dimension == D
+    api.dimension = 8
+    arguments = ["search", "--data", world, "--index", tmp_path / "index", "never asked before"]
+    assert f"openai:m: gives 8 dimensions, expected {D}" in fails(capsys, *arguments, "--base-depth", 5)
+
+
+def test_a_cache_that_is_none_is_named(api, tmp_path, monkeypatch, world, capsys):
+    (tmp_path / "text").write_text("no database" * 100)
+    monkeypatch.setenv("NOVELRET_EMBEDDINGS", str(tmp_path / "text"))
+    line = fails(capsys, "index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index")
+    assert "cannot be used as a cache of embeddings" in line

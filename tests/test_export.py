@@ -1,0 +1,161 @@
+"""Exported encoders give the same embeddings, and serve in front of an index that nobody touched."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+from novelret import encode
+from novelret.cli import main
+from novelret.index import open_index
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "qdrant_union.py"
+TEXTS = ["buy red sofa", "lamp", "buy grey desk unknown words here", "chair " * 40]
+
+
+def train(world, index_folder, out, *arguments):
+    command = ["train", "--data", world, "--index", index_folder, "--labels", out.parent / "labels", "--device", "cpu",
+               "--base-depth", 3, "--depth", 12, "--steps", 10, "--batch-size", 16, "--max-recall-drop", 1,
+               "--validation-fraction", 0.2, "--out", out, "--quiet", *arguments]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    # The weights of the last step, whichever the validation preferred, differ from the start in these tests.
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(world, index_folder, tmp_path_factory):
+    """An adapter, a full model, an adapter behind each."""
+    folder = tmp_path_factory.mktemp("models")
+    judge = f"file:{world / 'judgements.tsv'}"
+    label = ["label", "--data", world, "--index", index_folder, "--judge", judge, "--missing", "irrelevant", "--device", "cpu",
+             "--base-depth", 3, "--depth", 12, "--out", folder / "labels", "--quiet"]  # fmt: skip
+    assert main([str(word) for word in label]) == 0
+    adapter = ("--tune", "adapter", "--learning-rate", 0.05, "--validation-fraction", 0)
+    full = ("--tune", "full", "--learning-rate", 0.01, "--validation-fraction", 0)
+    made = {
+        "adapter": train(world, index_folder, folder / "adapter", *adapter),
+        "full": train(world, index_folder, folder / "full", *full),
+    }
+    made["second"] = train(world, index_folder, folder / "second", *adapter, "--init", made["adapter"])
+    made["behind"] = train(world, index_folder, folder / "behind", *adapter, "--init", made["full"])
+    return made
+
+
+def export(capsys, *arguments) -> dict:
+    assert main(["export", *map(str, arguments), "--json", "--quiet"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def fails(capsys, *arguments) -> str:
+    code = main(["export", *map(str, arguments)])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(err) == 1, err
+    return err[0]
+
+
+def embeddings_of(model) -> np.ndarray:
+    return encode.encode_queries(encode.load_encoder(model), TEXTS)
+
+
+@pytest.mark.parametrize("name", ["adapter", "full"])
+def test_onnx_agrees_with_torch_at_any_batch_size_and_length(models, name, tmp_path, capsys):
+    out = tmp_path / "onnx"
+    made = export(capsys, "--model", models[name], "--format", "onnx", "--out", out)
+    assert made["difference"] < 1e-4
+    # As somebody else would call it: onnxruntime and the tokenizer that lies beside the model, nothing of ours.
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    how = json.loads((out / "novelret.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    expected = embeddings_of(models[name])
+    for texts, rows in ((TEXTS, slice(None)), (TEXTS[1:2], slice(1, 2)), (TEXTS[:3] * 7, [0, 1, 2] * 7)):
+        texts = [how["prompt"] + text for text in texts]
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=how["max_length"], return_tensors="np"
+        )
+        (found,) = session.run([how["output"]], {key: tokens[key].astype(np.int64) for key in how["inputs"]})
+        assert np.abs(found - expected[rows]).max() < 1e-4
+
+
+def test_a_folder_loads_as_sentence_transformers(models, tmp_path, capsys):
+    export(capsys, "--model", models["full"], "--format", "st", "--out", tmp_path / "st")
+    model = SentenceTransformer(str(tmp_path / "st"), device="cpu")
+    assert np.allclose(
+        model.encode_query(TEXTS, normalize_embeddings=True), embeddings_of(models["full"]), atol=1e-6
+    )
+    assert "novelret" in (tmp_path / "st" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["adapter", "second"])
+def test_a_matrix_turns_deployed_embeddings_into_new_ones(models, index_folder, name, tmp_path, capsys):
+    made = export(capsys, "--model", models[name], "--format", "npz", "--out", tmp_path / "adapter.npz")
+    assert made["difference"] < 1e-5
+    with np.load(tmp_path / "adapter.npz") as file:  # no pickle in it
+        matrix, normalize = file["matrix"], bool(file["normalize"])
+    deployed = encode.encode_queries(open_index(index_folder).query_encoder(), TEXTS)
+    moved = deployed @ matrix
+    if normalize:
+        moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+    assert np.allclose(moved, embeddings_of(models[name]), atol=1e-5)
+    assert np.abs(moved - deployed).max() > 0.05
+
+
+def test_what_is_no_adapter_has_no_matrix(models, tmp_path, capsys):
+    out = tmp_path / "adapter.npz"
+    assert "is no adapter behind a frozen encoder" in fails(
+        capsys, "--model", models["full"], "--format", "npz", "--out", out
+    )
+    assert "whose weights are not the deployed ones" in fails(
+        capsys, "--model", models["behind"], "--format", "npz", "--out", out
+    )
+    assert not out.exists()
+
+
+def test_bad_arguments_are_one_line(models, tmp_path, capsys):
+    model = models["adapter"]
+    assert "--format pt: unknown" in fails(
+        capsys, "--model", model, "--format", "pt", "--out", tmp_path / "x"
+    )
+    assert "no such model folder" in fails(capsys, "--model", tmp_path / "none", "--out", tmp_path / "x")
+    assert "name it like adapter.npz" in fails(
+        capsys, "--model", model, "--format", "npz", "--out", tmp_path / "x"
+    )
+    for form, name in (("st", "x"), ("npz", "x.npz")):
+        export(capsys, "--model", model, "--format", form, "--out", tmp_path / name)
+        assert "exists already" in fails(capsys, "--model", model, "--format", form, "--out", tmp_path / name)
+        export(capsys, "--model", model, "--format", form, "--out", tmp_path / name, "--force")
+
+
+def test_a_vector_database_serves_both_encoders_over_one_collection(models, index_folder, capsys):
+    spec = importlib.util.spec_from_file_location("qdrant_union", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    text = "buy grey sofa"
+    merged = example.main(
+        [
+            "--index",
+            str(index_folder),
+            "--model",
+            str(models["adapter"]),
+            "--base-depth",
+            "5",
+            "--k",
+            "8",
+            text,
+        ]
+    )
+    index = open_index(index_folder)
+    deployed = index.search(encode.encode_queries(index.query_encoder(), [text]), 5)[0][0]
+    new = index.search(encode.encode_queries(encode.load_encoder(models["adapter"]), [text]), 8)[0][0]
+    novel = [row for row in new if row not in deployed]
+    assert [item for item, _, is_novel in merged if not is_novel] == index.catalog.ids_at(deployed)
+    assert [item for item, _, is_novel in merged if is_novel] == index.catalog.ids_at(novel)
+    assert novel
+    assert capsys.readouterr().out.count("\n") == len(merged)
