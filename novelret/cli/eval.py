@@ -19,9 +19,10 @@ from novelret.cli.options import (
     DeviceOption,
     ForceOption,
     IgnoreIdenticalOption,
-    IndexOption,
+    IndexesOption,
     JsonOption,
     QuietOption,
+    joined,
     reporter,
     show_result,
 )
@@ -46,7 +47,7 @@ EXAMPLES = """
 
 def evaluate(
     data: DataOption,
-    index: IndexOption,
+    index: IndexesOption,
     out: Annotated[Path | None, typer.Option(help="The REPORT folder to make.")] = None,
     models: Annotated[
         list[str] | None,
@@ -109,7 +110,7 @@ def evaluate(
 
     settings = EvalConfig(
         data=data,
-        index=str(index),
+        index=joined(index),
         models=tuple(models or ()),
         runs=tuple(runs or ()),
         split=split,

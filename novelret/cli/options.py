@@ -31,6 +31,11 @@ def reporter(quiet: bool) -> Reporter:
     return Reporter(quiet=quiet, console=error_console()) if is_first_process() else Reporter()
 
 
+def joined(indexes: list[Path]) -> str | tuple[str, ...]:
+    """One INDEX or several, as the settings hold them."""
+    return str(indexes[0]) if len(indexes) == 1 else tuple(map(str, indexes))
+
+
 def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Console], None]) -> None:
     """Print a command's result on stdout: as one JSON object, or rendered for people."""
     if not is_first_process():
@@ -100,6 +105,13 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data", help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/) or Hugging Face data set."
+    ),
+]
+IndexesOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--index",
+        help="INDEX made by `novelret index`; several pool the top lists of several deployed models.",
     ),
 ]
 IndexOption = Annotated[Path, typer.Option("--index", help="INDEX made by `novelret index`.")]

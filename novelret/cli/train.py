@@ -16,8 +16,10 @@ from novelret.cli.options import (
     DeviceOption,
     ForceOption,
     IgnoreIdenticalOption,
+    IndexesOption,
     JsonOption,
     QuietOption,
+    joined,
     reporter,
     show_result,
 )
@@ -40,10 +42,7 @@ EXAMPLES = """
 
 def train(
     data: DataOption,
-    index: Annotated[
-        list[Path],
-        typer.Option(help="INDEX made by `novelret index`; several pool the top lists of several models."),
-    ],
+    index: IndexesOption,
     out: Annotated[Path, typer.Option(help="The MODEL folder to make.")],
     objective: Annotated[
         str,
@@ -151,7 +150,7 @@ def train(
         for name, value in arguments.items()
         if name in TrainConfig.__dataclass_fields__
     }
-    values["index"] = str(index[0]) if len(index) == 1 else tuple(map(str, index))
+    values["index"] = joined(index)
     settings = TrainConfig(**values)
     trained = train_model(settings, out, force=force, report=reporter(quiet))
     result = {

@@ -52,7 +52,7 @@ from novelret.evaluate.significance import (
 from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import read_run, write_qrels, write_run
 from novelret.evaluate.weights import Bucket, load_weights, merged_by_bucket
-from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_index
+from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_deployed, pooled_lists
 from novelret.label.candidates import Candidates
 from novelret.label.judges.file import file_table
 from novelret.label.label import (
@@ -76,7 +76,8 @@ class EvalConfig:
 
     Attributes:
         data: BEIR folder or Hugging Face data set.
-        index: INDEX folder.
+        index: INDEX folder; or several of the same catalog, whose top-L lists are pooled into one T_L
+            (Definition 1 for several deployed models). The first is the base and what models search.
         models: "NAME=MODEL" for each query encoder to compare; a folder of MODEL folders gives each of them.
         runs: "NAME=FILE" for each TREC run of any other retriever.
         split: the held-out feedback.
@@ -99,7 +100,7 @@ class EvalConfig:
     """
 
     data: str
-    index: str
+    index: str | tuple[str, ...]
     models: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
     split: str = "test"
@@ -119,6 +120,11 @@ class EvalConfig:
     merge_budget: int | None = None
     device: str = "auto"
     ignore_identical_ids: bool = True
+
+    @property
+    def indexes(self) -> tuple[str, ...]:
+        """All INDEX folders; the first is the base."""
+        return (self.index,) if isinstance(self.index, str) else tuple(self.index)
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,7 @@ class _Gathered:
         split: queries and held-out feedback.
         models: model name → its folder.
         found: name → rows and scores, the base first and max(L, K) deep.
+        pool: (Q, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
         known: verdicts that need no asking; None where an LLM judges.
         people: human verdicts, where given.
         weights: (Q,) query frequencies, where given.
@@ -200,6 +207,7 @@ class _Gathered:
     split: Split
     models: dict[str, str]
     found: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    pool: np.ndarray
     known: LabelTable | None
     people: LabelTable | None
     weights: np.ndarray | None
@@ -229,7 +237,8 @@ def evaluate_models(
         if table is None:
             table = _ask_judge(config, gathered, folder, report)
         base, lists = _with_verdicts(gathered.found, table, max(config.k))
-        deployed = Lists(base.rows[:, : config.base_depth], None, base.verdicts[:, : config.base_depth])
+        pool = gathered.pool
+        deployed = Lists(pool, None, table.lookup(np.arange(len(pool))[:, None], pool))
         per_query = {name: _per_query(name, of, deployed, split, config) for name, of in lists.items()}
         means = {name: _means(name, per_query[name], lists[name], config, len(index)) for name in lists}
         _warn_of_weak_figures(config, means, report)
@@ -286,13 +295,15 @@ def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
 
 def _gather(config: EvalConfig, report: Reporter) -> _Gathered:
     """Read and check everything, then search; what is wrong is said before hours of searching."""
-    index = open_index(config.index, config.data)
+    indexes = open_deployed(config.indexes, config.data)
+    index = indexes[0]
     models, runs = _check(config, len(index))
     split = load_split(
         config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
     )
     device = encode.pick_device(config.device)
     inputs = {"index": index.manifest.fingerprint, "split": split.fingerprint}
+    inputs |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
     inputs |= {what: fingerprint_file(path) for what, path in _files(config, runs).items()}
     weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
     known = _known_verdicts(config, index, split, report)
@@ -310,6 +321,7 @@ def _gather(config: EvalConfig, report: Reporter) -> _Gathered:
     depth = max(longest, config.base_depth)
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     found[BASE] = base_lists(index, split, depth, device=device, report=report)
+    pool = pooled_lists(indexes, split, config.base_depth, device=device, report=report)
     for name, path in models.items():
         embeddings = embed_queries(load_finetuned(path, index, device), split.query_texts, report)
         what = f"top lists of {name}"
@@ -326,7 +338,7 @@ def _gather(config: EvalConfig, report: Reporter) -> _Gathered:
             )
     if people is not None:
         check_overlap(Path(str(config.human)), people, [rows for rows, _ in found.values()])
-    return _Gathered(index, split, models, found, known, people, weights, inputs)
+    return _Gathered(index, split, models, found, pool, known, people, weights, inputs)
 
 
 def _check(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str], dict[str, str]]:
@@ -508,7 +520,7 @@ def _candidates(gathered: _Gathered) -> Candidates:
     """Every (query, item) pair of every list, once."""
     size = np.int64(len(gathered.index))
     pairs = np.empty(0, dtype=np.int64)
-    for rows, _ in gathered.found.values():
+    for rows in (gathered.pool, *(rows for rows, _ in gathered.found.values())):
         queries, columns = np.nonzero(rows >= 0)
         pairs = np.union1d(pairs, queries * size + rows[queries, columns])
     return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
@@ -517,7 +529,7 @@ def _candidates(gathered: _Gathered) -> Candidates:
 def _label_config(config: EvalConfig) -> LabelConfig:
     return LabelConfig(
         data=config.data,
-        index=config.index,
+        index=config.indexes[0],
         judge=str(config.judge),
         split=config.split,
         prompt=config.prompt,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FLAGS = {"models": "--model", "runs": "--run", "sources": "--from"}
 
 
-_FIXED_BY_APPEND = ("model", "query_model", "factory", "dtype")
+_FIXED_BY_APPEND = ("model", "query_model", "factory", "search_params", "dtype")
 
 
 def commands(evaluation: Evaluation) -> list[str]:

@@ -247,6 +247,19 @@ def test_top_lists_of_several_models_are_pooled(command, world, index_folder, se
     assert "index 2" in config["inputs"]
     # At the start the list is the first model's own: nothing in it is new to the pool.
     assert both["points"][0]["novelty"] == alone["points"][0]["novelty"] == 0
+    # eval pools the same way: what either model returns is not novel.
+    report = tmp_path / "report"
+    evaluate = ["eval", "--data", world, "--index", index_folder, "--index", second_index, "--split", "train",
+                "--model", f"new={tmp_path / 'both'}", "--judge", f"file:{world}/judgements.tsv",
+                "--missing", "irrelevant", "--base-depth", 3, "--k", 3, "--out", report]  # fmt: skip
+    code, _, err = run(capsys, *evaluate)
+    assert code == 0, err
+    means = json.loads((report / "metrics.json").read_text())["models"]
+    embeddings = SentenceTransformer(str(tmp_path / "both"), device="cpu").encode_query(split.query_texts)
+    lists = indexes[0].search(embeddings, 3, split.excluded)[0]
+    brute = np.mean([len(set(lists[q].tolist()) - set(pool[q].tolist())) for q in range(len(split))])
+    assert means["new"]["Novelty@3"] == pytest.approx(brute)
+    assert means["base"]["Novelty@3"] == 0
     again, _ = train(capsys, ["train"], tmp_path / "again", "--config", tmp_path / "both" / "config.yaml")
     assert again["points"] == both["points"]
 
