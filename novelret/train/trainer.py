@@ -155,7 +155,7 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
         chosen = order[0] if order else None
         if processes.is_first:
             if chosen is not None:
-                _say_choice(chosen, len(validation_rows), config, report)
+                _say_choice(chosen, points, len(validation_rows), config, report)
             _write(run, folder, inputs, labels.judge, points, order, steps, spent)
         return points, chosen
 
@@ -298,7 +298,9 @@ def _make_tower(
     return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device)
 
 
-def _say_choice(chosen: Point, n_queries: int, config: TrainConfig, report: Reporter) -> None:
+def _say_choice(
+    chosen: Point, points: list[Point], n_queries: int, config: TrainConfig, report: Reporter
+) -> None:
     base_recall, drop = chosen.base_recall, config.max_recall_drop
     if not keeps_budget(chosen, drop):
         report.warn(
@@ -311,12 +313,19 @@ def _say_choice(chosen: Point, n_queries: int, config: TrainConfig, report: Repo
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
         )
-    noise = 1.96 * chosen.recall_error
-    if noise > drop * base_recall and drop < 1:
+    last = points[-1]
+    if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:
         report.warn(
-            f"{n_queries} held-back queries measure the change of recall to ± {noise:.4f} only, the budget "
-            f"({drop:.1%}) is {drop * base_recall:.4f}: hold back more (--validation-fraction) or allow for "
-            "it (--max-recall-drop)"
+            f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "
+            f"{last.judged_novel:.0%}, and what is not judged counts as not relevant: the comparison favours "
+            "the start. Train from the deployed encoder (without --init) on all labels, or label more"
+        )
+    noise = 1.96 * chosen.recall_error
+    if noise > drop * base_recall and chosen.recall - noise < base_recall * (1 - drop):
+        report.warn(
+            f"{n_queries} held-back queries measure the change of recall to ± {noise:.4f}, coarser than the "
+            f"budget ({drop:.1%}, {drop * base_recall:.4f}): hold back more (--validation-fraction) or allow "
+            "for it (--max-recall-drop)"
         )
     report.note(
         f"chosen: step {chosen.step} of {config.steps}, on the held-back queries: novelty "
