@@ -20,7 +20,7 @@ from novelret.train.rewards import RewardFunction
 
 FEEDBACK, BASE, POLICY = 0, 1, 2
 SOURCES = ("feedback", "base", "policy")
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # pairs at a time: their queries' lists are copied out, 400 bytes each at L = 50
 
 
 @dataclass(frozen=True)
