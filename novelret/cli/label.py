@@ -47,7 +47,7 @@ def label(
         list[str] | None,
         typer.Option(
             "--from",
-            help="base-novel (the default), base-top, feedback, random or model:PATH; repeatable.",
+            help="base-novel (the default), base-top, feedback, random, model:PATH or pairs:QRELS; repeatable.",
         ),
     ] = None,
     base_depth: Annotated[int, typer.Option(help="L: the deployed list's length.")] = 50,
