@@ -45,8 +45,13 @@ class Reporter:
             self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     @contextlib.contextmanager
-    def bar(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A progress bar with rate and time left; gives a function to be told of each n done."""
+    def bar(
+        self, description: str, total: int | None = None, status: Callable[[], str] = lambda: ""
+    ) -> Iterator[Callable[[int], None]]:
+        """A progress bar with rate and time left; gives a function to be told of each n done.
+
+        `status` is asked now and then for a few more words to show.
+        """
         # A terminal gets a live bar; a pipe or a log file stays clean.
         shown = self.console is not None and not self.quiet and self.console.is_terminal
         if not shown:
@@ -60,6 +65,7 @@ class Reporter:
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            _Status(status),
             console=self.console,
         ) as progress:
             task = progress.add_task(description, total=total)
@@ -70,3 +76,12 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
+
+
+class _Status(ProgressColumn):
+    def __init__(self, status: Callable[[], str]) -> None:
+        super().__init__()
+        self.status = status
+
+    def render(self, task: Task) -> Text:
+        return Text(self.status(), style="dim")

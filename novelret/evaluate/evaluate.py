@@ -39,8 +39,9 @@ from novelret.evaluate.significance import bootstrap_intervals, holm, randomizat
 from novelret.evaluate.trec import read_run, write_run
 from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_index
 from novelret.label.candidates import Candidates
+from novelret.label.judge import split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import LabelConfig, judge_candidates, split_judge
+from novelret.label.label import LabelConfig, judge_candidates
 from novelret.label.labels import read_table
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter

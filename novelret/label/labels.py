@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 
 from novelret.artifacts import Manifest, read_manifest
 from novelret.data.catalog import Catalog
+from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
-from novelret.label.table import LabelTable, make_table
+from novelret.label.candidates import Candidates
+from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make_table
 
 SCHEMA = pa.schema(
     [
@@ -31,6 +34,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of judgements.parquet. The judge and the prompt are one per artifact: see its manifest."""
+
+VERDICTS = {RELEVANT: "relevant", IRRELEVANT: "not relevant", UNKNOWN: "unusable"}
+"""Verdicts as people read them."""
 
 
 @dataclass(frozen=True)
@@ -96,3 +102,33 @@ def open_labels(folder: Path, index: Index) -> Labels:
             "pass the index it belongs to, or label again"
         )
     return Labels(folder, manifest)
+
+
+def judgement_rows(
+    index: Index, split: Split, candidates: Candidates, rows: np.ndarray, columns: dict[str, Any]
+) -> pa.Table:
+    """Some candidates as rows of judgements.parquet.
+
+    Args:
+        index: for the items' ids.
+        split: for the queries' ids.
+        candidates: the pairs.
+        rows: (n,) which of them.
+        columns: what the judge gave, n values each; columns that are left out are empty.
+    """
+    sources = pa.DictionaryArray.from_arrays(
+        pa.array(candidates.source_numbers[rows].astype(np.int8)), pa.array(candidates.sources, pa.string())
+    )
+    items = pa.array(candidates.item_rows[rows])
+    filled = {
+        "query_id": [split.query_ids[row] for row in candidates.query_rows[rows]],
+        "item_id": index.catalog.ids.take(items).cast(pa.string()).combine_chunks(),
+        "source": sources,
+    } | columns
+    empty = [None] * len(rows)
+    arrays = [
+        value if isinstance(value, pa.Array) else pa.array(value, field.type)
+        for field in SCHEMA
+        for value in [filled.get(field.name, empty)]
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)

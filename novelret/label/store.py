@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,10 @@ CREATE TABLE IF NOT EXISTS answers (
     time TEXT NOT NULL
 ) WITHOUT ROWID
 """
+KEY_SIZE = 16
+"""Bytes of a key."""
 _AT_ONCE = 500  # keys per query, well under SQLite's limit of variables
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Answer:
 
 def key_of(judge: str, messages: list[dict[str, str]], parameters: dict[str, Any]) -> bytes:
     """Identity of a question: the judge with its model, the rendered prompt, the parameters."""
-    text = json.dumps([judge, messages, parameters], sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    text = _encode([judge, messages, parameters])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_SIZE).digest()
 
 
 def default_store() -> Path:
@@ -59,7 +63,7 @@ def default_store() -> Path:
 
 
 class Store:
-    """An append-only table of answers. Several processes may use it at once; each answer is one commit."""
+    """The table of answers. Several processes may use it at once."""
 
     def __init__(self, path: Path) -> None:
         """Open or make a store.
@@ -79,35 +83,41 @@ class Store:
 
     def find(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
         """The stored answers among these keys."""
-        found: dict[bytes, Answer] = {}
+        columns = "key, answer, prompt_tokens, completion_tokens, time"
+        return {key: Answer(*rest) for key, *rest in self._select(columns, keys)}
+
+    def known(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Which of these keys have an answer."""
+        return {key for (key,) in self._select("key", keys)}
+
+    def add(self, judge: str, answers: Iterable[tuple[bytes, str, int | None, int | None]]) -> None:
+        """Keep (key, text, prompt tokens, completion tokens), all in one commit.
+
+        A key that was asked again has its new answer from then on; until then the old one stands.
+        """
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [(key, judge, text, prompt, completion, time) for key, text, prompt, completion in answers]
+        with self.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is done inside is kept together or not at all."""
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+    def _select(self, columns: str, keys: Iterable[bytes]) -> Iterator[tuple[Any, ...]]:
         wanted = list(keys)
         for start in range(0, len(wanted), _AT_ONCE):
             some = wanted[start : start + _AT_ONCE]
             marks = ",".join("?" * len(some))
-            rows = self._connection.execute(
-                "SELECT key, answer, prompt_tokens, completion_tokens, time FROM answers "
-                f"WHERE key IN ({marks})",
-                some,
-            )
-            found.update({key: Answer(*rest) for key, *rest in rows})
-        return found
-
-    def add(
-        self, key: bytes, judge: str, text: str, prompt_tokens: int | None, completion_tokens: int | None
-    ) -> Answer:
-        """Keep an answer; a key that exists already keeps its first answer."""
-        answer = Answer(
-            text, prompt_tokens, completion_tokens, datetime.now(UTC).isoformat(timespec="seconds")
-        )
-        self._connection.execute(
-            "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)",
-            (key, judge, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.time),
-        )
-        return answer
-
-    def forget(self, keys: Iterable[bytes]) -> None:
-        """Drop answers, so that they are asked again: for unusable ones, on the user's word."""
-        self._connection.executemany("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
+            yield from self._connection.execute(f"SELECT {columns} FROM answers WHERE key IN ({marks})", some)
 
     def close(self) -> None:
         """Close the file."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
-from novelret.label import label as stage
+from novelret.label import questions as questions_module
 from novelret.label.judges import openai as judge_module
 from tests.loopback import LoopbackJudge
 
@@ -194,7 +194,7 @@ def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folde
 
 
 def test_memory_of_questions_is_bounded(monkeypatch, arguments, tmp_path, capsys):
-    monkeypatch.setattr(stage, "_CHUNK", 7)  # many chunks give the same labels
+    monkeypatch.setattr(questions_module, "CHUNK", 7)  # many chunks give the same labels
     with LoopbackJudge() as server:
         code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120)
