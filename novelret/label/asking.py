@@ -239,6 +239,6 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
     if facts["verdicts"]["unusable"]:
         shown = ", ".join(repr(text[:120]) for text in facts["unusable_examples"])
         report.warn(
-            f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; --reparse reads them "
-            "in another way for free, --retry-unusable asks them again alone"
+            f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; --reparse reads "
+            "them in another way for free, --retry-unusable asks them again alone"
         )

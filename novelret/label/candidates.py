@@ -124,8 +124,8 @@ def _named_pairs(path: Path, index: Index, split: Split, report: Reporter) -> tu
         raise UserError(f"{path}: no pair is of the split's {len(split):,} queries and the catalog's items")
     if not known.all():
         report.warn(
-            f"{path}: {int((~known).sum()):,} pairs are not of this split's queries or name items that are not "
-            "in the catalog; they are left out"
+            f"{path}: {int((~known).sum()):,} pairs are not of this split's queries or name items that are "
+            "not in the catalog; they are left out"
         )
     return queries[known], items[known]
 

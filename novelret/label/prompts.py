@@ -131,7 +131,7 @@ def render(prompt: Prompt, query: str, item: str) -> list[dict[str, str]]:
 def tame(text: str) -> str:
     """An untrusted text on one line, unable to close a quote, open a tag or hide what it says."""
     if not (text.isascii() and text.isprintable()):
-        # NFKC turns look-alikes of quotes and brackets (fullwidth forms and such) into what is replaced below.
+        # NFKC turns look-alikes of quotes and brackets (fullwidth forms) into what is replaced below.
         normal = unicodedata.normalize("NFKC", text)
         text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in normal)
     return " ".join(text.translate(_FORGING).split())[:MAX_TEXT]
@@ -143,5 +143,5 @@ _tame_query = lru_cache(maxsize=1024)(tame)  # a query's pairs come one after an
 
 @lru_cache(maxsize=16)
 def _pieces(template: str) -> list[str]:
-    """Text, placeholder's name, text, …"""
+    """The template cut at its placeholders: every second piece is a placeholder's name."""
     return re.split(r"\{(query|history|item)\}", template)

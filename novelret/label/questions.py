@@ -101,9 +101,9 @@ class Feed:
     def __len__(self) -> int:
         return len(self.candidates)
 
-    def chunks(self, start: int = 0) -> Iterator[list[Question]]:
+    def chunks(self, first: int = 0) -> Iterator[list[Question]]:
         """The questions in candidate order, from one on."""
-        for start in range(start, len(self), CHUNK):
+        for start in range(first, len(self), CHUNK):
             rows = slice(start, start + CHUNK)
             items = self._index.catalog.texts_at(self.candidates.item_rows[rows])
             queries = [self._split.query_texts[row] for row in self.candidates.query_rows[rows]]

@@ -29,7 +29,7 @@ class TokenCounter:
 
 
 def token_counter(model: str) -> TokenCounter:
-    """The counter of a model: tiktoken's where it knows the model and has its vocabulary, else an estimate."""
+    """A model's counter: tiktoken's where it knows the model and has its vocabulary, else an estimate."""
     encoding = _encoding_of(model)
     if encoding is None:
         return TokenCounter(estimate_tokens, exact=False)

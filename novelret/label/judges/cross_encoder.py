@@ -43,7 +43,7 @@ def load_cross_encoder(name: str, device: str) -> CrossEncoder:
 
 def fingerprint(model: CrossEncoder) -> str:
     """Identity of what decides a score: a folder's path may come to hold another model."""
-    return f"{fingerprint_weights(model)}-{model.max_length}"
+    return f"{fingerprint_weights(model)}-{model.max_seq_length}"
 
 
 def render_pair(query: str, item: str) -> Messages:
