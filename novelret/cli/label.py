@@ -22,6 +22,7 @@ from novelret.cli.options import (
     show_result,
 )
 
+_UNDER_WAY = 3  # exit code: nothing is wrong, but there are no LABELS yet
 EXAMPLES = """
 [bold]examples:[/]
 
@@ -32,6 +33,9 @@ EXAMPLES = """
 
   novelret label --data my-data --split train --index runs/index --judge openai:gpt-4o-mini
       --prompt query-keyword --per-query 20 --max-cost 25 --out runs/labels
+
+  novelret label --data my-data --split train --index runs/index --judge openai-batch:gpt-4o-mini
+      --prompt query-keyword --per-query 20 --max-cost 25 --no-wait --out runs/labels
 
   novelret label --data my-data --split train --index runs/index --judge cross-encoder:BAAI/bge-reranker-v2-m3
       --threshold 0.6 --out runs/free-labels
@@ -100,6 +104,12 @@ def label(
     tpm: Annotated[
         float | None, typer.Option(help="Tokens per minute. [default: as the endpoint tells]")
     ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait/--no-wait", help="Stay until batches are answered, or submit, leave and run again later."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Decides which pairs are sampled.")] = 0,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,
@@ -111,7 +121,7 @@ def label(
     """Have candidate pairs judged for relevance; every answer is kept and never paid for twice."""
     from dataclasses import asdict
 
-    from novelret.errors import UserError
+    from novelret.errors import BatchesUnderWay, UserError
     from novelret.label import label as stage
 
     settings = stage.LabelConfig(
@@ -134,6 +144,7 @@ def label(
         timeout=timeout,
         rpm=rpm,
         tpm=tpm,
+        wait=wait,
         max_requests=max_requests,
         max_cost=max_cost,
         price=price,
@@ -147,7 +158,16 @@ def label(
         return
     if out is None:
         raise UserError("--out is missing: where should the LABELS go?")
-    facts = stage.build_labels(settings, out, force=force, report=reporter(quiet)).facts
+    try:
+        facts = stage.build_labels(settings, out, force=force, report=reporter(quiet)).facts
+    except BatchesUnderWay as waiting:
+        words = str(waiting)
+        show_result(
+            {"labels": None, "batches": waiting.batches, "requests_under_way": waiting.requests},
+            as_json=as_json,
+            render=lambda console: console.print(words),
+        )
+        raise typer.Exit(_UNDER_WAY) from None
     show_result(
         {"labels": str(out), **facts}, as_json=as_json, render=lambda console: _render(console, out, facts)
     )

@@ -241,11 +241,13 @@ def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:
 
 
 def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Reporter) -> None:
-    if config.judge is None or not config.judge.startswith("openai:"):
+    if config.judge is None or config.judge.startswith("file:"):
         return
     if (Path(path) / "manifest.json").is_file():
         trained_by = read_manifest(Path(path), "model").facts.get("judge")
-        if trained_by == config.judge:
+        if str(trained_by).replace("openai-batch:", "openai:") == config.judge.replace(
+            "openai-batch:", "openai:"
+        ):
             report.warn(
                 f"{name} was trained on labels of {config.judge}, which now judges it; "
                 "another, stronger judge would be fairer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,12 +123,13 @@ def ask_and_write(
 
         def status() -> str:
             cost = f"${tally.cost:.2f} " if judge.price and judge.price.of(1, 1) else ""
-            return f"{cost}{tally.retries} retries, {len(tally.failed)} failed"
+            return f"{cost}{tally.retries} retries, {len(tally.failed)} failed {tally.note}"
 
         if send:
             again = judge.read if retry_unusable else None
             with report.bar(f"asking {judge.name}", len(feed), status) as advance:
-                judge.ask(lambda: feed.unanswered(store, tally, advance, again), store, tally, advance)
+                unanswered = partial(feed.unanswered, store, tally, advance, again)
+                judge.ask(unanswered, store, tally, advance, report.note)
         counts, examples = _write(judge, index, split, feed, store, tally, out)
     judged = sum(counts.values())
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}

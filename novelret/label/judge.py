@@ -38,7 +38,8 @@ class Judge:
         fingerprint: of the prompt or the weights.
         render: (query, item) → messages.
         read: answer → (verdict, grade).
-        ask: asks what is unanswered and stores the answers.
+        ask: asks what is unanswered and stores the answers; told where to count, of progress, and where to
+            say what goes on.
         price: None where it is not known.
         tokens: counts a question's tokens.
         longest: tokens an answer may have.
@@ -49,7 +50,7 @@ class Judge:
     fingerprint: str
     render: Callable[[str, str], Messages]
     read: Reader
-    ask: Callable[[Unanswered, Store, Tally, Callable[[int], None]], None]
+    ask: Callable[[Unanswered, Store, Tally, Callable[[int], None], Callable[[str], None]], None]
     price: Price | None
     tokens: TokenCounter
     longest: int = 0
@@ -102,7 +103,16 @@ def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
     parameters = parameters_for(model, prompt.max_tokens)
     tokens = token_counter(model)
 
-    def ask(unanswered: Unanswered, store: Store, tally: Tally, advance: Callable[[int], None]) -> None:
+    # Most answers are the same few words.
+    read = lru_cache(maxsize=4096)(partial(parse, prompt))
+
+    def ask(
+        unanswered: Unanswered,
+        store: Store,
+        tally: Tally,
+        advance: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> None:
         from novelret.label.judges.openai import Limits, ask_all
 
         limits = Limits(
@@ -114,15 +124,31 @@ def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
             rpm=config.rpm,
             tpm=config.tpm,
         )
-        ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance)
+        if not batch:
+            ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance)
+            return
+        from novelret.label.judges.openai_batch import ask_in_batches
+
+        ask_in_batches(
+            unanswered,
+            model,
+            parameters,
+            tokens.count,
+            read,
+            store,
+            limits,
+            tally,
+            advance,
+            say,
+            wait=config.wait,
+        )
 
     return Judge(
         name=f"openai:{model}",
         parameters=parameters,
         fingerprint=prompt.fingerprint,
         render=partial(render, prompt),
-        # Most answers are the same few words.
-        read=lru_cache(maxsize=4096)(partial(parse, prompt)),
+        read=read,
         ask=ask,
         price=price,
         tokens=tokens,
@@ -150,7 +176,13 @@ def _cross_encoder(config: LabelConfig, name: str) -> Judge:
     weights = cross_encoder.fingerprint(model)
     threshold = SCORE_THRESHOLD if config.threshold is None else config.threshold
 
-    def ask(unanswered: Unanswered, store: Store, tally: Tally, advance: Callable[[int], None]) -> None:
+    def ask(
+        unanswered: Unanswered,
+        store: Store,
+        tally: Tally,
+        advance: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> None:
         cross_encoder.score_all(unanswered(), name, model, store, tally, advance)
 
     return Judge(

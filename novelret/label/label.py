@@ -58,6 +58,7 @@ class LabelConfig:
         timeout: seconds for one request.
         rpm: requests per minute; by default as the endpoint tells.
         tpm: tokens per minute; likewise.
+        wait: stay until batches are answered; otherwise leave once they are submitted.
         max_requests: stop before more requests than this.
         max_cost: stop before this many dollars could be exceeded.
         price: "INPUT,OUTPUT" in dollars per million tokens, over the built-in table.
@@ -85,6 +86,7 @@ class LabelConfig:
     timeout: float = 60.0
     rpm: float | None = None
     tpm: float | None = None
+    wait: bool = True
     max_requests: int | None = None
     max_cost: float | None = None
     price: str | None = None
@@ -100,6 +102,7 @@ def build_labels(
 
     Raises:
         UserError: bad settings or data, a refused key or model, an existing output.
+        BatchesUnderWay: `wait` is off and batches are not answered yet; call again to collect them.
         KeyboardInterrupt: Ctrl-C; every answer so far is in the store.
     """
     report = report or Reporter()

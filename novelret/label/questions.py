@@ -48,7 +48,9 @@ class Tally:
         retries: requests repeated after a passing fault.
         failed: key of a question → why it got no answer.
         under_way: keys of questions that are being asked now.
+        settled: keys that were answered in this run and are not asked again in it, come what may.
         stopped: why asking stopped early, if it did.
+        note: what goes on, in a few words.
     """
 
     requests: int = 0
@@ -58,7 +60,9 @@ class Tally:
     retries: int = 0
     failed: dict[bytes, str] = field(default_factory=dict)
     under_way: set[bytes] = field(default_factory=set)
+    settled: set[bytes] = field(default_factory=set)
     stopped: str | None = None
+    note: str = ""
 
 
 class Feed:
@@ -132,7 +136,7 @@ class Feed:
             stored = store.known([q.key for q in chunk])
             if ask_again is not None:
                 unread = {k for k, a in store.find(stored).items() if ask_again(a.text)[0] == UNKNOWN}
-                stored -= unread
+                stored -= unread - tally.settled
             missing = {q.key: q for q in chunk if q.key not in stored}
             if start >= self._looked_at:
                 self._look_at(start, chunk, stored)

@@ -63,7 +63,12 @@ def default_store() -> Path:
 
 
 class Store:
-    """The table of answers. Several processes may use it at once."""
+    """The table of answers. Several processes may use it at once.
+
+    Attributes:
+        path: the SQLite file.
+        connection: to it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or make a store.
@@ -72,12 +77,13 @@ class Store:
             UserError: the file cannot be opened, or is no store.
         """
         try:
+            self.path = path
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self.connection.execute("PRAGMA journal_mode = WAL")
             # FULL: an answer that was acknowledged survives a power cut, since it was paid for.
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.execute(_SCHEMA)
+            self.connection.execute("PRAGMA synchronous = FULL")
+            self.connection.execute(_SCHEMA)
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{path}: cannot be used as a judgement store ({error}); pass --store") from None
 
@@ -103,7 +109,7 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All that is done inside is kept together or not at all."""
-        connection = self._connection
+        connection = self.connection
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection
@@ -117,8 +123,8 @@ class Store:
         for start in range(0, len(wanted), _AT_ONCE):
             some = wanted[start : start + _AT_ONCE]
             marks = ",".join("?" * len(some))
-            yield from self._connection.execute(f"SELECT {columns} FROM answers WHERE key IN ({marks})", some)
+            yield from self.connection.execute(f"SELECT {columns} FROM answers WHERE key IN ({marks})", some)
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        self.connection.close()
