@@ -152,7 +152,8 @@ class LoopbackJudge:
             self.batches[name] = {
                 "id": name, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
                 "completion_window": "24h", "status": "in_progress", "created_at": int(time.time()),
-                "metadata": body.get("metadata"), "due": time.time() + self.batch_delay, "fault": fault,
+                "metadata": body.get("metadata"), "fault": fault, "made": time.time(),
+                "due": 0 if fault == "crowded" else time.time() + self.batch_delay,
             }  # fmt: skip
         if fault == "create-cut":
             request.close_connection = True
@@ -183,7 +184,7 @@ class LoopbackJudge:
             batch = self.batches[name]
             if batch["status"] == "in_progress" and time.time() >= batch["due"]:
                 self.work_off(batch)
-            return {key: value for key, value in batch.items() if key not in ("due", "fault")}
+            return {key: value for key, value in batch.items() if key not in ("due", "fault", "made")}
 
     def work_off(self, batch: dict) -> None:
         fault = batch["fault"]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
@@ -16,6 +12,7 @@ import pytest
 from novelret.cli import main
 from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger
+from tests.killing import start
 from tests.loopback import LoopbackJudge
 
 KEY = "sk-very-secret-0123456789"
@@ -167,13 +164,19 @@ def test_a_kill_around_a_submission_is_made_good(ask, monkeypatch, moment):
 
 def test_a_crowded_endpoint_is_waited_for(ask, monkeypatch):
     monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 60)
-    with LoopbackJudge(batch_faults=[None, "crowded", "crowded"], batch_delay=0.1) as server:
-        code, facts, err = ask(server)
-        assert (code, err) == (2, "") or code == 2
-        assert "was refused: token_limit_exceeded" in err
+    with LoopbackJudge(batch_faults=[None, "crowded"], batch_delay=0.3) as server:
         code, facts, err = ask(server)
         assert (code, facts["pairs"]) == (0, 120), err
+        made = [batch["made"] for batch in server.batches.values()]
+        assert len(made) == 3
+        assert made[2] - made[0] > 0.3  # not before the first was done
         assert set(server.billed.values()) == {1}
+    with LoopbackJudge(batch_faults=["crowded", "crowded"]) as server:
+        code, _, err = ask(server, "--depth", 15, out="b")
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "was refused: token_limit_exceeded" in err
+        code, facts, _ = ask(server, "--depth", 15, out="b")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 240, 120)
 
 
 def test_refusals_are_one_line_and_leave_nothing_under_way(ask):
@@ -218,7 +221,7 @@ def test_caps_count_what_is_under_way(ask):
 def test_unusable_answers_are_asked_again_once(ask, monkeypatch):
     monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
     with LoopbackJudge() as server:
-        code, facts, err = ask(server)
+        code, facts, _ = ask(server)
         assert (code, facts["verdicts"]["unusable"], facts["unusable_examples"]) == (0, 120, ["Perhaps."])
         code, facts, _ = ask(server, "--retry-unusable", "--force")
         assert (code, facts["requests"], set(server.billed.values())) == (0, 120, {2})
@@ -229,38 +232,30 @@ def test_unusable_answers_are_asked_again_once(ask, monkeypatch):
         assert (code, facts["requests"]) == (0, 0)
 
 
-KILLED = """
-import sys
-from novelret.label.judges import openai_batch
-openai_batch.MAX_REQUESTS, openai_batch._POLL = 60, 0.05
-from novelret.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_killed_at_random_moments_no_pair_is_submitted_twice(world, index_folder, tmp_path):
     rng = random.Random(1)
+    patches = {"novelret.label.judges.openai_batch": {"MAX_REQUESTS": 60, "_POLL": 0.05}}
     with LoopbackJudge(batch_delay=0.2) as server:
-        environment = {**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         command = [
-            sys.executable, "-c", KILLED, "label", "--data", world, "--index", index_folder, "--judge",
-            "openai-batch:tiny", "--prompt", "query-keyword", "--base-depth", "3", "--depth", "30",
-            "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels", "--json",
+            "label", "--data", world, "--index", index_folder, "--judge", "openai-batch:tiny", "--prompt", "query-keyword",
+            "--base-depth", 3, "--depth", 30, "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels",
         ]  # fmt: skip
-        command = list(map(str, command))
-        for _ in range(5):
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+        command, log, kills = list(map(str, command)), tmp_path / "log", 0
+        for _ in range(10):
+            process = start(command, environment, log, patches)
             begun, deadline = len(server.files), time.time() + 60
-            while len(server.files) == begun and process.poll() is None and time.time() < deadline:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-            out, err = process.communicate()
-            assert KEY.encode() not in out + err
-        done = subprocess.run(command, env=environment, capture_output=True, check=True)
-        assert json.loads(done.stdout)["pairs"] == 20 * 27
+            while len(server.files) == begun and process.is_alive() and time.time() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+            process.join()
+            kills += process.exitcode == -9
+        assert kills >= 5
+        process = start([*command, "--force"], environment, log, patches)
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        assert len(rows_of(tmp_path / "labels")) == 20 * 27
         assert set(server.billed.values()) == {1}
         assert len(server.billed) == 20 * 27
         lines = [server.files[b["input_file_id"]].splitlines() for b in server.batches.values()]

@@ -107,8 +107,8 @@ def ask_in_batches(
                 lost += 1
                 if lost >= _LOST or not wait:
                     raise UserError(
-                        f"openai-batch:{model}: {hide_secrets(str(error))}; what was submitted is kept, so run "
-                        "again later"
+                        f"openai-batch:{model}: {hide_secrets(str(error))}; what was submitted is kept, "
+                        "so run again later"
                     ) from None
             except openai.APIStatusError as error:
                 raise UserError(f"openai-batch:{model}: {hide_secrets(str(error))}") from None
@@ -157,8 +157,8 @@ def _batch_of(run: _Run, submission: Submission) -> Batch | None:
             return run.client.batches.retrieve(submission.batch)
         except openai.NotFoundError:
             raise UserError(
-                f"openai-batch:{run.model}: this endpoint does not know {submission.batch}, submitted before; "
-                "use the endpoint and key it was submitted with, or another --store to go on without it"
+                f"openai-batch:{run.model}: this endpoint does not know {submission.batch}, submitted "
+                "before; use its endpoint and key, or another --store to go on without it"
             ) from None
     batch = _find(run, submission.id)
     if batch is not None:
