@@ -19,6 +19,9 @@ class LoopbackJudge:
     A fault is one of: "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
     "400", "slow".
 
+    `rpm` is a token bucket that holds `burst` requests; what exceeds it gets 429 with Retry-After, and where it
+    `tells`, every answer carries the limit in its headers.
+
     Batches are answered `batch_delay` seconds after they were made; `batch_faults` are used up one per batch:
     "expired" (every second request has no answer), "errors" (every third is refused, every third fails),
     "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
@@ -31,7 +34,12 @@ class LoopbackJudge:
         delay: float = 0.0,
         batch_faults: list[str] | None = None,
         batch_delay: float = 0.0,
+        rpm: float | None = None,
+        burst: int = 1,
+        tells: bool = False,
     ) -> None:
+        self.rpm, self.burst, self.tells = rpm, burst, tells
+        self.allowance, self.allowance_at = float(burst), time.monotonic()
         self.faults = deque(faults or [])
         self.batch_faults = deque(batch_faults or [])
         self.batch_delay = batch_delay
@@ -83,7 +91,20 @@ class LoopbackJudge:
             fault = self.faults.popleft() if self.faults else None
         if self.delay:
             time.sleep(self.delay)
+        if self.rpm and not self.may_pass():
+            send(request, 429, json.dumps({"error": {"message": "slow down"}}), {"Retry-After": "0.05"})
+            return
         self.answer(request, body, fault)
+
+    def may_pass(self) -> bool:
+        with self.lock:
+            now = time.monotonic()
+            self.allowance = min(self.burst, self.allowance + (now - self.allowance_at) * self.rpm / 60)
+            self.allowance_at = now
+            if self.allowance < 1:
+                return False
+            self.allowance -= 1
+            return True
 
     def answer(self, request: BaseHTTPRequestHandler, body: dict, fault: str | None) -> None:
         user = body["messages"][-1]["content"]
@@ -118,7 +139,9 @@ class LoopbackJudge:
             message = {"role": "assistant", "content": verdict(user)}
             if fault == "refusal":
                 message = {"role": "assistant", "content": None, "refusal": "I would rather not."}
-            send(request, 200, completion([{"index": 0, "message": message, "finish_reason": "stop"}]))
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            headers = {"x-ratelimit-limit-requests": str(int(self.rpm))} if self.rpm and self.tells else {}
+            send(request, 200, completion(choices), headers)
 
     # Files and batches.
 
