@@ -31,6 +31,7 @@ MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
 """What one file of the Batch API may hold."""
 _POLL = 30.0  # seconds between two looks at the batches
 _LOST = 20  # looks in a row that find no endpoint, before giving up for now
+_RETRIES = 4  # of requests that cost nothing
 _ATTEMPTS = 5  # to have a batch made
 _PAUSE = 2.0  # seconds, doubled each time
 _AT_ONCE = 1_000  # answers stored in one commit
@@ -90,7 +91,7 @@ def ask_in_batches(
         UserError: the key, the model or the endpoint is refused, or cannot be reached any more.
         BatchesUnderWay: not waiting, and something is.
     """
-    with OpenAI(api_key=check_key(), max_retries=4, timeout=limits.timeout) as client:
+    with OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=limits.timeout) as client:
         ledger = Ledger(store, f"openai:{model}")
         run = _Run(client, model, parameters, count_tokens, read, store, ledger, limits, tally, advance)
         lost = 0
