@@ -19,7 +19,7 @@ from novelret.label.cost import Price
 from novelret.label.judge import Judge
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
 from novelret.label.questions import Feed, Messages, Reader, Tally
-from novelret.label.store import Answer, Store
+from novelret.label.store import Answer, Store, key_function
 from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
 
@@ -66,7 +66,7 @@ def plan_asking(
     tally, to_ask, tokens = Tally(), 0, 0
     example: Messages = []
     with closing(Store(store_path)) as store, report.bar("planning", len(candidates)) as advance:
-        feed = Feed(index, split, candidates, judge.render, judge.key_of)
+        feed = Feed(index, split, candidates, judge.render, key_function(judge.name, judge.parameters))
         again = judge.read if retry_unusable else None
         for question in feed.unanswered(store, tally, advance, again):
             if question is not None:
@@ -119,7 +119,9 @@ def ask_and_write(
     """
     tally = Tally()
     with closing(Store(store_path)) as store:
-        feed = Feed(index, split, candidates, judge.render, judge.key_of, out.parent)
+        feed = Feed(
+            index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
+        )
 
         def status() -> str:
             cost = f"${tally.cost:.2f} " if judge.price and judge.price.of(1, 1) else ""

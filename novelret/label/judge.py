@@ -14,7 +14,7 @@ from novelret.label.judges.endpoint import check_key, longest_answer, parameters
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
 from novelret.label.questions import Messages, Question, Reader, Tally
-from novelret.label.store import Store, key_of
+from novelret.label.store import Store
 from novelret.label.tokens import TokenCounter, token_counter
 
 if TYPE_CHECKING:
@@ -54,10 +54,6 @@ class Judge:
     price: Price | None
     tokens: TokenCounter
     longest: int = 0
-
-    def key_of(self, messages: Messages) -> bytes:
-        """A question's identity in the store."""
-        return key_of(self.name, messages, self.parameters)
 
 
 def split_judge(judge: str) -> tuple[str, str]:

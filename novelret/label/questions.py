@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ Reader = Callable[[str], tuple[int, float | None]]
 """A judge's answer → (verdict, grade)."""
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One thing to ask.
 
     Attributes:

@@ -17,7 +17,7 @@ import pytest
 from novelret.cli import main
 from novelret.label import questions as questions_module
 from novelret.label.judges import openai as judge_module
-from novelret.label.store import Store, key_of
+from novelret.label.store import Store, key_function
 from tests.killing import start
 from tests.loopback import LoopbackJudge
 
@@ -358,7 +358,7 @@ def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folde
 
 def key_of_body(body):
     parameters = {name: value for name, value in body.items() if name not in ("model", "messages")}
-    return key_of(f"openai:{body['model']}", body["messages"], parameters)
+    return key_function(f"openai:{body['model']}", parameters)(body["messages"])
 
 
 def test_memory_of_questions_is_bounded(monkeypatch, arguments, tmp_path, capsys):
