@@ -119,11 +119,14 @@ def label(
     config: ConfigOption = None,
 ) -> None:
     """Have candidate pairs judged for relevance; every answer is kept and never paid for twice."""
+    import gc
     from dataclasses import asdict
 
     from novelret.errors import BatchesUnderWay, UserError
     from novelret.label import label as stage
 
+    # The libraries' million objects stay; going through them again and again would double the time per pair.
+    gc.freeze()
     settings = stage.LabelConfig(
         data=data,
         index=str(index),

@@ -130,14 +130,18 @@ def render(prompt: Prompt, query: str, item: str) -> list[dict[str, str]]:
 
 def tame(text: str) -> str:
     """An untrusted text on one line, unable to close a quote, open a tag or hide what it says."""
-    if not (text.isascii() and text.isprintable()):
-        # NFKC turns look-alikes of quotes and brackets (fullwidth forms) into what is replaced below.
-        normal = unicodedata.normalize("NFKC", text)
-        text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in normal)
-    return " ".join(text.translate(_FORGING).split())[:MAX_TEXT]
+    if text.isascii() and text.isprintable():
+        # Most texts; as bytes, this takes a fraction of the time, which counts for a million pairs.
+        plain = text.encode().translate(_FORGING_BYTES).decode()
+        return (" ".join(plain.split()) if "  " in plain else plain.strip())[:MAX_TEXT]
+    # NFKC turns look-alikes of quotes and brackets (fullwidth forms) into what is replaced below.
+    normal = unicodedata.normalize("NFKC", text)
+    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in normal)
+    return " ".join(visible.translate(_FORGING).split())[:MAX_TEXT]
 
 
 _FORGING = {ord(c): "'" for c in '"“”„‟«»'} | {ord(c): " " for c in "<>[]{}`|"}
+_FORGING_BYTES = bytes.maketrans(b'"<>[]{}`|', b"'        ")
 _tame_query = lru_cache(maxsize=1024)(tame)  # a query's pairs come one after another
 
 

@@ -133,13 +133,16 @@ class Feed:
         """
         start = 0
         for chunk in self.chunks():
-            stored = store.known([q.key for q in chunk])
+            keys = [question.key for question in chunk]
+            stored = store.known(keys)
             if ask_again is not None:
                 unread = {k for k, a in store.find(stored).items() if ask_again(a.text)[0] == UNKNOWN}
                 stored -= unread - tally.settled
-            missing = {q.key: q for q in chunk if q.key not in stored}
+            missing = {}
+            if len(stored) < len(chunk):
+                missing = {q.key: q for q in chunk if q.key not in stored}
             if start >= self._looked_at:
-                self._look_at(start, chunk, stored)
+                self._look_at(start, keys, stored)
                 advance(len(chunk) - len(missing))
             for key, question in missing.items():
                 if key not in tally.under_way and key not in tally.failed:
@@ -151,15 +154,17 @@ class Feed:
         """All questions' keys in candidate order, `size` at a time."""
         # Asking may have stopped early: what comes after may be known all the same.
         for chunk in self.chunks(self._looked_at):
-            self._look_at(self._looked_at, chunk, store.known([q.key for q in chunk]))
+            keys = [question.key for question in chunk]
+            self._look_at(self._looked_at, keys, store.known(keys))
         for start in range(0, len(self), size):
             data = self._keys[start : min(start + size, len(self))].tobytes()
             yield [data[n : n + KEY_SIZE] for n in range(0, len(data), KEY_SIZE)]
 
-    def _look_at(self, start: int, chunk: list[Question], stored: set[bytes]) -> None:
-        data = np.frombuffer(b"".join(q.key for q in chunk), dtype=np.uint8)
-        self._keys[start : start + len(chunk)] = data.reshape(-1, KEY_SIZE)
-        self._looked_at = start + len(chunk)
-        known = np.fromiter((q.key in stored for q in chunk), dtype=bool, count=len(chunk))
-        sources = self.candidates.source_numbers[start : start + len(chunk)][known]
+    def _look_at(self, start: int, keys: list[bytes], stored: set[bytes]) -> None:
+        end = start + len(keys)
+        self._keys[start:end] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_SIZE)
+        self._looked_at = end
+        sources = self.candidates.source_numbers[start:end]
+        if len(stored) < len(keys):
+            sources = sources[np.fromiter((key in stored for key in keys), dtype=bool, count=len(keys))]
         self.known += np.bincount(sources, minlength=len(self.known))

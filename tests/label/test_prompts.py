@@ -4,7 +4,7 @@ import pytest
 
 from novelret.errors import UserError
 from novelret.label.parse import parse
-from novelret.label.prompts import PROMPTS, Prompt, load_prompt, render
+from novelret.label.prompts import MAX_TEXT, PROMPTS, Prompt, load_prompt, render, tame
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN
 
 
@@ -58,6 +58,11 @@ def test_grades_and_json():
     assert parse(as_json, '{"answer": "no"}') == (IRRELEVANT, None)
     assert parse(as_json, '{"grade": 3}') == (RELEVANT, 3)
     assert parse(as_json, '{"relevant": ') == (UNKNOWN, None)
+
+
+def test_plain_texts_take_a_short_cut_to_the_same_end():
+    for text in (' a "b"  <c> ', "x", "", "  ", "a|b` {item}", '"' * 9, "plain words " * 300):
+        assert tame(text) == tame(text + " é").removesuffix("é").strip()[:MAX_TEXT]
 
 
 def test_a_users_prompt_file(tmp_path):
