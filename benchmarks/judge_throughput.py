@@ -1,14 +1,14 @@
 """Asking a judge: as fast as the client alone, the whole allowance, nothing for what is known, flat memory.
 
-    python benchmarks/judge_throughput.py [--only bare|allowance|known|load|memory] [--requests 3000] [--pairs 1000000]
+    python benchmarks/judge_throughput.py [--only bare|allowance|known|load|memory] [--rounds 5]
 
-* bare: requests per second of `novelret label`'s asking beside a bare AsyncOpenAI loop at the same concurrency,
-  against a server on loopback whose answers take 50 ms; interleaved rounds, medians.
-* allowance: share of a 3,000 requests-per-minute allowance that is used, where the limit is given (--rpm), told in
-  headers, or only shows as 429 with Retry-After.
-* known: seconds to pass over pairs whose answers the store holds, and to write the LABELS.
+* bare: requests per second of `novelret label`'s asking beside a bare AsyncOpenAI loop at the same
+  concurrency, against a server on loopback whose answers take 50 ms; interleaved rounds, medians.
+* allowance: share of a 3,000 requests-per-minute allowance that is used, where the limit is given (--rpm),
+  told in headers, or only shows as 429 with Retry-After. Takes three minutes.
+* known: seconds to pass over a million pairs whose answers the store holds, and to write the LABELS.
 * load: seconds and memory to load 10 million judgements for training.
-* memory: growth of the peak while 20,000, then 200,000 questions are planned and asked of a judge that answers at once.
+* memory: what the peak grows by while 20,000 questions of 20,000 and of a million pairs are asked.
 
 The server is a process of its own.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ ALLOWANCE = 3_000
 
 
 async def serve(port: Any, delay: float, rpm: float, tells: bool) -> None:
-    """A server that speaks as much HTTP as the client needs; `rpm` is a token bucket holding one second's worth."""
+    """A server with as much HTTP as the client needs; `rpm` is a token bucket holding one second's worth."""
     body = {
         "id": "x", "object": "chat.completion", "created": 0, "model": "m",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "No"}, "finish_reason": "stop"}],
@@ -46,7 +47,7 @@ async def serve(port: Any, delay: float, rpm: float, tells: bool) -> None:
     data = json.dumps(body).encode()
     told = f"x-ratelimit-limit-requests: {rpm:.0f}\r\n" if tells else ""
     good = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{told}Content-Length: {len(data)}\r\n\r\n"
-    later = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    later = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 2\r\n\r\n{}"
     state = {"allowance": rpm / 60, "at": time.monotonic()}
 
     def passes() -> bool:
@@ -82,6 +83,8 @@ def _serve(port: Any, delay: float, rpm: float, tells: bool) -> None:
 
 
 class Server:
+    """The server in a process of its own; sets the environment that leads the client to it."""
+
     def __init__(self, delay: float = 0.05, rpm: float = 0, tells: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self.port = context.Value("i", 0)
@@ -197,15 +200,15 @@ def measure_allowance(options: argparse.Namespace) -> None:
             took = time.perf_counter() - begun
         used = (requests - ALLOWANCE / 60) / (took / 60) / ALLOWANCE
         print(
-            f"limit {how}: {requests} requests in {took:.1f} s, {used:.1%} of the allowance (the first second's "
-            f"burst not counted), {facts['retries']} refused, {facts['failed']} failed"
+            f"limit {how}: {requests} requests in {took:.1f} s, {used:.1%} of the allowance (without the "
+            f"first second's burst), {facts['retries']} refused, {facts['failed']} failed"
         )
 
 
 def measure_known(options: argparse.Namespace) -> None:
     from novelret.label.judge import make_judge
     from novelret.label.label import LabelConfig
-    from novelret.label.questions import Feed
+    from novelret.label.questions import Feed, Tally
     from novelret.label.store import Store, key_function
 
     os.environ["OPENAI_API_KEY"] = "k"
@@ -216,22 +219,21 @@ def measure_known(options: argparse.Namespace) -> None:
         with closing(Store(world.store)) as store:
             for chunk in feed.chunks():
                 store.add(judge.name, [(q.key, "No", 90, 1) for q in chunk])
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         with closing(Store(world.store)) as store:
-            from novelret.label.questions import Tally
-
             feed = Feed(
                 world, world, world.candidates, judge.render, key_function(judge.name, judge.parameters)
             )
             asked = sum(q is not None for q in feed.unanswered(store, Tally()))
-        skipped = time.perf_counter() - begun
+        skipped, cpu = time.perf_counter() - begun, time.process_time() - cpu
         begun = time.perf_counter()
         facts = world.label("labels")
         took = time.perf_counter() - begun
         assert facts["already_known"] == options.pairs
         assert asked == facts["requests"] == 0
     print(
-        f"{options.pairs:,} known pairs: passed over in {skipped:.1f} s; the whole run, LABELS written, {took:.1f} s"
+        f"{options.pairs:,} known pairs passed over in {skipped:.1f} s ({cpu:.1f} s of it on the CPU); "
+        f"the whole run, LABELS written, {took:.1f} s"
     )
 
 
@@ -239,7 +241,7 @@ def measure_load(options: argparse.Namespace) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from novelret.label.labels import SCHEMA, read_table
+    from novelret.label.labels import SCHEMA
 
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), 10_000_000)
@@ -258,25 +260,42 @@ def measure_load(options: argparse.Namespace) -> None:
                 empty = [None] * n
                 arrays = [columns.get(f.name, pa.array(empty, f.type)) for f in SCHEMA]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
-        before = peak()
-        begun = time.perf_counter()
-        table = read_table(path, world.query_ids, world.catalog)
-        took = time.perf_counter() - begun
-    print(f"{len(table):,} judgements loaded in {took:.1f} s; the peak grew by {peak() - before:,.0f} MB")
+        # In a process that has done nothing else: what the writing took would hide what the reading takes.
+        process = multiprocessing.get_context("spawn").Process(target=_load, args=(Path(folder), path))
+        process.start()
+        process.join()
+
+
+def _load(folder: Path, path: Path) -> None:
+    from novelret.label.labels import read_table
+
+    world = World(folder, 10_000_000)
+    del world.candidates
+    before = current()
+    begun = time.perf_counter()
+    table = read_table(path, world.query_ids, world.catalog)
+    took = time.perf_counter() - begun
+    print(f"{len(table):,} judgements loaded in {took:.1f} s; at most {peak() - before:,.0f} MB meanwhile")
 
 
 def measure_memory(options: argparse.Namespace) -> None:
     growth = []
     with Server(delay=0.0):
-        for pairs in (20_000, 200_000):
+        for pairs in (20_000, options.pairs):
             with tempfile.TemporaryDirectory() as folder:
-                world = World(Path(folder), pairs)
+                world = World(Path(folder), pairs, per_query=1000)
                 world.label("warm", max_requests=2_000)
                 before = peak()
                 world.label("labels", max_requests=20_000)
                 growth.append((pairs, peak() - before))
     for pairs, grown in growth:
         print(f"{pairs:,} pairs, 20,000 of them asked: the peak grew by {grown:.0f} MB")
+
+
+def current() -> float:
+    """Resident memory now, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
 
 
 def peak() -> float:
@@ -301,6 +320,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=1_000_000)
     options = parser.parse_args()
+    gc.freeze()  # as the command line does
     for name in [options.only] if options.only else MEASUREMENTS:
         MEASUREMENTS[name](options)
 

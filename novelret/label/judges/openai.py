@@ -7,11 +7,12 @@ import random
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import openai
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from novelret.errors import UserError
 from novelret.label.cost import Price
@@ -95,24 +96,35 @@ async def _ask_all(
         loop.add_signal_handler(signal.SIGINT, interrupt)
     except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not Unix
         handles_signals = False
-    limits = asking.limits
     try:
-        async with AsyncOpenAI(api_key=check_key(), max_retries=0, timeout=limits.timeout) as client:
+        async with _client(asking) as client:
             workers = [
                 asyncio.create_task(_work(asking, client, questions, advance))
-                for _ in range(limits.concurrency)
+                for _ in range(asking.limits.concurrency)
             ]
             # One fatal fault stops all; what the others have under way is still stored.
             done = await asyncio.gather(*workers, return_exceptions=True)
+            await asking.keep_the_rest()
     finally:
         if handles_signals:
             loop.remove_signal_handler(signal.SIGINT)
-    asking.keep()
+        asking.writer.shutdown()
     for result in (asking.fault, *done):
         if isinstance(result, BaseException):
             raise result
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _client(asking: _Asking) -> AsyncOpenAI:
+    """The client; it tells the pace every response's headers."""
+
+    async def learn(response: Any) -> None:
+        asking.pace.learn(response.headers)
+
+    timeout = asking.limits.timeout
+    http = DefaultAsyncHttpxClient(timeout=timeout, event_hooks={"response": [learn]})
+    return AsyncOpenAI(api_key=check_key(), max_retries=0, timeout=timeout, http_client=http)
 
 
 @dataclass
@@ -131,6 +143,10 @@ class _Asking:
     failed_in_a_row: int = 0
     fault: sqlite3.Error | None = None  # why answers cannot be stored
     arrived: list[tuple[bytes, str, int | None, int | None]] = field(default_factory=list)
+    keeping: asyncio.Task[None] | None = None
+    # Waiting for a disk holds up no request: commits have a thread, and that a connection, of their own.
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    thread_store: Store | None = None
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
@@ -145,13 +161,12 @@ class _Asking:
         return tally.stopped is None
 
     def receive(self, question: Question, text: str, usage: Any) -> None:
-        """Count an answer and have it stored before the event loop waits again."""
+        """Count an answer and have it stored at once, with those that arrive while others are stored."""
         prompt = getattr(usage, "prompt_tokens", None)
         completion = getattr(usage, "completion_tokens", None)
-        if not self.arrived:
-            # Answers that arrive together share one commit, which on a slow disk is what takes time.
-            asyncio.get_running_loop().call_soon(self.keep)
         self.arrived.append((question.key, text, prompt, completion))
+        if self.keeping is None or self.keeping.done():
+            self.keeping = asyncio.create_task(self.keep())
         self.failed_in_a_row = 0
         tally = self.tally
         tally.requests += 1
@@ -161,14 +176,32 @@ class _Asking:
             counted = self.count_tokens(question.messages) if prompt is None else prompt
             tally.cost += self.limits.price.of(counted, completion or 0)
 
-    def keep(self) -> None:
+    async def keep(self) -> None:
         """Store what has arrived; where that fails, nothing more is asked, since it would be lost."""
-        try:
-            self.store.add(f"openai:{self.model}", self.arrived)
-        except sqlite3.Error as error:
-            self.stopping, self.fault = True, error
-        else:
-            self.arrived, self.fault = [], None
+        self.fault = None
+        while self.arrived and self.fault is None:
+            rows, self.arrived = self.arrived, []
+            try:
+                await asyncio.get_running_loop().run_in_executor(self.writer, self._add, rows)
+            except sqlite3.Error as error:
+                self.arrived = rows + self.arrived
+                self.stopping, self.fault = True, error
+
+    def _add(self, rows: list[tuple[bytes, str, int | None, int | None]]) -> None:
+        """In the writer's thread, to which its connection belongs."""
+        if self.thread_store is None:
+            self.thread_store = Store(self.store.path)
+        self.thread_store.add(f"openai:{self.model}", rows)
+
+    def _close(self) -> None:
+        if self.thread_store is not None:
+            self.thread_store.close()
+
+    async def keep_the_rest(self) -> None:
+        """Wait until all is stored; what could not be stored before is tried once more."""
+        if self.keeping is not None:
+            await self.keeping
+        await self.keep()
 
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
@@ -223,11 +256,9 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         if asking.stopping:
             return  # it stays unanswered and is asked next time
         try:
-            raw = await client.chat.completions.with_raw_response.create(
+            response = await client.chat.completions.create(
                 model=asking.model, messages=messages, **asking.parameters
             )
-            asking.pace.learn(raw.headers)
-            response = raw.parse()
             text = text_of(response)
         except FATAL as error:
             raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
@@ -235,9 +266,7 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
             if getattr(error, "code", None) == "insufficient_quota":
                 raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
             reason = f"{type(error).__name__}: {hide_secrets(str(error))}"
-            headers = getattr(getattr(error, "response", None), "headers", {})
-            asking.pace.learn(headers)
-            silence = retry_after(headers)
+            silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
         except openai.APIStatusError as error:
             asking.fail(question, hide_secrets(str(error)))
             return
