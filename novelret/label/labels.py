@@ -17,7 +17,7 @@ from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
 from novelret.label.candidates import Candidates
-from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make_table
+from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, sort_table
 
 SCHEMA = pa.schema(
     [
@@ -64,29 +64,29 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
     Raises:
         UserError: it names items that the catalog does not hold.
     """
-    queries = [np.empty(0, dtype=np.int64)]
-    items = [np.empty(0, dtype=np.int64)]
+    keys = [np.empty(0, dtype=np.int64)]
     verdicts = [np.empty(0, dtype=np.int8)]
     grades = [np.empty(0, dtype=np.float32)]
     wanted = pa.array(query_ids, pa.string())
     file = pq.ParquetFile(path)
     for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict", "grade"]):
-        rows = pc.index_in(batch["query_id"], value_set=wanted)
-        kept = rows.is_valid()
-        queries.append(rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
-        items.append(catalog.rows_of(batch["item_id"].filter(kept)))
+        query_rows = pc.index_in(batch["query_id"], value_set=wanted)
+        kept = query_rows.is_valid()
+        item_rows = catalog.rows_of(batch["item_id"].filter(kept))
+        if (item_rows < 0).any():
+            raise UserError(f"{path}: names items that the catalog does not hold; label again")
+        rows = query_rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64)
+        keys.append(rows * len(catalog) + item_rows)
         verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
         grades.append(batch["grade"].filter(kept).to_numpy(zero_copy_only=False))
-    item_rows = np.concatenate(items)
-    if (item_rows < 0).any():
-        raise UserError(f"{path}: names items that the catalog does not hold; label again")
-    return make_table(
-        np.concatenate(queries),
-        item_rows,
-        np.concatenate(verdicts),
-        len(catalog),
-        grades=np.concatenate(grades),
-    )
+    return sort_table(_joined(keys), _joined(verdicts), len(catalog), grades=_joined(grades))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts in one piece; the list is emptied, so that they are not held twice for long."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def open_labels(folder: Path, index: Index) -> Labels:

@@ -288,8 +288,7 @@ async def _wait(asking: _Asking, attempt: int, silence: float | None) -> None:
     """Back off: as long as the endpoint says, else exponentially with jitter."""
     now = asyncio.get_running_loop().time()
     if silence is not None:
-        # The limit is the account's, so everybody waits.
-        asking.pace.silent_until = max(asking.pace.silent_until, now + silence)
+        asking.pace.refuse(now, silence)
         await _sleep_until(asking, now + silence * random.uniform(1, 1.1))
     else:
         longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))

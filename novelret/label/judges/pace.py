@@ -21,6 +21,7 @@ class Pace:
         """Start with the limits the user gave; those that are None are learnt."""
         self.rpm, self.tpm = rpm, tpm
         self.silent_until = 0.0
+        self._silent_since = 0.0
         self._learn_rpm, self._learn_tpm = rpm is None, tpm is None
         self._next: float | None = None  # the next free slot
 
@@ -37,6 +38,13 @@ class Pace:
         for_tokens = tokens * 60 / self.tpm if self.tpm else 0.0
         self._next = slot + max(per_request, for_tokens)
         return slot
+
+    def refuse(self, now: float, silence: float) -> None:
+        """Take note that the endpoint asked for so many seconds of silence; the account's, so all wait."""
+        # Refusals of requests that were under way when the first one came do not begin the wait anew.
+        if now >= self.silent_until:
+            self._silent_since = now
+        self.silent_until = max(self.silent_until, self._silent_since + silence)
 
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take over the limits that an answer's headers tell (x-ratelimit-limit-…)."""
