@@ -13,6 +13,7 @@ class BatchesUnderWay(Exception):
     def __init__(self, batches: int, requests: int) -> None:
         """Say how much is under way."""
         super().__init__(
-            f"{requests:,} requests in {batches} batches are under way; run again to collect them"
+            f"{requests:,} requests in {batches} batch{'es' * (batches != 1)} are under way; run again to "
+            "collect them"
         )
         self.batches, self.requests = batches, requests

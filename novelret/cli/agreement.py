@@ -28,11 +28,11 @@ def agreement(
     labels: Annotated[Path, typer.Option(help="LABELS made by `novelret label`.")],
     human: Annotated[Path, typer.Option(help="People's judgements: qrels, tab-separated or TREC's.")],
     data: Annotated[
-        str | None, typer.Option(help="Where the texts are. [default: what the labels were made from]")
+        str | None, typer.Option(help="Where the texts are. (default: what the labels were made from)")
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Lowest human score that counts as relevant. [default: anything above 0]"),
+        typer.Option(help="Lowest human score that counts as relevant. (default: anything above 0)"),
     ] = None,
     show: Annotated[int, typer.Option(help="How many disagreements to show with texts.")] = 10,
     seed: Annotated[int, typer.Option(help="Decides the bootstrap's resamples.")] = 0,

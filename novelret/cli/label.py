@@ -77,7 +77,7 @@ def label(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Lowest grade or score that is relevant. [default: the prompt's; 0.5 for scores]"),
+        typer.Option(help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for scores)"),
     ] = None,
     reparse: Annotated[
         bool, typer.Option("--reparse", help="Read the stored answers again; ask nothing, pay nothing.")
@@ -86,7 +86,7 @@ def label(
         bool, typer.Option("--retry-unusable", help="Ask again where the stored answer cannot be read.")
     ] = False,
     store: Annotated[
-        Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
+        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be asked and its cost; send nothing.")
@@ -99,10 +99,10 @@ def label(
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
     rpm: Annotated[
-        float | None, typer.Option(help="Requests per minute. [default: as the endpoint tells]")
+        float | None, typer.Option(help="Requests per minute. (default: as the endpoint tells)")
     ] = None,
     tpm: Annotated[
-        float | None, typer.Option(help="Tokens per minute. [default: as the endpoint tells]")
+        float | None, typer.Option(help="Tokens per minute. (default: as the endpoint tells)")
     ] = None,
     wait: Annotated[
         bool,

@@ -17,7 +17,7 @@ from novelret.progress import Reporter
 
 def error_console() -> Console:
     """The console on stderr, where everything but results goes."""
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)  # "openai:x:" is no picture
 
 
 def reporter(quiet: bool) -> Reporter:
@@ -30,7 +30,7 @@ def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Cons
     if as_json:
         typer.echo(json.dumps(result, default=str))
     else:
-        render(Console())
+        render(Console(emoji=False))
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:

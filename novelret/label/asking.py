@@ -228,7 +228,7 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
     elif tally.requests or tally.retries:
         report.note(
             f"{tally.requests:,} requests, {tally.prompt_tokens + tally.completion_tokens:,} tokens, "
-            f"${tally.cost:.4f}; {tally.retries} retries"
+            f"{'cost unknown' if facts['cost'] is None else f'${tally.cost:.4f}'}; {tally.retries} retries"
         )
     if tally.stopped:
         report.warn(

@@ -288,11 +288,10 @@ async def _wait(asking: _Asking, attempt: int, silence: float | None) -> None:
     """Back off: as long as the endpoint says, else exponentially with jitter."""
     now = asyncio.get_running_loop().time()
     if silence is not None:
-        asking.pace.refuse(now, silence)
-        await _sleep_until(asking, now + silence * random.uniform(1, 1.1))
-    else:
-        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-        await _sleep_until(asking, now + random.uniform(longest / 2, longest))
+        asking.pace.refuse(now, silence)  # the next slot is after it, for everybody
+        return
+    longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+    await _sleep_until(asking, now + random.uniform(longest / 2, longest))
 
 
 async def _sleep_until(asking: _Asking, time: float) -> None:
