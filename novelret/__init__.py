@@ -17,6 +17,7 @@ _HOMES = {
     "open_index": "novelret.index",
     "LabelConfig": "novelret.label.label",
     "build_labels": "novelret.label.label",
+    "measure_agreement": "novelret.label.agreement",
     "TrainConfig": "novelret.train.config",
     "train_model": "novelret.train.trainer",
     "EvalConfig": "novelret.evaluate.evaluate",

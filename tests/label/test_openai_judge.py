@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
+from novelret.index import IndexConfig, build_index
 from novelret.label import questions as questions_module
 from novelret.label.judges import openai as judge_module
 from novelret.label.store import Store, key_function
+from tests.conftest import make_world
 from tests.killing import start
 from tests.loopback import LoopbackJudge
 
@@ -367,6 +369,31 @@ def test_memory_of_questions_is_bounded(monkeypatch, arguments, tmp_path, capsys
         code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120)
         assert set(server.billed.values()) == {1}
+
+
+def test_equal_questions_are_asked_once(encoder, tmp_path, capsys, monkeypatch):
+    """Items and queries with the same texts under other ids: one question each, every pair judged."""
+    world = make_world(tmp_path / "data")
+    lines = (world / "corpus.jsonl").read_text().splitlines()
+    twins = [{**json.loads(line), "_id": f"twin-{n}"} for n, line in enumerate(lines)]
+    with (world / "corpus.jsonl").open("a") as file:
+        file.write("".join(json.dumps(twin) + "\n" for twin in twins))
+    queries = [json.loads(line) for line in (world / "queries.jsonl").read_text().splitlines()]
+    for query in queries:
+        query["text"] = "buy sofa" if query["_id"] < "q10" else query["text"]
+    (world / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(questions_module, "CHUNK", 10)
+    build_index(IndexConfig(str(world), str(encoder), device="cpu"), tmp_path / "index")
+    arguments = [
+        "label", "--data", str(world), "--index", str(tmp_path / "index"), "--judge", "openai:tiny", "--prompt",
+        "query-keyword", "--base-depth", "1", "--depth", "60", "--store", str(tmp_path / "store"),
+    ]  # fmt: skip
+    with LoopbackJudge(delay=0.02) as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, facts["pairs"]) == (0, 20 * 59), err
+        assert set(server.billed.values()) == {1}
+        assert facts["requests"] == len(server.billed) < 20 * 59 / 1.4
 
 
 def test_eval_asks_for_what_no_one_has_judged_yet(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 _SLACK = 0.25
 """Seconds by which sending may lag and catch up: a late wake-up costs nothing of the allowance."""
@@ -55,9 +57,18 @@ class Pace:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of silence that an answer asks for (Retry-After, or the finer retry-after-ms)."""
+    """Seconds of silence that an answer asks for (Retry-After as seconds or date, or the finer -ms)."""
     milliseconds = _positive(headers, "retry-after-ms")
-    return milliseconds / 1e3 if milliseconds is not None else _positive(headers, "retry-after")
+    if milliseconds is not None:
+        return milliseconds / 1e3
+    seconds = _positive(headers, "retry-after")
+    if seconds is not None:
+        return seconds
+    try:
+        until = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, (until - datetime.now(UTC)).total_seconds()) or None
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def _positive(headers: Mapping[str, str], name: str) -> float | None:
