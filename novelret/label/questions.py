@@ -47,7 +47,7 @@ class Tally:
         cost: dollars, 0 where the price is not known.
         retries: requests repeated after a passing fault.
         failed: key of a question → why it got no answer.
-        under_way: keys of questions that are being asked now.
+        under_way: keys of questions that are being asked now, or whose answer is not stored yet.
         settled: keys that were answered in this run and are not asked again in it, come what may.
         stopped: why asking stopped early, if it did.
         note: what goes on, in a few words.
@@ -140,13 +140,13 @@ class Feed:
                 stored -= unread - tally.settled
             missing = {}
             if len(stored) < len(chunk):
-                missing = {q.key: q for q in chunk if q.key not in stored}
+                # What is under way now is stored or has failed later; it is not for this chunk to ask.
+                passed = stored | tally.under_way | tally.failed.keys()
+                missing = {q.key: q for q in chunk if q.key not in passed}
             if start >= self._looked_at:
                 self._look_at(start, keys, stored)
                 advance(len(chunk) - len(missing))
-            for key, question in missing.items():
-                if key not in tally.under_way and key not in tally.failed:
-                    yield question
+            yield from missing.values()
             yield None
             start += len(chunk)
 

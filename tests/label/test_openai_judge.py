@@ -371,7 +371,8 @@ def test_memory_of_questions_is_bounded(monkeypatch, arguments, tmp_path, capsys
         assert set(server.billed.values()) == {1}
 
 
-def test_equal_questions_are_asked_once(encoder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("slow", ["server", "disk"])
+def test_equal_questions_are_asked_once(encoder, tmp_path, capsys, monkeypatch, slow):
     """Items and queries with the same texts under other ids: one question each, every pair judged."""
     world = make_world(tmp_path / "data")
     lines = (world / "corpus.jsonl").read_text().splitlines()
@@ -389,7 +390,10 @@ def test_equal_questions_are_asked_once(encoder, tmp_path, capsys, monkeypatch):
         "label", "--data", str(world), "--index", str(tmp_path / "index"), "--judge", "openai:tiny", "--prompt",
         "query-keyword", "--base-depth", "1", "--depth", "60", "--store", str(tmp_path / "store"),
     ]  # fmt: skip
-    with LoopbackJudge(delay=0.02) as server:
+    if slow == "disk":
+        add = Store.add
+        monkeypatch.setattr(Store, "add", lambda self, *rows: (time.sleep(0.2), add(self, *rows)))
+    with LoopbackJudge(delay=0.02 if slow == "server" else 0) as server:
         code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert (code, facts["pairs"]) == (0, 20 * 59), err
         assert set(server.billed.values()) == {1}

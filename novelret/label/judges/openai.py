@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -141,9 +140,11 @@ class _Asking:
     stopping: bool = False
     reserved: float = 0.0  # dollars that requests under way may cost at most
     failed_in_a_row: int = 0
-    fault: sqlite3.Error | None = None  # why answers cannot be stored
+    sent: int = 0  # requests without an answer yet
+    fault: Exception | None = None  # why answers cannot be stored
     arrived: list[tuple[bytes, str, int | None, int | None]] = field(default_factory=list)
     keeping: asyncio.Task[None] | None = None
+    stored: asyncio.Event = field(default_factory=asyncio.Event)  # set when what arrives now is stored
     # Waiting for a disk holds up no request: commits have a thread, and that a connection, of their own.
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     thread_store: Store | None = None
@@ -154,14 +155,14 @@ class _Asking:
     def may_send(self, worst: float) -> bool:
         """Whether one more request keeps the caps even if everything under way costs the most it can."""
         limits, tally = self.limits, self.tally
-        if limits.max_requests is not None and tally.requests + len(tally.under_way) >= limits.max_requests:
+        if limits.max_requests is not None and tally.requests + self.sent >= limits.max_requests:
             tally.stopped = f"--max-requests {limits.max_requests} reached"
         elif limits.max_cost is not None and tally.cost + self.reserved + worst > limits.max_cost:
             tally.stopped = f"--max-cost {limits.max_cost} reached"
         return tally.stopped is None
 
-    def receive(self, question: Question, text: str, usage: Any) -> None:
-        """Count an answer and have it stored at once, with those that arrive while others are stored."""
+    def receive(self, question: Question, text: str, usage: Any) -> asyncio.Event:
+        """Count an answer and have it stored at once, with those that arrived while others were stored."""
         prompt = getattr(usage, "prompt_tokens", None)
         completion = getattr(usage, "completion_tokens", None)
         self.arrived.append((question.key, text, prompt, completion))
@@ -175,17 +176,21 @@ class _Asking:
         if self.limits.price:
             counted = self.count_tokens(question.messages) if prompt is None else prompt
             tally.cost += self.limits.price.of(counted, completion or 0)
+        return self.stored
 
     async def keep(self) -> None:
         """Store what has arrived; where that fails, nothing more is asked, since it would be lost."""
         self.fault = None
         while self.arrived and self.fault is None:
             rows, self.arrived = self.arrived, []
+            stored, self.stored = self.stored, asyncio.Event()
             try:
                 await asyncio.get_running_loop().run_in_executor(self.writer, self._add, rows)
-            except sqlite3.Error as error:
+            except Exception as error:  # a full disk, a store that went away: raised when all have stopped
                 self.arrived = rows + self.arrived
                 self.stopping, self.fault = True, error
+                self.stored.set()  # nobody waits for what arrived meanwhile
+            stored.set()
 
     def _add(self, rows: list[tuple[bytes, str, int | None, int | None]]) -> None:
         """In the writer's thread, to which its connection belongs."""
@@ -202,6 +207,7 @@ class _Asking:
         if self.keeping is not None:
             await self.keeping
         await self.keep()
+        await asyncio.get_running_loop().run_in_executor(self.writer, self._close)
 
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
@@ -233,20 +239,29 @@ async def _work(
         if not asking.may_send(worst):
             return
         under_way.add(question.key)
+        asking.sent += 1
         asking.reserved += worst
         try:
-            await _ask(asking, client, question, tokens + longest)
+            stored = await _ask(asking, client, question, tokens + longest)
         except BaseException:
             asking.stopping = True
             raise
         finally:
-            under_way.discard(question.key)
+            asking.sent -= 1
             asking.reserved -= worst
+        if stored is not None:
+            # The next question waits: a kill loses what is under way, one question for each worker.
+            await stored.wait()
+        under_way.discard(question.key)
         advance(1)
 
 
-async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> None:
-    """One question until it has an answer, cannot have one, or has failed too often."""
+async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> asyncio.Event | None:
+    """One question until it has an answer, cannot have one, or has failed too often.
+
+    Returns:
+        What is set when the answer is stored; None where there is none.
+    """
     clock = asyncio.get_running_loop().time
     begun, attempt = clock(), 0
     messages: Any = question.messages  # plain dictionaries, where the client's types want its own
@@ -254,7 +269,7 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         await _sleep_until(asking, asking.pace.slot(clock(), tokens))
         await _sleep_until(asking, asking.pace.silent_until)
         if asking.stopping:
-            return  # it stays unanswered and is asked next time
+            return None  # it stays unanswered and is asked next time
         try:
             response = await client.chat.completions.create(
                 model=asking.model, messages=messages, **asking.parameters
@@ -269,18 +284,17 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
             silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
         except openai.APIStatusError as error:
             asking.fail(question, hide_secrets(str(error)))
-            return
+            return None
         except ValueError as error:  # a body that is not the protocol's
             reason, silence = f"malformed answer: {hide_secrets(str(error))}", None
         else:
-            asking.receive(question, text, getattr(response, "usage", None))
-            return
+            return asking.receive(question, text, getattr(response, "usage", None))
         asking.tally.retries += 1
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
         if (silence is None and attempt >= _ATTEMPTS) or clock() - begun > _PATIENCE:
             asking.fail(question, f"{attempt} attempts, last {reason}")
-            return
+            return None
         await _wait(asking, attempt, silence)
 
 
