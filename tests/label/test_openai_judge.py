@@ -392,7 +392,7 @@ def test_equal_questions_are_asked_once(encoder, tmp_path, capsys, monkeypatch, 
     ]  # fmt: skip
     if slow == "disk":
         add = Store.add
-        monkeypatch.setattr(Store, "add", lambda self, *rows: (time.sleep(0.2), add(self, *rows)))
+        monkeypatch.setattr(Store, "add", lambda self, *rows: (time.sleep(0.01), add(self, *rows)))
     with LoopbackJudge(delay=0.02 if slow == "server" else 0) as server:
         code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert (code, facts["pairs"]) == (0, 20 * 59), err

@@ -6,13 +6,13 @@ import asyncio
 import random
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from novelret.artifacts import fsync_file
 from novelret.errors import UserError
 from novelret.label.cost import Price
 from novelret.label.judges.endpoint import FATAL, PASSING, check_key, hide_secrets, longest_answer, text_of
@@ -23,6 +23,7 @@ from novelret.label.store import Store
 _ATTEMPTS = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
+_SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
 
 
@@ -77,6 +78,7 @@ def ask_all(
         UserError: the key, the model or the endpoint is refused.
         KeyboardInterrupt: Ctrl-C.
     """
+    store.relax()
     asyncio.run(_ask_all(questions, _Asking(model, parameters, count_tokens, store, limits, tally), advance))
 
 
@@ -102,13 +104,13 @@ async def _ask_all(
                 for _ in range(asking.limits.concurrency)
             ]
             # One fatal fault stops all; what the others have under way is still stored.
+            syncing = asyncio.create_task(asking.sync())
             done = await asyncio.gather(*workers, return_exceptions=True)
-            await asking.keep_the_rest()
+            syncing.cancel()
     finally:
         if handles_signals:
             loop.remove_signal_handler(signal.SIGINT)
-        asking.writer.shutdown()
-    for result in (asking.fault, *done):
+    for result in done:
         if isinstance(result, BaseException):
             raise result
     if interrupted:
@@ -140,14 +142,6 @@ class _Asking:
     stopping: bool = False
     reserved: float = 0.0  # dollars that requests under way may cost at most
     failed_in_a_row: int = 0
-    sent: int = 0  # requests without an answer yet
-    fault: Exception | None = None  # why answers cannot be stored
-    arrived: list[tuple[bytes, str, int | None, int | None]] = field(default_factory=list)
-    keeping: asyncio.Task[None] | None = None
-    stored: asyncio.Event = field(default_factory=asyncio.Event)  # set when what arrives now is stored
-    # Waiting for a disk holds up no request: commits have a thread, and that a connection, of their own.
-    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    thread_store: Store | None = None
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
@@ -155,19 +149,17 @@ class _Asking:
     def may_send(self, worst: float) -> bool:
         """Whether one more request keeps the caps even if everything under way costs the most it can."""
         limits, tally = self.limits, self.tally
-        if limits.max_requests is not None and tally.requests + self.sent >= limits.max_requests:
+        if limits.max_requests is not None and tally.requests + len(tally.under_way) >= limits.max_requests:
             tally.stopped = f"--max-requests {limits.max_requests} reached"
         elif limits.max_cost is not None and tally.cost + self.reserved + worst > limits.max_cost:
             tally.stopped = f"--max-cost {limits.max_cost} reached"
         return tally.stopped is None
 
-    def receive(self, question: Question, text: str, usage: Any) -> asyncio.Event:
-        """Count an answer and have it stored at once, with those that arrived while others were stored."""
+    def receive(self, question: Question, text: str, usage: Any) -> None:
+        """Store an answer and count it; where it cannot be stored, no other is asked for."""
         prompt = getattr(usage, "prompt_tokens", None)
         completion = getattr(usage, "completion_tokens", None)
-        self.arrived.append((question.key, text, prompt, completion))
-        if self.keeping is None or self.keeping.done():
-            self.keeping = asyncio.create_task(self.keep())
+        self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
         self.failed_in_a_row = 0
         tally = self.tally
         tally.requests += 1
@@ -176,38 +168,12 @@ class _Asking:
         if self.limits.price:
             counted = self.count_tokens(question.messages) if prompt is None else prompt
             tally.cost += self.limits.price.of(counted, completion or 0)
-        return self.stored
 
-    async def keep(self) -> None:
-        """Store what has arrived; where that fails, nothing more is asked, since it would be lost."""
-        self.fault = None
-        while self.arrived and self.fault is None:
-            rows, self.arrived = self.arrived, []
-            stored, self.stored = self.stored, asyncio.Event()
-            try:
-                await asyncio.get_running_loop().run_in_executor(self.writer, self._add, rows)
-            except Exception as error:  # a full disk, a store that went away: raised when all have stopped
-                self.arrived = rows + self.arrived
-                self.stopping, self.fault = True, error
-                self.stored.set()  # nobody waits for what arrived meanwhile
-            stored.set()
-
-    def _add(self, rows: list[tuple[bytes, str, int | None, int | None]]) -> None:
-        """In the writer's thread, to which its connection belongs."""
-        if self.thread_store is None:
-            self.thread_store = Store(self.store.path)
-        self.thread_store.add(f"openai:{self.model}", rows)
-
-    def _close(self) -> None:
-        if self.thread_store is not None:
-            self.thread_store.close()
-
-    async def keep_the_rest(self) -> None:
-        """Wait until all is stored; what could not be stored before is tried once more."""
-        if self.keeping is not None:
-            await self.keeping
-        await self.keep()
-        await asyncio.get_running_loop().run_in_executor(self.writer, self._close)
+    async def sync(self) -> None:
+        """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
+        while True:
+            await asyncio.sleep(_SYNC)
+            await asyncio.to_thread(fsync_file, self.store.log)
 
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
@@ -239,29 +205,20 @@ async def _work(
         if not asking.may_send(worst):
             return
         under_way.add(question.key)
-        asking.sent += 1
         asking.reserved += worst
         try:
-            stored = await _ask(asking, client, question, tokens + longest)
+            await _ask(asking, client, question, tokens + longest)
         except BaseException:
             asking.stopping = True
             raise
         finally:
-            asking.sent -= 1
+            under_way.discard(question.key)
             asking.reserved -= worst
-        if stored is not None:
-            # The next question waits: a kill loses what is under way, one question for each worker.
-            await stored.wait()
-        under_way.discard(question.key)
         advance(1)
 
 
-async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> asyncio.Event | None:
-    """One question until it has an answer, cannot have one, or has failed too often.
-
-    Returns:
-        What is set when the answer is stored; None where there is none.
-    """
+async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> None:
+    """One question until it has an answer, cannot have one, or has failed too often."""
     clock = asyncio.get_running_loop().time
     begun, attempt = clock(), 0
     messages: Any = question.messages  # plain dictionaries, where the client's types want its own
@@ -269,7 +226,7 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         await _sleep_until(asking, asking.pace.slot(clock(), tokens))
         await _sleep_until(asking, asking.pace.silent_until)
         if asking.stopping:
-            return None  # it stays unanswered and is asked next time
+            return  # it stays unanswered and is asked next time
         try:
             response = await client.chat.completions.create(
                 model=asking.model, messages=messages, **asking.parameters
@@ -284,17 +241,18 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
             silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
         except openai.APIStatusError as error:
             asking.fail(question, hide_secrets(str(error)))
-            return None
+            return
         except ValueError as error:  # a body that is not the protocol's
             reason, silence = f"malformed answer: {hide_secrets(str(error))}", None
         else:
-            return asking.receive(question, text, getattr(response, "usage", None))
+            asking.receive(question, text, getattr(response, "usage", None))
+            return
         asking.tally.retries += 1
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
         if (silence is None and attempt >= _ATTEMPTS) or clock() - begun > _PATIENCE:
             asking.fail(question, f"{attempt} attempts, last {reason}")
-            return None
+            return
         await _wait(asking, attempt, silence)
 
 
