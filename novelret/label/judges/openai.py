@@ -173,7 +173,8 @@ class _Asking:
         """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
         while True:
             await asyncio.sleep(_SYNC)
-            await asyncio.to_thread(fsync_file, self.store.log)
+            if self.store.log.exists():
+                await asyncio.to_thread(fsync_file, self.store.log)
 
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
