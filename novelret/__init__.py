@@ -19,6 +19,7 @@ _HOMES = {
     "append_items": "novelret.append",
     "LabelConfig": "novelret.label.label",
     "build_labels": "novelret.label.label",
+    "measure_agreement": "novelret.label.agreement",
     "TrainConfig": "novelret.train.config",
     "train_model": "novelret.train.trainer",
     "EvalConfig": "novelret.evaluate.evaluate",

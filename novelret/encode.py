@@ -70,17 +70,22 @@ def is_api(model: SentenceTransformer) -> bool:
     return any(isinstance(module, ApiEmbedding) for module in model)
 
 
-def fingerprint_encoder(model: SentenceTransformer) -> str:
-    """Identity of an encoder: its weights and everything else that decides an embedding."""
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Hash of a model's weights."""
     import hashlib
 
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_encoder(model: SentenceTransformer) -> str:
+    """Identity of an encoder: its weights and everything else that decides an embedding."""
     modules = [type(module).__name__ for module in model]
     return fingerprint_of(
-        digest.hexdigest(),
+        fingerprint_weights(model),
         modules,
         model.prompts,
         model.default_prompt_name,

@@ -50,8 +50,13 @@ class Reporter:
         return self.console is not None and not self.quiet and self.console.is_terminal
 
     @contextlib.contextmanager
-    def bar(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A progress bar with rate and time left; gives a function to be told of each n done."""
+    def bar(
+        self, description: str, total: int | None = None, status: Callable[[], str] = lambda: ""
+    ) -> Iterator[Callable[[int], None]]:
+        """A progress bar with rate and time left; gives a function to be told of each n done.
+
+        `status` is asked now and then for a few more words to show.
+        """
         if not self.is_live:
             yield lambda _: None
             return
@@ -63,6 +68,7 @@ class Reporter:
             RateColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            _Status(status),
             console=self.console,
         ) as progress:
             task = progress.add_task(description, total=total)
@@ -78,3 +84,12 @@ class RateColumn(ProgressColumn):
         if speed is None:
             return Text("")
         return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s", style="progress.data.speed")
+
+
+class _Status(ProgressColumn):
+    def __init__(self, status: Callable[[], str]) -> None:
+        super().__init__()
+        self.status = status
+
+    def render(self, task: Task) -> Text:
+        return Text(self.status(), style="dim")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import email
 import json
+import random
 import re
 import threading
 import time
 from collections import Counter, deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl, urlsplit
 
 
 class LoopbackJudge:
@@ -15,10 +18,33 @@ class LoopbackJudge:
 
     A fault is one of: "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
     "400", "slow".
+
+    `rpm` is a token bucket that holds `burst` requests; what exceeds it gets 429 with Retry-After, and where it
+    `tells`, every answer carries the limit in its headers.
+
+    Batches are answered `batch_delay` seconds after they were made; `batch_faults` are used up one per batch:
+    "expired" (every second request has no answer), "errors" (every third is refused, every third fails),
+    "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
+    breaks), "create-500" (not made), "create-refused" (not made, for good).
     """
 
-    def __init__(self, faults: list[str] | None = None, delay: float = 0.0) -> None:
+    def __init__(
+        self,
+        faults: list[str] | None = None,
+        delay: float = 0.0,
+        batch_faults: list[str] | None = None,
+        batch_delay: float = 0.0,
+        rpm: float | None = None,
+        burst: int = 1,
+        tells: bool = False,
+    ) -> None:
+        self.rpm, self.burst, self.tells = rpm, burst, tells
+        self.allowance, self.allowance_at = float(burst), time.monotonic()
         self.faults = deque(faults or [])
+        self.batch_faults = deque(batch_faults or [])
+        self.batch_delay = batch_delay
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict] = {}
         self.delay = delay
         self.billed: Counter[str] = Counter()
         self.seen: list[dict] = []
@@ -33,7 +59,13 @@ class LoopbackJudge:
                 pass
 
             def do_POST(self) -> None:
-                judge.handle(self)
+                if self.path.endswith("/chat/completions"):
+                    judge.handle(self)
+                else:
+                    judge.take(self)
+
+            def do_GET(self) -> None:
+                judge.give(self)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -59,7 +91,20 @@ class LoopbackJudge:
             fault = self.faults.popleft() if self.faults else None
         if self.delay:
             time.sleep(self.delay)
+        if self.rpm and not self.may_pass():
+            send(request, 429, json.dumps({"error": {"message": "slow down"}}), {"Retry-After": "0.05"})
+            return
         self.answer(request, body, fault)
+
+    def may_pass(self) -> bool:
+        with self.lock:
+            now = time.monotonic()
+            self.allowance = min(self.burst, self.allowance + (now - self.allowance_at) * self.rpm / 60)
+            self.allowance_at = now
+            if self.allowance < 1:
+                return False
+            self.allowance -= 1
+            return True
 
     def answer(self, request: BaseHTTPRequestHandler, body: dict, fault: str | None) -> None:
         user = body["messages"][-1]["content"]
@@ -94,7 +139,115 @@ class LoopbackJudge:
             message = {"role": "assistant", "content": verdict(user)}
             if fault == "refusal":
                 message = {"role": "assistant", "content": None, "refusal": "I would rather not."}
-            send(request, 200, completion([{"index": 0, "message": message, "finish_reason": "stop"}]))
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            headers = {"x-ratelimit-limit-requests": str(int(self.rpm))} if self.rpm and self.tells else {}
+            send(request, 200, completion(choices), headers)
+
+    # Files and batches.
+
+    def take(self, request: BaseHTTPRequestHandler) -> None:
+        """POST /files and /batches."""
+        data = request.rfile.read(int(request.headers["Content-Length"]))
+        with self.lock:
+            self.authorization.add(request.headers["Authorization"])
+        if request.path.endswith("/files"):
+            message = email.message_from_bytes(
+                b"Content-Type: " + request.headers["Content-Type"].encode() + b"\r\n\r\n" + data
+            )
+            parts = {
+                part.get_param("name", header="content-disposition"): part for part in message.get_payload()
+            }
+            assert parts["purpose"].get_payload(decode=True) == b"batch"
+            name = f"file-{len(self.files)}"
+            self.files[name] = parts["file"].get_payload(decode=True)
+            send(request, 200, json.dumps({"id": name, "object": "file", "purpose": "batch"}))
+            return
+        body = json.loads(data)
+        with self.lock:
+            fault = self.batch_faults.popleft() if self.batch_faults else None
+            if fault == "create-500":
+                send(request, 500, json.dumps({"error": {"message": "oops"}}))
+                return
+            if fault == "create-refused":
+                send(request, 400, json.dumps({"error": {"message": "no such model"}}))
+                return
+            name = f"batch_{len(self.batches)}"
+            self.batches[name] = {
+                "id": name, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
+                "completion_window": "24h", "status": "in_progress", "created_at": int(time.time()),
+                "metadata": body.get("metadata"), "fault": fault, "made": time.time(),
+                "due": 0 if fault == "crowded" else time.time() + self.batch_delay,
+            }  # fmt: skip
+        if fault == "create-cut":
+            request.close_connection = True
+            return
+        send(request, 200, json.dumps(self.shown(name)))
+
+    def give(self, request: BaseHTTPRequestHandler) -> None:
+        """GET /batches, /batches/ID and /files/ID/content."""
+        url = urlsplit(request.path)
+        words = url.path.split("/")
+        if words[-1] == "content":
+            send(request, 200, self.files[words[-2]].decode(), {"Content-Type": "application/octet-stream"})
+        elif words[-1] == "batches":
+            after = dict(parse_qsl(url.query)).get("after")
+            names = list(reversed(self.batches))  # the newest first, two to a page
+            start = names.index(after) + 1 if after else 0
+            page = [self.shown(name) for name in names[start : start + 2]]
+            listing = {"object": "list", "data": page, "has_more": start + 2 < len(names)}
+            send(request, 200, json.dumps(listing))
+        elif words[-1] in self.batches:
+            send(request, 200, json.dumps(self.shown(words[-1])))
+        else:
+            send(request, 404, json.dumps({"error": {"message": "no such batch"}}))
+
+    def shown(self, name: str) -> dict:
+        """A batch as it stands now; it is worked off, and billed, when it is due."""
+        with self.lock:
+            batch = self.batches[name]
+            if batch["status"] == "in_progress" and time.time() >= batch["due"]:
+                self.work_off(batch)
+            return {key: value for key, value in batch.items() if key not in ("due", "fault", "made")}
+
+    def work_off(self, batch: dict) -> None:
+        fault = batch["fault"]
+        if fault in ("crowded", "bad"):
+            code = "token_limit_exceeded" if fault == "crowded" else "model_not_found"
+            batch |= {
+                "status": "failed",
+                "errors": {"object": "list", "data": [{"code": code, "message": code}]},
+            }
+            return
+        answers, errors = [], []
+        requests = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
+        assert len({r["custom_id"] for r in requests}) == len(requests)
+        for number, one in enumerate(requests):
+            self.seen.append(one["body"])
+            row = {"id": f"r{number}", "custom_id": one["custom_id"], "response": None, "error": None}
+            if fault == "expired" and number % 2:
+                row["error"] = {
+                    "code": "batch_expired",
+                    "message": "This request could not be executed in time.",
+                }
+                errors.append(row)
+            elif fault == "errors" and number % 3:
+                status = 400 if number % 3 == 1 else 500
+                body = {"error": {"message": "content filtered" if status == 400 else "oops"}}
+                row["response"] = {"status_code": status, "body": body}
+                errors.append(row)
+            else:
+                user = one["body"]["messages"][-1]["content"]
+                self.billed[user] += 1
+                message = {"role": "assistant", "content": verdict(user)}
+                choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+                row["response"] = {"status_code": 200, "body": json.loads(completion(choices))}
+                answers.append(row)
+        random.shuffle(answers)  # results come in any order
+        for rows, field in ((answers, "output_file_id"), (errors, "error_file_id")):
+            if rows:
+                batch[field] = f"file-{len(self.files)}"
+                self.files[batch[field]] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        batch["status"] = "expired" if fault == "expired" else "completed"
 
 
 def verdict(user: str) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from novelret.cli import compare, convert, demo, export, index, label, recipe, search, train
+from novelret.cli import agreement, compare, convert, demo, export, index, label, recipe, search, train
 from novelret.cli import eval as eval_command
 from novelret.cli.options import error_console, is_first_process
 from novelret.errors import UserError
@@ -44,6 +44,7 @@ def _options(
 
 app.command("index", epilog=index.EXAMPLES)(index.index)
 app.command("label", epilog=label.EXAMPLES)(label.label)
+app.command("agreement", epilog=agreement.EXAMPLES)(agreement.agreement)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval_command.EXAMPLES)(eval_command.evaluate)
 app.command("search", epilog=search.EXAMPLES)(search.search)

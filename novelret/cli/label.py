@@ -22,6 +22,7 @@ from novelret.cli.options import (
     show_result,
 )
 
+_UNDER_WAY = 3  # exit code: nothing is wrong, but there are no LABELS yet
 EXAMPLES = """
 [bold]examples:[/]
 
@@ -32,6 +33,12 @@ EXAMPLES = """
 
   novelret label --data my-data --split train --index runs/index --judge openai:gpt-4o-mini
       --prompt query-keyword --per-query 20 --max-cost 25 --out runs/labels
+
+  novelret label --data my-data --split train --index runs/index --judge openai-batch:gpt-4o-mini
+      --prompt query-keyword --per-query 20 --max-cost 25 --no-wait --out runs/labels
+
+  novelret label --data my-data --split train --index runs/index --judge cross-encoder:BAAI/bge-reranker-v2-m3
+      --threshold 0.6 --out runs/free-labels
 """
 
 
@@ -39,7 +46,11 @@ def label(
     data: DataOption,
     index: IndexOption,
     judge: Annotated[
-        str, typer.Option(help="file:PATH.tsv or openai:MODEL (OPENAI_BASE_URL, OPENAI_API_KEY).")
+        str,
+        typer.Option(
+            help="file:PATH.tsv, openai:MODEL or openai-batch:MODEL (OPENAI_API_KEY, OPENAI_BASE_URL), or "
+            "cross-encoder:MODEL."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="The LABELS folder to make.")] = None,
     split: Annotated[str, typer.Option(help="Whose queries are labelled.")] = "train",
@@ -47,7 +58,7 @@ def label(
         list[str] | None,
         typer.Option(
             "--from",
-            help="base-novel (the default), base-top, feedback, random or model:PATH; repeatable.",
+            help="base-novel (the default), base-top, feedback, random, model:PATH, pairs:QRELS; repeatable.",
         ),
     ] = None,
     base_depth: Annotated[int, typer.Option(help="L: the deployed list's length.")] = 50,
@@ -61,8 +72,21 @@ def label(
     prompt: Annotated[
         str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
     ] = "query-document",
+    answer: Annotated[
+        str | None, typer.Option(help="Read answers as word, tag, grade or json, over the prompt's own way.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for scores)"),
+    ] = None,
+    reparse: Annotated[
+        bool, typer.Option("--reparse", help="Read the stored answers again; ask nothing, pay nothing.")
+    ] = False,
+    retry_unusable: Annotated[
+        bool, typer.Option("--retry-unusable", help="Ask again where the stored answer cannot be read.")
+    ] = False,
     store: Annotated[
-        Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
+        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be asked and its cost; send nothing.")
@@ -74,6 +98,18 @@ def label(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
+    rpm: Annotated[
+        float | None, typer.Option(help="Requests per minute. (default: as the endpoint tells)")
+    ] = None,
+    tpm: Annotated[
+        float | None, typer.Option(help="Tokens per minute. (default: as the endpoint tells)")
+    ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait/--no-wait", help="Stay until batches are answered, or submit, leave and run again later."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Decides which pairs are sampled.")] = 0,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,
@@ -83,11 +119,14 @@ def label(
     config: ConfigOption = None,
 ) -> None:
     """Have candidate pairs judged for relevance; every answer is kept and never paid for twice."""
+    import gc
     from dataclasses import asdict
 
-    from novelret.errors import UserError
+    from novelret.errors import BatchesUnderWay, UserError
     from novelret.label import label as stage
 
+    # The libraries' million objects stay; going through them again and again would double the time per pair.
+    gc.freeze()
     settings = stage.LabelConfig(
         data=data,
         index=str(index),
@@ -99,9 +138,16 @@ def label(
         per_query=per_query,
         missing=missing,
         prompt=prompt,
+        answer=answer,
+        threshold=threshold,
+        reparse=reparse,
+        retry_unusable=retry_unusable,
         store=str(store) if store else None,
         concurrency=concurrency,
         timeout=timeout,
+        rpm=rpm,
+        tpm=tpm,
+        wait=wait,
         max_requests=max_requests,
         max_cost=max_cost,
         price=price,
@@ -115,7 +161,16 @@ def label(
         return
     if out is None:
         raise UserError("--out is missing: where should the LABELS go?")
-    facts = stage.build_labels(settings, out, force=force, report=reporter(quiet)).facts
+    try:
+        facts = stage.build_labels(settings, out, force=force, report=reporter(quiet)).facts
+    except BatchesUnderWay as waiting:
+        words = str(waiting)
+        show_result(
+            {"labels": None, "batches": waiting.batches, "requests_under_way": waiting.requests},
+            as_json=as_json,
+            render=lambda console: console.print(words),
+        )
+        raise typer.Exit(_UNDER_WAY) from None
     show_result(
         {"labels": str(out), **facts}, as_json=as_json, render=lambda console: _render(console, out, facts)
     )
@@ -128,13 +183,18 @@ def _render(console: Console, out: Path, facts: dict[str, Any]) -> None:
 
 def render_plan(console: Console, plan: Any) -> None:
     """What would be asked, what it would cost, and one question."""
-    pairs = ", ".join(f"{n:,} from {source}" for source, n in plan.pairs.items())
+    pairs = ", ".join(
+        f"{n:,} from {escape(source)} ({plan.known_by_source[source]:,} already judged)"
+        for source, n in plan.pairs.items()
+    )
     cost = "unknown (give --price INPUT,OUTPUT)" if plan.cost is None else f"at most ${plan.cost:,.2f}"
+    how = "counted" if plan.tokens_are == "counted" else "estimated from text lengths"
     console.print(f"pairs:          {pairs}")
-    console.print(f"already known:  {plan.known:,} questions")
-    console.print(f"to ask:         {plan.to_ask:,} questions, about {plan.prompt_tokens:,} prompt tokens")
-    console.print("                (estimated from text lengths)")
+    console.print(f"already known:  {plan.known:,} pairs")
+    console.print(f"to ask:         {plan.to_ask:,} questions, {plan.prompt_tokens:,} prompt tokens ({how})")
     console.print(f"cost:           {cost}")
     console.print("[bold]one question:[/]")
     for message in plan.example:
-        console.print(f"  {message['role']}: {escape(message['content'])}")
+        parts = message.items() if "role" not in message else [(message["role"], message["content"])]
+        for name, text in parts:
+            console.print(f"  {name}: {escape(text)}")

@@ -102,7 +102,8 @@ def train(
         typer.Option(help="Draw policy states among so many top items only. [default: the whole catalog]"),
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Whom to ask about unlabelled policy states: openai:MODEL, file:PATH.")
+        str | None,
+        typer.Option(help="Asked about unlabelled policy states: openai:, cross-encoder: or file:."),
     ] = None,
     missing: Annotated[
         str, typer.Option(help="A pair that the judge's file does not list is unknown or irrelevant.")

@@ -53,16 +53,11 @@ from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import read_run, write_qrels, write_run
 from novelret.evaluate.weights import Bucket, load_weights, merged_by_bucket
 from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_deployed, pooled_lists
+from novelret.label.asking import Plan
 from novelret.label.candidates import Candidates
+from novelret.label.judge import split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import (
-    LabelConfig,
-    Plan,
-    check_plan,
-    judge_candidates,
-    plan_candidates,
-    split_judge,
-)
+from novelret.label.label import LabelConfig, check_plan, judge_candidates, plan_candidates
 from novelret.label.labels import read_table
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
@@ -418,11 +413,13 @@ def _expanded(models: dict[str, str]) -> dict[str, str]:
 
 
 def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Reporter) -> None:
-    if config.judge is None or not config.judge.startswith("openai:"):
+    if config.judge is None or config.judge.startswith("file:"):
         return
     if (Path(path) / "manifest.json").is_file():
         trained_by = read_manifest(Path(path), "model").facts.get("judge")
-        if trained_by == config.judge:
+        if str(trained_by).replace("openai-batch:", "openai:") == config.judge.replace(
+            "openai-batch:", "openai:"
+        ):
             report.warn(
                 f"{name} was trained on labels of {config.judge}, which now judges it; "
                 "another, stronger judge would be fairer"

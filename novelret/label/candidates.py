@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index, base_lists, embed_queries, load_finetuned
 from novelret.progress import Reporter
 
-SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH")
+SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH", "pairs:QRELS")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def gather_candidates(
 
     base-novel: the deployed ranks base_depth + 1 to depth. base-top: ranks 1 to base_depth. model:PATH:
     another model's top base_depth. feedback: the split's pairs. random: per_query items of the catalog.
+    pairs:QRELS: the pairs a file names, whatever their scores; for holding a judge against people.
 
     Raises:
         UserError: unknown source, or depths that do not fit the catalog.
@@ -64,10 +67,14 @@ def gather_candidates(
     rng = np.random.default_rng(seed)
     parts = []
     for number, source in enumerate(sources):
-        lists = _lists(index, split, source, base_depth, depth, per_query, rng, device, report)
-        queries, items = (
-            _pairs(lists) if lists is not None else (split.feedback_queries, split.feedback_items)
-        )
+        if source == "feedback":
+            queries, items = split.feedback_queries, split.feedback_items
+        elif source.startswith("pairs:"):
+            queries, items = _named_pairs(Path(source.removeprefix("pairs:")), index, split, report)
+        else:
+            queries, items = _pairs(
+                _lists(index, split, source, base_depth, depth, per_query, rng, device, report)
+            )
         if per_query is not None:
             kept = _sample(queries, per_query, rng)
             queries, items = queries[kept], items[kept]
@@ -90,10 +97,8 @@ def _lists(
     rng: np.random.Generator,
     device: str,
     report: Reporter,
-) -> np.ndarray | None:
-    """A source's items as (Q, n) catalog rows, −1 padded; None for feedback, which is pairs already."""
-    if source == "feedback":
-        return None
+) -> np.ndarray:
+    """A source's items as (Q, n) catalog rows, −1 padded."""
     if source == "base-novel":
         return base_lists(index, split, depth, device=device, report=report)[0][:, base_depth:]
     if source == "base-top":
@@ -106,6 +111,23 @@ def _lists(
         embeddings = embed_queries(model, split.query_texts, report)
         return index.search(embeddings, base_depth, split.excluded, device=device, report=report)[0]
     raise UserError(f"--from {source}: unknown; choose from {', '.join(SOURCES)}")
+
+
+def _named_pairs(path: Path, index: Index, split: Split, report: Reporter) -> tuple[np.ndarray, np.ndarray]:
+    """(query rows, catalog rows) of a qrels file's pairs, as far as split and catalog hold them."""
+    named = [(query, item) for _, query, item, _ in read_qrels_file(path)]
+    row_of = {query_id: row for row, query_id in enumerate(split.query_ids)}
+    queries = np.array([row_of.get(query, -1) for query, _ in named], dtype=np.int64)
+    items = index.catalog.rows_of([item for _, item in named])
+    known = (queries >= 0) & (items >= 0)
+    if not known.any():
+        raise UserError(f"{path}: no pair is of the split's {len(split):,} queries and the catalog's items")
+    if not known.all():
+        report.warn(
+            f"{path}: {int((~known).sum()):,} pairs are not of this split's queries or name items that are "
+            "not in the catalog; they are left out"
+        )
+    return queries[known], items[known]
 
 
 def _pairs(lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

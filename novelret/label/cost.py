@@ -17,9 +17,8 @@ _PRICES = {
     "gpt-4.1-mini": (0.4, 1.6),
     "gpt-4.1-nano": (0.1, 0.4),
 }
-_CHARACTERS_PER_TOKEN = 3.0
-"""English has about four; fewer makes the estimate an upper one."""
-_TOKENS_PER_MESSAGE = 8
+_BATCH_SHARE = 0.5
+"""What the Batch API costs of the list price."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,31 @@ class Price:
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
 
 
-def find_price(model: str, override: str | None) -> Price | None:
+def find_price(model: str, override: str | None, *, batch: bool = False) -> Price | None:
     """A model's price; None where it is not known and none was given.
+
+    Args:
+        model: the endpoint's name of it.
+        override: "INPUT,OUTPUT" in dollars per million tokens; taken as it is, also for batches.
+        batch: whether it is asked through the Batch API.
 
     Raises:
         UserError: the override is not two numbers.
     """
     if override is not None:
         try:
-            given = [float(part) for part in override.split(",")]
-            return Price(given[0], given[1])
-        except (ValueError, IndexError):
+            given = Price(*(float(part) for part in override.split(",")))
+            if not (0 <= given.input < float("inf") and 0 <= given.output < float("inf")):
+                raise ValueError
+            return given
+        except (ValueError, TypeError):
             raise UserError(
                 f"--price {override}: expected INPUT,OUTPUT in dollars per million tokens, like 0.15,0.6"
             ) from None
     # "gpt-4o-2024-08-06" is priced as "gpt-4o"; the longest name that fits is the right one.
     fitting = [name for name in _PRICES if model == name or model.startswith(f"{name}-20")]
-    return Price(*_PRICES[max(fitting, key=len)]) if fitting else None
-
-
-def estimate_tokens(messages: list[dict[str, str]]) -> int:
-    """An upper estimate of a question's tokens, from its length alone."""
-    return sum(int(len(m["content"]) / _CHARACTERS_PER_TOKEN) + _TOKENS_PER_MESSAGE for m in messages)
+    if not fitting:
+        return None
+    share = _BATCH_SHARE if batch else 1.0
+    dollars_in, dollars_out = _PRICES[max(fitting, key=len)]
+    return Price(dollars_in * share, dollars_out * share)

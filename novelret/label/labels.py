@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 
 from novelret.artifacts import Manifest, read_manifest
 from novelret.data.catalog import Catalog
+from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
-from novelret.label.table import LabelTable, make_table
+from novelret.label.candidates import Candidates
+from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, sort_table
 
 SCHEMA = pa.schema(
     [
@@ -31,6 +34,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of judgements.parquet. The judge and the prompt are one per artifact: see its manifest."""
+
+VERDICTS = {RELEVANT: "relevant", IRRELEVANT: "not relevant", UNKNOWN: "unusable"}
+"""Verdicts as people read them."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +64,29 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
     Raises:
         UserError: it names items that the catalog does not hold.
     """
-    queries = [np.empty(0, dtype=np.int64)]
-    items = [np.empty(0, dtype=np.int64)]
+    keys = [np.empty(0, dtype=np.int64)]
     verdicts = [np.empty(0, dtype=np.int8)]
     grades = [np.empty(0, dtype=np.float32)]
     wanted = pa.array(query_ids, pa.string())
     file = pq.ParquetFile(path)
     for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict", "grade"]):
-        rows = pc.index_in(batch["query_id"], value_set=wanted)
-        kept = rows.is_valid()
-        queries.append(rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
-        items.append(catalog.rows_of(batch["item_id"].filter(kept)))
+        query_rows = pc.index_in(batch["query_id"], value_set=wanted)
+        kept = query_rows.is_valid()
+        item_rows = catalog.rows_of(batch["item_id"].filter(kept))
+        if (item_rows < 0).any():
+            raise UserError(f"{path}: names items that the catalog does not hold; label again")
+        rows = query_rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64)
+        keys.append(rows * len(catalog) + item_rows)
         verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
         grades.append(batch["grade"].filter(kept).to_numpy(zero_copy_only=False))
-    item_rows = np.concatenate(items)
-    if (item_rows < 0).any():
-        raise UserError(f"{path}: names items that the catalog does not hold; label again")
-    return make_table(
-        np.concatenate(queries),
-        item_rows,
-        np.concatenate(verdicts),
-        len(catalog),
-        grades=np.concatenate(grades),
-    )
+    return sort_table(_joined(keys), _joined(verdicts), len(catalog), grades=_joined(grades))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts in one piece; the list is emptied, so that they are not held twice for long."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def open_labels(folder: Path, *indexes: Index) -> Labels:
@@ -96,3 +102,33 @@ def open_labels(folder: Path, *indexes: Index) -> Labels:
             f"{indexes[0].folder}; pass the index it belongs to, or label again"
         )
     return Labels(folder, manifest)
+
+
+def judgement_rows(
+    index: Index, split: Split, candidates: Candidates, rows: np.ndarray, columns: dict[str, Any]
+) -> pa.Table:
+    """Some candidates as rows of judgements.parquet.
+
+    Args:
+        index: for the items' ids.
+        split: for the queries' ids.
+        candidates: the pairs.
+        rows: (n,) which of them.
+        columns: what the judge gave, n values each; columns that are left out are empty.
+    """
+    sources = pa.DictionaryArray.from_arrays(
+        pa.array(candidates.source_numbers[rows].astype(np.int8)), pa.array(candidates.sources, pa.string())
+    )
+    items = pa.array(candidates.item_rows[rows])
+    filled = {
+        "query_id": [split.query_ids[row] for row in candidates.query_rows[rows]],
+        "item_id": index.catalog.ids.take(items).cast(pa.string()).combine_chunks(),
+        "source": sources,
+    } | columns
+    empty = [None] * len(rows)
+    arrays = [
+        value if isinstance(value, pa.Array) else pa.array(value, field.type)
+        for field in SCHEMA
+        for value in [filled.get(field.name, empty)]
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)

@@ -8,7 +8,11 @@ import re
 from novelret.label.prompts import Prompt
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN
 
-_TAG = re.compile(r"<\s*(?:answer\s*>\s*)?(yes|no)\b[^>]*>?|\[\s*(yes|no)\s*\]|\"(yes|no)\"", re.IGNORECASE)
+# <Yes>, [Yes], <answer>Yes</answer>, and the paper's own words taken literally: <Yes/No>Yes</Yes/No>.
+_TAG = re.compile(
+    r"<[a-z_ ]*/?[a-z_ ]+>\s*\W?(yes|no)\W?\s*(?:<|$)|<\s*(yes|no)\s*/?>|\[\s*(yes|no)\s*\]", re.IGNORECASE
+)
+_LAST_LINE = re.compile(r"\W*(?:(?:the )?(?:final )?answer(?: is)?\W*)?(yes|no)\W*", re.IGNORECASE)
 
 
 def parse(prompt: Prompt, answer: str) -> tuple[int, float | None]:
@@ -26,11 +30,14 @@ def _verdict(word: str) -> int:
     return RELEVANT if word.lower() == "yes" else IRRELEVANT
 
 
+def _words(answer: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Za-z]+", answer)} & {"yes", "no"}
+
+
 def _parse_word(answer: str) -> int:
     # The single word that was asked for, whatever stands around it; "Yes and no" is no answer.
-    words = {word.lower() for word in re.findall(r"[A-Za-z]+", answer)} & {"yes", "no"}
     first = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
-    return _verdict(first[1]) if first and len(words) == 1 else UNKNOWN
+    return _verdict(first[1]) if first and len(_words(answer)) == 1 else UNKNOWN
 
 
 def _parse_tag(answer: str) -> int:
@@ -38,8 +45,12 @@ def _parse_tag(answer: str) -> int:
     tags = _TAG.findall(answer)
     if tags:
         return _verdict(next(group for group in tags[-1] if group))
-    # Many models leave the tag out and end with the bare word.
-    last = re.search(r"\b(yes|no)\W*$", answer.strip(), re.IGNORECASE)
+    # Many models leave the tag out and end with the bare word: on a line of its own, or as the only one of
+    # the two words. 'No, although the item says "Yes"' is neither.
+    lines = answer.strip().splitlines() or [""]
+    last = _LAST_LINE.fullmatch(lines[-1])
+    if last is None and len(_words(answer)) == 1:
+        last = re.search(r"\b(yes|no)\W*$", lines[-1], re.IGNORECASE)
     return _verdict(last[1]) if last else UNKNOWN
 
 

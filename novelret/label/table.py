@@ -78,17 +78,37 @@ def make_table(
     grades: np.ndarray | None = None,
 ) -> LabelTable:
     """Sort judgements into a table; the last one for a pair counts, unusable ones are dropped."""
+    keys = query_rows.astype(np.int64) * catalog_size + item_rows
+    return sort_table(keys, verdicts, catalog_size, missing, grades)
+
+
+def sort_table(
+    keys: np.ndarray,
+    verdicts: np.ndarray,
+    catalog_size: int,
+    missing: int = UNKNOWN,
+    grades: np.ndarray | None = None,
+) -> LabelTable:
+    """Sort judgements, given by query row × catalog size + catalog row, into a table as `make_table` does."""
+    # A step at a time: of 10 million judgements every array that is held for longer than needed takes 80 MB.
+    if grades is not None and np.isnan(grades).all():
+        grades = None
     usable = verdicts != UNKNOWN
-    keys = query_rows[usable].astype(np.int64) * catalog_size + item_rows[usable]
-    kept = verdicts[usable].astype(np.int8)
-    order = np.argsort(keys, kind="stable")
-    keys, kept = keys[order], kept[order]
-    graded = None if grades is None else grades[usable][order].astype(np.float32)
-    last = np.ones(len(keys), dtype=bool)
-    last[:-1] = keys[1:] != keys[:-1]
-    if graded is not None:
-        graded = None if np.isnan(graded[last]).all() else graded[last]
-    return LabelTable(keys[last], kept[last], catalog_size, missing, graded)
+    if not usable.all():
+        keys, verdicts = keys[usable], verdicts[usable]
+        grades = None if grades is None else grades[usable]
+    if not (keys[1:] > keys[:-1]).all():
+        order = np.argsort(keys, kind="stable")
+        keys, verdicts = keys[order], verdicts[order]
+        grades = None if grades is None else grades[order]
+        del order
+        last = np.ones(len(keys), dtype=bool)
+        last[:-1] = keys[1:] != keys[:-1]
+        keys, verdicts = keys[last], verdicts[last]
+        grades = None if grades is None else grades[last]
+    if grades is not None:
+        grades = None if np.isnan(grades).all() else grades.astype(np.float32, copy=False)
+    return LabelTable(keys, verdicts.astype(np.int8, copy=False), catalog_size, missing, grades)
 
 
 def join_tables(older: LabelTable, newer: LabelTable) -> LabelTable:

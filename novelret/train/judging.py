@@ -19,10 +19,13 @@ import pyarrow.parquet as pq
 from novelret.artifacts import read_json, write_json
 from novelret.data.split import Split
 from novelret.index import Index
+from novelret.label.asking import ask_and_write
 from novelret.label.candidates import Candidates
+from novelret.label.judge import make_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import LabelConfig, judge_candidates, split_judge
+from novelret.label.label import LabelConfig
 from novelret.label.labels import read_table
+from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
@@ -66,7 +69,10 @@ class Judging:
             prompt=config.prompt,
             store=config.store,
             price=config.price,
+            device=config.device,
         )
+        # A model is loaded once; an endpoint's judge is made anew each time, with what is left of the caps.
+        self.model = make_judge(self.settings) if kind == "cross-encoder" and processes.is_first else None
         self.max_requests, self.max_cost = config.max_judgements, config.max_cost
         self.pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.futures: dict[int, Future[LabelTable]] = {}
@@ -153,7 +159,17 @@ class Judging:
         )
         path = self.folder / f"step-{step:08d}.parquet"
         quiet = Reporter()
-        facts = judge_candidates(settings, self.index, self.split, candidates, path, quiet)
+        facts = ask_and_write(
+            self.model or make_judge(settings),
+            self.index,
+            self.split,
+            candidates,
+            Path(settings.store) if settings.store else default_store(),
+            path,
+            quiet,
+            retry_unusable=False,
+            send=True,
+        )
         self.spent["requests"] += facts["requests"]
         self.spent["cost"] += facts["cost"] or 0.0
         write_json(self.folder / "spent.json", self.spent)

@@ -43,8 +43,8 @@ from novelret.index import (
     open_deployed,
     pooled_lists,
 )
-from novelret.label.judges.openai import check_key
-from novelret.label.label import split_judge
+from novelret.label.judge import split_judge
+from novelret.label.judges.endpoint import check_key
 from novelret.label.labels import open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
@@ -94,8 +94,8 @@ def train_model(
     """
     check_output(out, force=force)
     check_wandb(config.wandb)
-    if config.judge is not None and split_judge(config.judge)[0] == "openai":
-        check_key()
+    if config.judge is not None:
+        _check_judge(config.judge)
     with join(encode.pick_device(config.device)) as processes:
         report = (report if processes.is_first else None) or Reporter()
         return _train(config, out, processes, force=force, report=report)
@@ -168,6 +168,15 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
         points, chosen = run_in(out.with_name(out.name + ".partial"))
     processes.wait()
     return Trained(out, chosen, points)
+
+
+def _check_judge(judge: str) -> None:
+    """Refuse, before any work, a judge that cannot answer during training."""
+    kind, _ = split_judge(judge)
+    if kind == "openai":
+        check_key()
+    if kind == "openai-batch":
+        raise UserError(f"--judge {judge}: batches are answered too late for training; use openai:MODEL")
 
 
 def _identity(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:

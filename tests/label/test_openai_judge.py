@@ -6,16 +6,21 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import sqlite3
 import time
+from contextlib import closing
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
-from novelret.label import label as stage
+from novelret.index import IndexConfig, build_index
+from novelret.label import questions as questions_module
 from novelret.label.judges import openai as judge_module
+from novelret.label.store import Store, key_function
+from tests.conftest import make_world
+from tests.killing import start
 from tests.loopback import LoopbackJudge
 
 KEY = "sk-very-secret-0123456789"
@@ -111,6 +116,157 @@ def test_a_refusal_is_an_answer_that_is_not_usable(arguments, tmp_path, capsys, 
         assert facts["requests"] == 0
 
 
+def test_unusable_answers_are_asked_again_alone(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge(["refusal"] * 7) as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")
+        assert (code, facts["verdicts"]["unusable"]) == (0, 7)
+        assert facts["unusable_examples"] == ["I would rather not."]
+        plan = ask(capsys, server, monkeypatch, arguments, "--plan", "--retry-unusable")[1]
+        assert (plan["to_ask"], plan["known"]) == (7, 113)
+        server.faults.extend(["400", "refusal"])
+        more = ["--retry-unusable", "--out", tmp_path / "b"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        # What gets no answer now keeps the one it had.
+        assert (code, facts["requests"], facts["failed"]) == (0, 6, 1), err
+        assert (facts["verdicts"]["unusable"], facts["pairs"]) == (2, 120)
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "c")
+        assert (code, facts["requests"], facts["verdicts"]["unusable"]) == (0, 0, 2)
+
+
+def test_stored_answers_are_read_in_another_way_for_free(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "Grade: 2" if "red" in user else "1")
+    with LoopbackJudge() as server:
+        code, facts, err = ask(
+            capsys, server, monkeypatch, arguments, "--out", tmp_path / "a", "--max-requests", 90
+        )
+        assert (code, facts["verdicts"]["unusable"]) == (0, 90)
+        assert "for instance 'Grade: 2', '1'" in err
+        monkeypatch.delenv("OPENAI_API_KEY")
+        reparse = ["--reparse", "--answer", "grade"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *reparse, "--out", tmp_path / "b")
+        assert (code, facts["pairs"], facts["verdicts"]["unusable"], facts["cost"]) == (0, 90, 0, None), err
+        rows = rows_of(tmp_path / "b")
+        assert {(row["verdict"], row["grade"]) for row in rows} == {(1, 2.0), (0, 1.0)}
+        code, facts, _ = ask(
+            capsys, server, monkeypatch, arguments, *reparse, "--threshold", 1, "--out", tmp_path / "c"
+        )
+        assert (code, facts["verdicts"]["relevant"]) == (0, 90)
+        assert len(server.seen) == 90
+        wrong = ["--reparse", "--answer", "smile", "--out", tmp_path / "d"]
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *wrong)
+        assert (code, "choose from word, tag, grade, json" in err) == (2, True)
+        code, _, err = ask(
+            capsys, server, monkeypatch, arguments, *reparse, "--retry-unusable", "--out", tmp_path / "d"
+        )
+        assert (code, "pass one of them" in err) == (2, True)
+
+
+def test_each_source_says_how_many_of_its_pairs_are_judged(arguments, world, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge() as server:
+        ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")
+        more = ["--from", "base-top", "--from", "base-novel", "--from", "feedback", "--depth", 10]
+        plan = ask(capsys, server, monkeypatch, arguments, *more, "--plan")[1]
+        assert plan["known_by_source"] == {"base-top": 0, "base-novel": 120, "feedback": 0}
+        assert plan["pairs"]["base-novel"] == 140
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, *more, "--out", tmp_path / "b")
+        assert (code, facts["known_by_source"], facts["sources"]) == (
+            0,
+            plan["known_by_source"],
+            plan["pairs"],
+        )
+        assert facts["requests"] == plan["to_ask"] == sum(plan["pairs"].values()) - 120
+        main([*arguments, *map(str, more), "--out", str(tmp_path / "c")])
+        assert "already judged: 60 of 60 from base-top, 140 of 140 from base-novel" in capsys.readouterr().err
+
+
+def test_a_limit_that_only_says_later_fails_no_question(arguments, tmp_path, capsys, monkeypatch):
+    # Every question is refused more often than it may fail.
+    with LoopbackJudge(rpm=3000, burst=5) as server:
+        monkeypatch.setattr(judge_module, "_ATTEMPTS", 2)
+        code, facts, err = ask(
+            capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", "--concurrency", 60
+        )
+        assert (code, facts["failed"], facts["pairs"]) == (0, 0, 120), err
+        assert facts["retries"] > 60
+
+
+@pytest.mark.parametrize("how", ["given", "told"])
+def test_a_known_limit_is_kept_without_refusals(arguments, tmp_path, capsys, monkeypatch, how):
+    with LoopbackJudge(rpm=3000, burst=10, tells=how == "told") as server:
+        more = ["--rpm", 2900] if how == "given" else ["--concurrency", 2]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", *more)
+        assert (code, facts["pairs"]) == (0, 120), err
+        assert facts["retries"] <= 8
+
+
+def test_tokens_per_minute_are_kept(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge() as server:
+        plan = ask(capsys, server, monkeypatch, arguments, "--plan")[1]
+        tokens = plan["prompt_tokens"] + 120 * 5
+        begun = time.monotonic()
+        ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", "--tpm", tokens * 60)
+        # A minute's allowance is that of sixty runs: this one takes a second, but for the first request.
+        assert time.monotonic() - begun > 0.7
+
+
+def test_an_endpoint_that_answers_nothing_is_left_alone(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge(["400"] * 120) as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, facts["pairs"]) == (0, 0)
+        assert "50 questions in a row got no answer" in err
+        assert len(server.seen) < 90
+
+
+def test_a_full_disk_stops_the_spending(arguments, tmp_path, capsys, monkeypatch):
+    real, calls = Store.add, []
+
+    def add(self, judge, answers):
+        calls.append(len(answers))
+        if len(calls) >= 3:
+            raise sqlite3.OperationalError("database or disk is full")
+        real(self, judge, answers)
+
+    monkeypatch.setattr(Store, "add", add)
+    with LoopbackJudge() as server:
+        code, _, err = ask(
+            capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", "--concurrency", 4
+        )
+        assert (code, "no space left" in err) == (2, True)
+        assert len(server.seen) <= 20
+        monkeypatch.undo()
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, facts["pairs"]) == (0, 120), err
+
+
+def test_no_secret_of_the_endpoints_url_is_told(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge(["500"] * 1000) as server:
+        monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.02)
+        url = server.url.replace("http://", "http://user:hunter2@") + "?api-key=s3cr3t"
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        for bad in (
+            ["--out", tmp_path / "labels"],
+            ["--judge", "openai-batch:tiny", "--out", tmp_path / "b"],
+        ):
+            if bad[0] == "--judge":
+                server.server.server_close()  # nothing listens any more
+                monkeypatch.setattr("novelret.label.judges.openai_batch._POLL", 0.001)
+                monkeypatch.setattr("novelret.label.judges.openai_batch._LOST", 2)
+                monkeypatch.setattr("novelret.label.judges.openai_batch._RETRIES", 0)
+            code = main([*arguments, *map(str, bad)])
+            captured = capsys.readouterr()
+            assert code in (0, 2)
+            assert not any(secret in captured.out + captured.err for secret in (KEY, "hunter2", "s3cr3t"))
+    for value in ("no url", "http://", "http://[::1"):
+        monkeypatch.setenv("OPENAI_BASE_URL", value)
+        code = main([*arguments, "--out", str(tmp_path / "c")])
+        err = capsys.readouterr().err
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+    for path in tmp_path.rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        assert not any(secret in data for secret in (KEY.encode(), b"hunter2", b"s3cr3t")), path
+
+
 def test_a_refused_key_is_one_line_without_the_key(arguments, tmp_path, capsys, monkeypatch):
     with LoopbackJudge(["401"] * 50) as server:
         code, _, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
@@ -159,46 +315,89 @@ def test_a_plan_sends_nothing(arguments, tmp_path, capsys, monkeypatch):
 
 def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folder, tmp_path):
     rng = random.Random(0)
+    concurrency, pairs = 4, 20 * 36
     with LoopbackJudge(delay=0.02) as server:
-        environment = {**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         command = [
-            sys.executable, "-m", "novelret", "label", "--data", world, "--index", index_folder, "--judge",
-            "openai:tiny", "--prompt", "query-keyword", "--base-depth", "3", "--depth", "30", "--concurrency", "4",
-            "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels", "--json",
+            "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
+            "--base-depth", 3, "--depth", 39, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
+            "--out", tmp_path / "labels", "--json", "--config", tmp_path / "empty.yaml",
         ]  # fmt: skip
+        (tmp_path / "empty.yaml").write_text("{}")
+        command, log = list(map(str, command)), tmp_path / "log"
+        stored: set[bytes] = set()
         kills = 0
-        for attempt in range(6):
-            process = subprocess.Popen(
-                list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+        for attempt in range(21):
             begun = len(server.seen)
+            process = start(command, environment, log, {})
             deadline = time.time() + 60
             # Wait for its first request, then for a random moment of its asking.
-            while len(server.seen) == begun and process.poll() is None and time.time() < deadline:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.4))
-            process.send_signal(signal.SIGINT if attempt == 3 else signal.SIGKILL)
-            out, err = process.communicate()
-            assert KEY.encode() not in out + err
-            kills += process.returncode != 0
-        assert kills >= 3
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, check=True)
-        facts = json.loads(done.stdout)
-        assert facts["pairs"] == 20 * 27
-        # A kill may cut off the requests under way, at most four each time; no other is billed twice.
-        twice = sum(n - 1 for n in server.billed.values())
-        assert twice <= 4 * 6
-        assert len(server.billed) == 20 * 27
+            while len(server.seen) == begun and process.is_alive() and time.time() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.15))
+            if process.is_alive():
+                title = Path(f"/proc/{process.pid}/cmdline")
+                assert not title.exists() or KEY.encode() not in title.read_bytes()
+            os.kill(process.pid, signal.SIGINT if attempt == 10 else signal.SIGKILL)
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+            # Nothing that was stored before it began was asked.
+            asked = {key_of_body(body) for body in server.seen[begun:]}
+            assert not asked & stored
+            with closing(Store(tmp_path / "store.sqlite")) as store:
+                stored = store.known(key_of_body(body) for body in server.seen)
+        assert kills == 20
+        assert 0 < len(stored) < pairs
+        process = start(command, environment, log, {})
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        assert len(rows_of(tmp_path / "labels")) == len(server.billed) == pairs
+        # A kill may cut off the requests under way; no other is billed twice.
+        assert sum(n - 1 for n in server.billed.values()) <= concurrency * kills
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
+def key_of_body(body):
+    parameters = {name: value for name, value in body.items() if name not in ("model", "messages")}
+    return key_function(f"openai:{body['model']}", parameters)(body["messages"])
+
+
 def test_memory_of_questions_is_bounded(monkeypatch, arguments, tmp_path, capsys):
-    monkeypatch.setattr(stage, "_CHUNK", 7)  # many chunks give the same labels
+    monkeypatch.setattr(questions_module, "CHUNK", 7)  # many chunks give the same labels
     with LoopbackJudge() as server:
         code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120)
         assert set(server.billed.values()) == {1}
+
+
+@pytest.mark.parametrize("slow", ["server", "disk"])
+def test_equal_questions_are_asked_once(encoder, tmp_path, capsys, monkeypatch, slow):
+    """Items and queries with the same texts under other ids: one question each, every pair judged."""
+    world = make_world(tmp_path / "data")
+    lines = (world / "corpus.jsonl").read_text().splitlines()
+    twins = [{**json.loads(line), "_id": f"twin-{n}"} for n, line in enumerate(lines)]
+    with (world / "corpus.jsonl").open("a") as file:
+        file.write("".join(json.dumps(twin) + "\n" for twin in twins))
+    queries = [json.loads(line) for line in (world / "queries.jsonl").read_text().splitlines()]
+    for query in queries:
+        query["text"] = "buy sofa" if query["_id"] < "q10" else query["text"]
+    (world / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(questions_module, "CHUNK", 10)
+    build_index(IndexConfig(str(world), str(encoder), device="cpu"), tmp_path / "index")
+    arguments = [
+        "label", "--data", str(world), "--index", str(tmp_path / "index"), "--judge", "openai:tiny", "--prompt",
+        "query-keyword", "--base-depth", "1", "--depth", "60", "--store", str(tmp_path / "store"),
+    ]  # fmt: skip
+    if slow == "disk":
+        add = Store.add
+        monkeypatch.setattr(Store, "add", lambda self, *rows: (time.sleep(0.01), add(self, *rows)))
+    with LoopbackJudge(delay=0.02 if slow == "server" else 0) as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, facts["pairs"]) == (0, 20 * 59), err
+        assert set(server.billed.values()) == {1}
+        assert facts["requests"] == len(server.billed) < 20 * 59 / 1.4
 
 
 def test_eval_asks_for_what_no_one_has_judged_yet(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -11,59 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from novelret.artifacts import fsync_file
 from novelret.errors import UserError
-from novelret.label.cost import Price, estimate_tokens
+from novelret.label.cost import Price
+from novelret.label.judges.endpoint import FATAL, PASSING, check_key, hide_secrets, longest_answer, text_of
+from novelret.label.judges.pace import Pace, retry_after
+from novelret.label.questions import Messages, Question, Tally
 from novelret.label.store import Store
 
 _ATTEMPTS = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-_FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-_PASSING = (
-    openai.RateLimitError,
-    openai.InternalServerError,
-    openai.APIConnectionError,
-    openai.APITimeoutError,
-    openai.APIResponseValidationError,
-    openai.ConflictError,
-)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask.
-
-    Attributes:
-        key: its identity in the store.
-        messages: the rendered prompt.
-    """
-
-    key: bytes
-    messages: list[dict[str, str]]
-
-
-@dataclass
-class Tally:
-    """What asking has come to so far.
-
-    Attributes:
-        requests: answers delivered.
-        prompt_tokens: billed, by the API's own figures.
-        completion_tokens: likewise.
-        cost: dollars, 0 where the price is not known.
-        retries: requests repeated after a passing fault.
-        failed: key of a question → why it got no answer.
-        stopped: why asking stopped early, if it did.
-    """
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-    retries: int = 0
-    failed: dict[bytes, str] = field(default_factory=dict)
-    stopped: str | None = None
+_PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
+_SYNC = 0.5  # seconds between two times that answers are brought onto the disk
+_HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
 
 
 @dataclass(frozen=True)
@@ -76,6 +37,8 @@ class Limits:
         max_requests: stop before more requests than this.
         max_cost: stop before this many dollars could be exceeded.
         price: of the model; needed for max_cost.
+        rpm: requests per minute; None to learn it from the endpoint.
+        tpm: tokens per minute; None to learn it from the endpoint.
     """
 
     concurrency: int = 32
@@ -83,33 +46,15 @@ class Limits:
     max_requests: int | None = None
     max_cost: float | None = None
     price: Price | None = None
-
-
-def parameters_for(model: str, max_tokens: int) -> dict[str, Any]:
-    """Sampling parameters: greedy and short; reasoning models take neither a temperature nor max_tokens."""
-    if model.startswith(("o1", "o3", "o4", "gpt-5")):
-        return {"max_completion_tokens": max_tokens + 2_000}
-    return {"temperature": 0, "max_tokens": max_tokens}
-
-
-def check_key() -> str:
-    """The API key from OPENAI_API_KEY.
-
-    Raises:
-        UserError: it is not set.
-    """
-    key = os.environ.get("OPENAI_API_KEY", "")
-    if not key:
-        raise UserError(
-            "OPENAI_API_KEY is not set; export it (any word will do for a local endpoint in OPENAI_BASE_URL)"
-        )
-    return key
+    rpm: float | None = None
+    tpm: float | None = None
 
 
 def ask_all(
-    questions: Iterator[Question],
+    questions: Iterator[Question | None],
     model: str,
     parameters: dict[str, Any],
+    count_tokens: Callable[[Messages], int],
     store: Store,
     limits: Limits,
     tally: Tally,
@@ -120,9 +65,10 @@ def ask_all(
     On Ctrl-C, requests under way are finished and stored, then KeyboardInterrupt is raised.
 
     Args:
-        questions: what to ask; read only as far as requests can be sent.
+        questions: what to ask; read only as far as requests can be sent. None lets others have a turn.
         model: the endpoint's name of the model.
         parameters: sampling parameters, part of each question's identity.
+        count_tokens: of a question.
         store: where answers go.
         limits: concurrency, timeout and caps.
         tally: counts, kept up to date.
@@ -132,19 +78,13 @@ def ask_all(
         UserError: the key, the model or the endpoint is refused.
         KeyboardInterrupt: Ctrl-C.
     """
-    asyncio.run(_ask_all(questions, model, parameters, store, limits, tally, advance))
+    store.relax()
+    asyncio.run(_ask_all(questions, _Asking(model, parameters, count_tokens, store, limits, tally), advance))
 
 
 async def _ask_all(
-    questions: Iterator[Question],
-    model: str,
-    parameters: dict[str, Any],
-    store: Store,
-    limits: Limits,
-    tally: Tally,
-    advance: Callable[[int], None],
+    questions: Iterator[Question | None], asking: _Asking, advance: Callable[[int], None]
 ) -> None:
-    asking = _Asking(model, parameters, store, limits, tally, check_key())
     loop = asyncio.get_running_loop()
     interrupted = False
 
@@ -158,13 +98,15 @@ async def _ask_all(
     except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not Unix
         handles_signals = False
     try:
-        async with AsyncOpenAI(api_key=asking.key, max_retries=0, timeout=limits.timeout) as client:
+        async with _client(asking) as client:
             workers = [
                 asyncio.create_task(_work(asking, client, questions, advance))
-                for _ in range(limits.concurrency)
+                for _ in range(asking.limits.concurrency)
             ]
             # One fatal fault stops all; what the others have under way is still stored.
+            syncing = asyncio.create_task(asking.sync())
             done = await asyncio.gather(*workers, return_exceptions=True)
+            syncing.cancel()
     finally:
         if handles_signals:
             loop.remove_signal_handler(signal.SIGINT)
@@ -175,136 +117,158 @@ async def _ask_all(
         raise KeyboardInterrupt
 
 
+def _client(asking: _Asking) -> AsyncOpenAI:
+    """The client; it tells the pace every response's headers."""
+
+    async def learn(response: Any) -> None:
+        asking.pace.learn(response.headers)
+
+    timeout = asking.limits.timeout
+    http = DefaultAsyncHttpxClient(timeout=timeout, event_hooks={"response": [learn]})
+    return AsyncOpenAI(api_key=check_key(), max_retries=0, timeout=timeout, http_client=http)
+
+
 @dataclass
 class _Asking:
     """State that the workers share; one thread, so plain fields do."""
 
     model: str
     parameters: dict[str, Any]
+    count_tokens: Callable[[Messages], int]
     store: Store
     limits: Limits
     tally: Tally
-    key: str
+    pace: Pace = field(init=False)
     stopping: bool = False
-    under_way: int = 0
     reserved: float = 0.0  # dollars that requests under way may cost at most
-    not_before: float = 0.0  # loop time before which the endpoint asked for silence
+    failed_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.limits.rpm, self.limits.tpm)
 
     def may_send(self, worst: float) -> bool:
         """Whether one more request keeps the caps even if everything under way costs the most it can."""
-        limits = self.limits
-        if limits.max_requests is not None and self.tally.requests + self.under_way >= limits.max_requests:
-            self.tally.stopped = f"--max-requests {limits.max_requests} reached"
-        elif limits.max_cost is not None and self.tally.cost + self.reserved + worst > limits.max_cost:
-            self.tally.stopped = f"--max-cost {limits.max_cost} reached"
-        return self.tally.stopped is None
+        limits, tally = self.limits, self.tally
+        if limits.max_requests is not None and tally.requests + len(tally.under_way) >= limits.max_requests:
+            tally.stopped = f"--max-requests {limits.max_requests} reached"
+        elif limits.max_cost is not None and tally.cost + self.reserved + worst > limits.max_cost:
+            tally.stopped = f"--max-cost {limits.max_cost} reached"
+        return tally.stopped is None
 
-    def hide(self, text: str) -> str:
-        """A message without the API key."""
-        return " ".join(text.replace(self.key, "***").split())[:300]
+    def receive(self, question: Question, text: str, usage: Any) -> None:
+        """Store an answer and count it; where it cannot be stored, no other is asked for."""
+        prompt = getattr(usage, "prompt_tokens", None)
+        completion = getattr(usage, "completion_tokens", None)
+        self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
+        self.failed_in_a_row = 0
+        tally = self.tally
+        tally.requests += 1
+        tally.prompt_tokens += prompt or 0
+        tally.completion_tokens += completion or 0
+        if self.limits.price:
+            counted = self.count_tokens(question.messages) if prompt is None else prompt
+            tally.cost += self.limits.price.of(counted, completion or 0)
+
+    async def sync(self) -> None:
+        """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
+        while True:
+            await asyncio.sleep(_SYNC)
+            if self.store.log.exists():
+                await asyncio.to_thread(fsync_file, self.store.log)
+
+    def fail(self, question: Question, reason: str) -> None:
+        """List a question as failed; where nothing works any more, stop."""
+        self.tally.failed[question.key] = reason
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row >= _HOPELESS:
+            self.tally.stopped = f"{_HOPELESS} questions in a row got no answer"
 
 
 async def _work(
-    asking: _Asking, client: AsyncOpenAI, questions: Iterator[Question], advance: Callable[[int], None]
+    asking: _Asking,
+    client: AsyncOpenAI,
+    questions: Iterator[Question | None],
+    advance: Callable[[int], None],
 ) -> None:
-    limits = asking.limits
+    price, longest = asking.limits.price, longest_answer(asking.parameters)
+    under_way = asking.tally.under_way
     while not asking.stopping and asking.tally.stopped is None:
-        question = next(questions, None)
-        if question is None:
+        try:
+            question = next(questions)
+        except StopIteration:
             return
-        price = limits.price
-        longest = asking.parameters.get("max_tokens") or asking.parameters.get("max_completion_tokens") or 0
-        worst = price.of(estimate_tokens(question.messages), longest) if price else 0.0
+        if question is None:
+            await asyncio.sleep(0)
+            continue
+        counting = price is not None or asking.pace.tpm is not None
+        tokens = asking.count_tokens(question.messages) if counting else 0
+        worst = price.of(tokens, longest) if price else 0.0
         if not asking.may_send(worst):
             return
-        asking.under_way += 1
+        under_way.add(question.key)
         asking.reserved += worst
         try:
-            await _ask(asking, client, question)
+            await _ask(asking, client, question, tokens + longest)
         except BaseException:
             asking.stopping = True
             raise
         finally:
-            asking.under_way -= 1
+            under_way.discard(question.key)
             asking.reserved -= worst
         advance(1)
 
 
-async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question) -> None:
+async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> None:
     """One question until it has an answer, cannot have one, or has failed too often."""
-    loop = asyncio.get_running_loop()
-    reason = ""
+    clock = asyncio.get_running_loop().time
+    begun, attempt = clock(), 0
     messages: Any = question.messages  # plain dictionaries, where the client's types want its own
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            asking.tally.retries += 1
-            if asking.stopping:
-                return  # not asked to the end; it stays unanswered and is asked next time
-        await asyncio.sleep(max(0.0, asking.not_before - loop.time()))
+    while True:
+        await _sleep_until(asking, asking.pace.slot(clock(), tokens))
+        await _sleep_until(asking, asking.pace.silent_until)
+        if asking.stopping:
+            return  # it stays unanswered and is asked next time
         try:
             response = await client.chat.completions.create(
                 model=asking.model, messages=messages, **asking.parameters
             )
-            text = _text_of(response)
-        except _FATAL as error:
-            raise UserError(f"openai:{asking.model}: {asking.hide(str(error))}") from None
-        except _PASSING as error:
+            text = text_of(response)
+        except FATAL as error:
+            raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+        except PASSING as error:
             if getattr(error, "code", None) == "insufficient_quota":
-                raise UserError(f"openai:{asking.model}: {asking.hide(str(error))}") from None
-            reason = f"{type(error).__name__}: {asking.hide(str(error))}"
-            await _wait(asking, attempt, error)
-            continue
+                raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+            reason = f"{type(error).__name__}: {hide_secrets(str(error))}"
+            silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
         except openai.APIStatusError as error:
-            asking.tally.failed[question.key] = asking.hide(str(error))
+            asking.fail(question, hide_secrets(str(error)))
             return
         except ValueError as error:  # a body that is not the protocol's
-            reason = f"malformed answer: {asking.hide(str(error))}"
-            await _wait(asking, attempt, None)
-            continue
-        _keep(asking, question, text, getattr(response, "usage", None))
-        return
-    asking.tally.failed[question.key] = f"{_ATTEMPTS} attempts, last {reason}"
+            reason, silence = f"malformed answer: {hide_secrets(str(error))}", None
+        else:
+            asking.receive(question, text, getattr(response, "usage", None))
+            return
+        asking.tally.retries += 1
+        attempt += 1
+        # "Later" is no fault of the question's: it is repeated until patience ends.
+        if (silence is None and attempt >= _ATTEMPTS) or clock() - begun > _PATIENCE:
+            asking.fail(question, f"{attempt} attempts, last {reason}")
+            return
+        await _wait(asking, attempt, silence)
 
 
-def _text_of(response: Any) -> str:
-    """The answer's text, or the refusal's; anything else is not an answer."""
-    choices = getattr(response, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
-        raise ValueError(f"no choices in {str(response)[:80]!r}")
-    message = choices[0].message
-    text = message.content if message.content is not None else getattr(message, "refusal", None)
-    if not isinstance(text, str):
-        raise ValueError("neither content nor refusal")
-    return text
-
-
-def _keep(asking: _Asking, question: Question, text: str, usage: Any) -> None:
-    prompt = getattr(usage, "prompt_tokens", None)
-    completion = getattr(usage, "completion_tokens", None)
-    asking.store.add(question.key, f"openai:{asking.model}", text, prompt, completion)
-    tally = asking.tally
-    tally.requests += 1
-    tally.prompt_tokens += prompt or 0
-    tally.completion_tokens += completion or 0
-    if asking.limits.price:
-        tally.cost += asking.limits.price.of(prompt or estimate_tokens(question.messages), completion or 0)
-
-
-async def _wait(asking: _Asking, attempt: int, error: Exception | None) -> None:
+async def _wait(asking: _Asking, attempt: int, silence: float | None) -> None:
     """Back off: as long as the endpoint says, else exponentially with jitter."""
-    asked_for = _retry_after(error)
-    if asked_for is not None:
-        # The limit is the account's, so everybody waits.
-        asking.not_before = max(asking.not_before, asyncio.get_running_loop().time() + asked_for)
-        await asyncio.sleep(random.uniform(0, 0.1 * asked_for))
+    now = asyncio.get_running_loop().time()
+    if silence is not None:
+        asking.pace.refuse(now, silence)  # the next slot is after it, for everybody
         return
-    longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
-    await asyncio.sleep(random.uniform(longest / 2, longest))
+    longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+    await _sleep_until(asking, now + random.uniform(longest / 2, longest))
 
 
-def _retry_after(error: Exception | None) -> float | None:
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        return max(0.0, float(headers["retry-after"]))
-    except (KeyError, ValueError, TypeError):
-        return None
+async def _sleep_until(asking: _Asking, time: float) -> None:
+    """Sleep until a loop time, or until asking is to stop."""
+    clock = asyncio.get_running_loop().time
+    while not asking.stopping and (wait := time - clock()) > 0:
+        await asyncio.sleep(min(wait, 0.5))

@@ -1,0 +1,248 @@
+"""Have candidates judged question by question: what is known is passed over, what comes is stored at once."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from novelret.data.split import Split
+from novelret.index import Index
+from novelret.label.candidates import Candidates
+from novelret.label.cost import Price
+from novelret.label.judge import Judge
+from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
+from novelret.label.questions import Feed, Messages, Reader, Tally
+from novelret.label.store import Answer, Store, key_function
+from novelret.label.table import UNKNOWN
+from novelret.progress import Reporter
+
+_ROWS = 20_000  # judgements written at a time
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a labelling would ask, before anything is sent.
+
+    Attributes:
+        pairs: candidate pairs by source.
+        known_by_source: how many of those the store answers already.
+        known: questions that the store answers already.
+        to_ask: questions that would be sent.
+        prompt_tokens: of those.
+        tokens_are: "counted" by the model's tokeniser, or "estimated" from lengths, an upper figure.
+        cost: dollars at most; None where the model's price is not known.
+        example: one rendered prompt.
+    """
+
+    pairs: dict[str, int]
+    known_by_source: dict[str, int]
+    known: int
+    to_ask: int
+    prompt_tokens: int
+    tokens_are: str
+    cost: float | None
+    example: Messages
+
+
+def plan_asking(
+    judge: Judge,
+    index: Index,
+    split: Split,
+    candidates: Candidates,
+    store_path: Path,
+    report: Reporter,
+    *,
+    retry_unusable: bool,
+) -> Plan:
+    """Count what would be asked; sends nothing."""
+    tally, to_ask, tokens = Tally(), 0, 0
+    example: Messages = []
+    with closing(Store(store_path)) as store, report.bar("planning", len(candidates)) as advance:
+        feed = Feed(index, split, candidates, judge.render, key_function(judge.name, judge.parameters))
+        again = judge.read if retry_unusable else None
+        for question in feed.unanswered(store, tally, advance, again):
+            if question is not None:
+                to_ask += 1
+                tokens += judge.tokens.count(question.messages)
+                example = example or question.messages
+                advance(1)
+        if not example:
+            example = next(feed.chunks())[0].messages if len(feed) else []
+    known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
+    return Plan(
+        pairs=candidates.counts(),
+        known_by_source=known,
+        known=sum(known.values()),
+        to_ask=to_ask,
+        prompt_tokens=tokens,
+        tokens_are="counted" if judge.tokens.exact else "estimated",
+        cost=judge.price.of(tokens, to_ask * judge.longest) if judge.price else None,
+        example=example,
+    )
+
+
+def ask_and_write(
+    judge: Judge,
+    index: Index,
+    split: Split,
+    candidates: Candidates,
+    store_path: Path,
+    out: Path,
+    report: Reporter,
+    *,
+    retry_unusable: bool,
+    send: bool,
+) -> dict[str, Any]:
+    """Have the candidates judged and write judgements.parquet, with failures.jsonl beside it.
+
+    Args:
+        judge: who is asked.
+        index: for the items' texts.
+        split: for the queries' texts.
+        candidates: the pairs.
+        store_path: the judgement store.
+        out: the file to write.
+        report: where to say how it goes.
+        retry_unusable: ask again where the stored answer cannot be read.
+        send: False to use stored answers alone.
+
+    Returns:
+        Counts and cost, as they go into the manifest.
+    """
+    tally = Tally()
+    with closing(Store(store_path)) as store:
+        feed = Feed(
+            index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
+        )
+
+        def status() -> str:
+            cost = f"${tally.cost:.2f} " if judge.price and judge.price.of(1, 1) else ""
+            return f"{cost}{tally.retries} retries, {len(tally.failed)} failed {tally.note}"
+
+        if send:
+            again = judge.read if retry_unusable else None
+            with report.bar(f"asking {judge.name}", len(feed), status) as advance:
+                unanswered = partial(feed.unanswered, store, tally, advance, again)
+                judge.ask(unanswered, store, tally, advance, report.note)
+        counts, examples = _write(judge, index, split, feed, store, tally, out)
+    judged = sum(counts.values())
+    known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
+    facts = {
+        "verdicts": counts,
+        "sources": candidates.counts(),
+        "known_by_source": known,
+        "pairs": judged,
+        "already_known": sum(known.values()),
+        "requests": tally.requests,
+        "retries": tally.retries,
+        "failed": len(tally.failed),
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "cost": round(tally.cost, 6) if judge.price else None,
+        "stopped": tally.stopped,
+        "unusable_examples": examples,
+    }
+    _report(report, tally, facts, len(candidates) - judged, send=send)
+    return facts
+
+
+def _write(
+    judge: Judge, index: Index, split: Split, feed: Feed, store: Store, tally: Tally, out: Path
+) -> tuple[dict[str, int], list[str]]:
+    """Write what is answered and what failed; gives verdict counts and examples of unusable answers."""
+    counts = dict.fromkeys(VERDICTS.values(), 0)
+    examples: dict[str, None] = {}
+    candidates, start = feed.candidates, 0
+    with (
+        pq.ParquetWriter(out, SCHEMA) as writer,
+        out.with_name("failures.jsonl").open("w", encoding="utf-8") as failures,
+    ):
+        for keys in feed.keys(store, _ROWS):
+            stored = store.find(set(keys))
+            rows = [n for n, key in enumerate(keys) if key in stored]
+            answers = [stored[keys[n]] for n in rows]
+            columns = _columns(judge.read, judge.price, answers)
+            for answer, verdict in zip(answers, columns["verdict"], strict=True):
+                counts[VERDICTS[verdict]] += 1
+                if verdict == UNKNOWN and len(examples) < _EXAMPLES:
+                    examples[answer.text] = None
+            absolute = np.array(rows, dtype=np.int64) + start
+            writer.write_table(judgement_rows(index, split, candidates, absolute, columns))
+            if tally.failed:
+                _write_failures(failures, index, split, candidates, keys, start, tally)
+            start += len(keys)
+    return counts, list(examples)
+
+
+def _columns(read: Reader, price: Price | None, answers: list[Answer]) -> dict[str, list[Any]]:
+    parsed = [read(answer.text) for answer in answers]
+    return {
+        "verdict": [verdict for verdict, _ in parsed],
+        "grade": [grade for _, grade in parsed],
+        "answer": [answer.text for answer in answers],
+        "prompt_tokens": [answer.prompt_tokens for answer in answers],
+        "completion_tokens": [answer.completion_tokens for answer in answers],
+        "cost": [
+            price.of(a.prompt_tokens or 0, a.completion_tokens or 0) if price else None for a in answers
+        ],
+        "time": [answer.time for answer in answers],
+    }
+
+
+def _write_failures(
+    file: IO[str],
+    index: Index,
+    split: Split,
+    candidates: Candidates,
+    keys: list[bytes],
+    start: int,
+    tally: Tally,
+) -> None:
+    for number, key in enumerate(keys):
+        if key in tally.failed:
+            row = start + number
+            record = {
+                "query_id": split.query_ids[int(candidates.query_rows[row])],
+                "item_id": index.catalog.ids_at([int(candidates.item_rows[row])])[0],
+                "reason": tally.failed[key],
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int, *, send: bool) -> None:
+    given = ", ".join(
+        f"{facts['known_by_source'][source]:,} of {n:,} from {source}"
+        for source, n in facts["sources"].items()
+    )
+    report.note(f"already judged: {given}")
+    if not send:
+        report.note(f"read again: {facts['pairs']:,} stored answers; {without:,} pairs have none")
+    elif tally.requests or tally.retries:
+        report.note(
+            f"{tally.requests:,} requests, {tally.prompt_tokens + tally.completion_tokens:,} tokens, "
+            f"{'cost unknown' if facts['cost'] is None else f'${tally.cost:.4f}'}; {tally.retries} retries"
+        )
+    if tally.stopped:
+        report.warn(
+            f"stopped: {tally.stopped}; {without:,} pairs are not judged. Run again with --force to go on"
+        )
+    if tally.failed:
+        reason = next(iter(tally.failed.values()))
+        report.warn(
+            f"{len(tally.failed)} questions got no answer (for instance: {reason}); they are listed in "
+            "failures.jsonl. Run again with --force to ask these alone"
+        )
+    if facts["verdicts"]["unusable"]:
+        shown = ", ".join(repr(text[:120]) for text in facts["unusable_examples"])
+        report.warn(
+            f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; --reparse reads "
+            "them in another way for free, --retry-unusable asks them again alone"
+        )

@@ -1,0 +1,193 @@
+"""The judges that are asked question by question, each as a set of functions; `file:` is not one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from novelret.errors import UserError
+from novelret.label.cost import Price, find_price
+from novelret.label.judges.endpoint import check_key, longest_answer, parameters_for
+from novelret.label.parse import parse
+from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
+from novelret.label.questions import Messages, Question, Reader, Tally
+from novelret.label.store import Store
+from novelret.label.tokens import TokenCounter, token_counter
+
+if TYPE_CHECKING:
+    from novelret.label.label import LabelConfig
+
+KINDS = ("file", "openai", "openai-batch", "cross-encoder")
+SCORE_THRESHOLD = 0.5
+"""Lowest score of a cross-encoder that counts as relevant, unless --threshold says otherwise."""
+
+Unanswered = Callable[[], Iterator[Question | None]]
+"""Gives the questions that have no answer yet; may be called again to see what is still missing."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Everything that labelling needs to know of a judge.
+
+    Attributes:
+        name: who answers, part of each question's identity. Both ways of asking an endpoint share it.
+        parameters: what else decides an answer, part of the identity too.
+        fingerprint: of the prompt or the weights.
+        render: (query, item) → messages.
+        read: answer → (verdict, grade).
+        ask: asks what is unanswered and stores the answers; told where to count, of progress, and where to
+            say what goes on.
+        price: None where it is not known.
+        tokens: counts a question's tokens.
+        longest: tokens an answer may have.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    fingerprint: str
+    render: Callable[[str, str], Messages]
+    read: Reader
+    ask: Callable[[Unanswered, Store, Tally, Callable[[int], None], Callable[[str], None]], None]
+    price: Price | None
+    tokens: TokenCounter
+    longest: int = 0
+
+
+def split_judge(judge: str) -> tuple[str, str]:
+    """("file", path), ("openai", model), ("openai-batch", model) or ("cross-encoder", model).
+
+    Raises:
+        UserError: none of these, or no such file.
+    """
+    kind, separator, name = judge.partition(":")
+    if kind not in KINDS or not separator or not name:
+        raise UserError(
+            f"--judge {judge}: unknown; use file:PATH.tsv, openai:MODEL, openai-batch:MODEL or "
+            "cross-encoder:MODEL"
+        )
+    if kind == "file" and not Path(name).is_file():
+        raise UserError(f"--judge {judge}: {name}: no such file")
+    return kind, name
+
+
+def make_judge(config: LabelConfig, *, sends: bool = True) -> Judge:
+    """The judge of a configuration.
+
+    Args:
+        config: its judge is no file.
+        sends: whether it will be asked; False for a plan and for reading stored answers again.
+
+    Raises:
+        UserError: no key, a bad prompt, price or option, or a model that cannot be read.
+    """
+    kind, model = split_judge(config.judge)
+    if kind == "cross-encoder":
+        return _cross_encoder(config, model)
+    if sends:
+        check_key()
+    return _endpoint(config, model, batch=kind == "openai-batch")
+
+
+def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
+    prompt = _prompt(config)
+    price = find_price(model, config.price, batch=batch)
+    if config.max_cost is not None and price is None:
+        raise UserError(f"--max-cost: the price of {model} is not known; give it with --price INPUT,OUTPUT")
+    parameters = parameters_for(model, prompt.max_tokens)
+    tokens = token_counter(model)
+
+    # Most answers are the same few words.
+    read = lru_cache(maxsize=4096)(partial(parse, prompt))
+
+    def ask(
+        unanswered: Unanswered,
+        store: Store,
+        tally: Tally,
+        advance: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> None:
+        from novelret.label.judges.openai import Limits, ask_all
+
+        limits = Limits(
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            max_requests=config.max_requests,
+            max_cost=config.max_cost,
+            price=price,
+            rpm=config.rpm,
+            tpm=config.tpm,
+        )
+        if not batch:
+            ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance)
+            return
+        from novelret.label.judges.openai_batch import ask_in_batches
+
+        ask_in_batches(
+            unanswered,
+            model,
+            parameters,
+            tokens.count,
+            read,
+            store,
+            limits,
+            tally,
+            advance,
+            say,
+            wait=config.wait,
+        )
+
+    return Judge(
+        name=f"openai:{model}",
+        parameters=parameters,
+        fingerprint=prompt.fingerprint,
+        render=partial(render, prompt),
+        read=read,
+        ask=ask,
+        price=price,
+        tokens=tokens,
+        longest=longest_answer(parameters),
+    )
+
+
+def _prompt(config: LabelConfig) -> Prompt:
+    """The prompt, with --answer and --threshold in place of how it says its answers are read."""
+    prompt = load_prompt(config.prompt)
+    if config.answer is not None:
+        if config.answer not in ANSWERS:
+            raise UserError(f"--answer {config.answer}: unknown; choose from {', '.join(ANSWERS)}")
+        prompt = replace(prompt, answer=config.answer)
+    if config.threshold is not None:
+        prompt = replace(prompt, threshold=config.threshold)
+    return prompt
+
+
+def _cross_encoder(config: LabelConfig, name: str) -> Judge:
+    # torch takes seconds to load; judges over the network do without.
+    from novelret.label.judges import cross_encoder
+
+    model = cross_encoder.load_cross_encoder(name, config.device)
+    weights = cross_encoder.fingerprint(model)
+    threshold = SCORE_THRESHOLD if config.threshold is None else config.threshold
+
+    def ask(
+        unanswered: Unanswered,
+        store: Store,
+        tally: Tally,
+        advance: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> None:
+        cross_encoder.score_all(unanswered(), name, model, store, tally, advance)
+
+    return Judge(
+        name=f"cross-encoder:{name}",
+        parameters={"weights": weights},
+        fingerprint=weights,
+        render=cross_encoder.render_pair,
+        read=partial(cross_encoder.read_score, threshold=threshold),
+        ask=ask,
+        price=Price(0.0, 0.0),
+        tokens=TokenCounter(lambda _: 0, exact=True),
+    )

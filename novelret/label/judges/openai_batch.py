@@ -1,0 +1,362 @@
+"""`openai-batch:MODEL`: the Batch API at half the price. Submit, leave, come back, collect.
+
+What is about to be sent is noted before it is sent, under an id that also stands in the batch's metadata.
+After a kill, or an answer that got lost, the endpoint's list of batches says whether it arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import openai
+from openai import OpenAI
+from openai.types import Batch
+from openai.types.chat import ChatCompletion
+
+from novelret.errors import BatchesUnderWay, UserError
+from novelret.label.judges.endpoint import PASSING, check_key, hide_secrets, longest_answer, text_of
+from novelret.label.judges.openai import Limits
+from novelret.label.ledger import Ledger, Submission
+from novelret.label.questions import Messages, Question, Reader, Tally
+from novelret.label.store import Store
+from novelret.label.table import UNKNOWN
+
+MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
+"""What one file of the Batch API may hold."""
+_POLL = 30.0  # seconds between two looks at the batches
+_LOST = 20  # looks in a row that find no endpoint, before giving up for now
+_RETRIES = 4  # of requests that cost nothing
+_ATTEMPTS = 5  # to have a batch made
+_PAUSE = 2.0  # seconds, doubled each time
+_AT_ONCE = 1_000  # answers stored in one commit
+_DONE = ("completed", "expired", "cancelled", "failed")
+_CROWDED = "token_limit_exceeded"  # too much lies in batches already; later there will be room
+
+
+@dataclass
+class _Run:
+    """One run's view of its batches."""
+
+    client: OpenAI
+    model: str
+    parameters: dict[str, Any]
+    count_tokens: Callable[[Messages], int]
+    read: Reader
+    store: Store
+    ledger: Ledger
+    limits: Limits
+    tally: Tally
+    advance: Callable[[int], None]
+    waiting_for: set[str] = field(default_factory=set)  # submissions that hold questions of this run
+    missing: bool = True  # whether questions may be neither answered nor under way
+    crowded: bool = False  # whether the endpoint takes no more until something is done
+
+
+def ask_in_batches(
+    unanswered: Callable[[], Iterator[Question | None]],
+    model: str,
+    parameters: dict[str, Any],
+    count_tokens: Callable[[Messages], int],
+    read: Reader,
+    store: Store,
+    limits: Limits,
+    tally: Tally,
+    advance: Callable[[int], None],
+    say: Callable[[str], None],
+    *,
+    wait: bool,
+) -> None:
+    """Collect what earlier runs submitted, submit what is missing, and wait for it.
+
+    Args:
+        unanswered: gives the questions without an answer, again each time.
+        model: the endpoint's name of the model.
+        parameters: sampling parameters, part of each question's identity.
+        count_tokens: of a question.
+        read: how answers are read; one that cannot be is not asked again in the same run.
+        store: where answers go, and where the batches are remembered.
+        limits: caps and timeout; what is under way counts with what it may cost at most.
+        tally: counts, kept up to date.
+        advance: told of each question that is done with.
+        say: told what goes on.
+        wait: stay until all batches are done; otherwise leave once everything is submitted.
+
+    Raises:
+        UserError: the key, the model or the endpoint is refused, or cannot be reached any more.
+        BatchesUnderWay: not waiting, and something is.
+    """
+    with OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=limits.timeout) as client:
+        ledger = Ledger(store, f"openai:{model}")
+        run = _Run(client, model, parameters, count_tokens, read, store, ledger, limits, tally, advance)
+        lost = 0
+        while True:
+            try:
+                with ledger.lock():
+                    _collect(run)
+                    if run.missing and not run.crowded:
+                        sent = _submit(run, unanswered)
+                        if sent:
+                            say(f"submitted {sent:,} requests")
+                lost = 0
+            except PASSING as error:
+                lost += 1
+                if lost >= _LOST or not wait:
+                    raise UserError(
+                        f"openai-batch:{model}: {hide_secrets(str(error))}; what was submitted is kept, "
+                        "so run again later"
+                    ) from None
+            except openai.APIStatusError as error:
+                raise UserError(f"openai-batch:{model}: {hide_secrets(str(error))}") from None
+            under_way = [s for s in ledger.open() if s.id in run.waiting_for]
+            if not (under_way or run.missing or lost):
+                break
+            count = sum(s.requests for s in under_way)
+            tally.note = f"{count:,} requests in {len(under_way)} batches"
+            if not wait:
+                raise BatchesUnderWay(len(under_way), count)
+            time.sleep(_POLL)
+        ledger.forget(tally.failed)
+
+
+def _collect(run: _Run) -> None:
+    """Settle every submission whose batch is done."""
+    submissions = run.ledger.open()
+    # What another process settled meanwhile may have left questions of this run's open.
+    gone = run.waiting_for - {s.id for s in submissions}
+    run.waiting_for -= gone
+    run.missing = run.missing or bool(gone)
+    settled, refused = 0, ""
+    for submission in submissions:
+        batch = _batch_of(run, submission)
+        if batch is None:
+            # The list of batches does not hold it: it never arrived, so it is sent anew.
+            run.ledger.drop(submission.id)
+            run.missing = True
+        elif batch.status == "failed":
+            refused = _drop_refused(run, submission, batch)
+        elif batch.status in _DONE:
+            _settle(run, submission, batch)
+            settled += 1
+    if settled:
+        run.crowded = False
+    elif refused:
+        if not run.ledger.open():
+            raise UserError(f"openai-batch:{run.model}: {refused}")
+        run.crowded = True
+
+
+def _batch_of(run: _Run, submission: Submission) -> Batch | None:
+    """A submission's batch as it stands now; None where the endpoint never got it."""
+    if submission.batch is not None:
+        try:
+            return run.client.batches.retrieve(submission.batch)
+        except openai.NotFoundError:
+            raise UserError(
+                f"openai-batch:{run.model}: this endpoint does not know {submission.batch}, submitted "
+                "before; use its endpoint and key, or another --store to go on without it"
+            ) from None
+    batch = _find(run, submission.id)
+    if batch is not None:
+        run.ledger.record(submission.id, batch.id)
+    return batch
+
+
+def _drop_refused(run: _Run, submission: Submission, batch: Batch) -> str:
+    """Free the questions of a batch that was refused as a whole because too much lies in batches already.
+
+    Raises:
+        UserError: it was refused for another reason.
+    """
+    run.ledger.drop(submission.id)
+    run.missing = True
+    errors = (batch.errors and batch.errors.data) or []
+    reason = "; ".join(error.message or str(error.code) for error in errors) or "no reason given"
+    reason = f"batch {batch.id} was refused: {hide_secrets(reason)}"
+    if not any(error.code == _CROWDED for error in errors):
+        raise UserError(f"openai-batch:{run.model}: {reason}")
+    return reason
+
+
+def _find(run: _Run, submission: str) -> Batch | None:
+    """The batch that carries a submission's id, if the endpoint has one."""
+    for batch in run.client.batches.list(limit=100):
+        if (batch.metadata or {}).get("novelret") == submission:
+            return batch
+    return None
+
+
+def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
+    """Store what a finished batch brought."""
+    keys = run.ledger.keys_in(submission.id)
+    answered: set[bytes] = set()
+    failed: dict[bytes, str] = {}
+    arrived: list[tuple[bytes, str, int | None, int | None]] = []
+    for file in (batch.output_file_id, batch.error_file_id):
+        for line in _lines(run, file):
+            key, text, usage, reason = _read_line(line)
+            if key not in keys or key in answered:
+                continue
+            if text is not None:
+                arrived.append((key, text, usage.get("prompt_tokens"), usage.get("completion_tokens")))
+                answered.add(key)
+                if run.read(text)[0] == UNKNOWN:
+                    run.tally.settled.add(key)
+            elif reason is not None:
+                failed[key] = hide_secrets(reason)
+            if len(arrived) >= _AT_ONCE:
+                _keep(run, arrived)
+                arrived = []
+    _keep(run, arrived)
+    run.ledger.settle(submission.id, answered, failed)
+    run.tally.retries += len(keys) - len(answered) - len(failed)
+    run.waiting_for.discard(submission.id)
+    run.missing = run.missing or len(answered) < len(keys)
+
+
+def _lines(run: _Run, file: str | None) -> Iterator[str]:
+    if file is None:
+        return
+    with run.client.files.with_streaming_response.content(file) as response:
+        for line in response.iter_lines():
+            if line.strip():
+                yield line
+
+
+def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None]:
+    """(key, answer, usage, why there never will be an answer) of a line; no answer and no why: ask again."""
+    try:
+        row = json.loads(line)
+        key = bytes.fromhex(row["custom_id"])
+        response = row.get("response") or {}
+        status, body = response.get("status_code"), response.get("body") or {}
+        if status == 200:
+            return key, text_of(ChatCompletion.construct(**body)), body.get("usage") or {}, None
+        permanent = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+        message = (body.get("error") or row.get("error") or {}).get("message", f"status {status}")
+    except (ValueError, KeyError, TypeError, AttributeError):  # not the protocol's: as if it had not come
+        return b"", None, {}, None
+    return key, None, {}, str(message) if permanent else None
+
+
+def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
+    run.store.add(f"openai:{run.model}", arrived)
+    tally = run.tally
+    tally.requests += len(arrived)
+    for _, _, prompt, completion in arrived:
+        tally.prompt_tokens += prompt or 0
+        tally.completion_tokens += completion or 0
+        if run.limits.price:
+            tally.cost += run.limits.price.of(prompt or 0, completion or 0)
+    run.advance(len(arrived))
+
+
+def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
+    """Put what is neither answered nor under way into batches; how many questions that were."""
+    price, longest = run.limits.price, longest_answer(run.parameters)
+    open_now = run.ledger.open()
+    requests = run.tally.requests + sum(s.requests for s in open_now)
+    cost = run.tally.cost + sum(s.cost for s in open_now)
+    sent = 0
+    file = _File(run)
+    for question in unanswered():
+        if question is None:
+            continue
+        submission, failure = run.ledger.state(question.key)
+        if submission is not None:
+            run.waiting_for.add(submission)
+            continue
+        if failure is not None:
+            run.tally.failed[question.key] = failure
+            continue
+        worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
+        if not _may_send(run, requests + 1, cost + worst):
+            continue  # go on all the same: what comes after may be under way or have failed
+        file.add(question, worst)
+        requests, cost, sent = requests + 1, cost + worst, sent + 1
+    file.send()
+    run.missing = False
+    return sent
+
+
+def _may_send(run: _Run, requests: int, cost: float) -> bool:
+    limits = run.limits
+    if limits.max_requests is not None and requests > limits.max_requests:
+        run.tally.stopped = f"--max-requests {limits.max_requests} reached"
+    elif limits.max_cost is not None and cost > limits.max_cost:
+        run.tally.stopped = f"--max-cost {limits.max_cost} reached"
+    return run.tally.stopped is None
+
+
+class _File:
+    """Requests on their way into a batch; a full file is sent and another one begun."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.keys: list[bytes] = []
+        self.cost, self.size = 0.0, 0
+        self.lines = _temporary_file()
+
+    def add(self, question: Question, cost: float) -> None:
+        body = {"model": self.run.model, "messages": question.messages, **self.run.parameters}
+        request = {
+            "custom_id": question.key.hex(),
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": body,
+        }
+        line = json.dumps(request).encode() + b"\n"
+        if len(self.keys) >= MAX_REQUESTS or self.size + len(line) > MAX_BYTES:
+            self.send()
+        self.lines.write(line)
+        self.keys.append(question.key)
+        self.cost, self.size = self.cost + cost, self.size + len(line)
+
+    def send(self) -> None:
+        run = self.run
+        if self.keys:
+            submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost)
+            run.ledger.begin(submission, self.keys)
+            run.waiting_for.add(submission.id)
+            try:
+                batch = self._make_batch(submission.id)
+            except openai.APIStatusError as error:
+                # Refused for good: nothing of it is under way. Other faults leave that open.
+                if not isinstance(error, PASSING):
+                    run.ledger.drop(submission.id)
+                raise
+            run.ledger.record(submission.id, batch.id)
+        self.lines.close()
+        self.keys, self.cost, self.size = [], 0.0, 0
+        self.lines = _temporary_file()
+
+    def _make_batch(self, submission: str) -> Batch:
+        self.lines.seek(0)
+        client = self.run.client
+        file = client.files.create(file=(f"novelret-{submission}.jsonl", self.lines), purpose="batch")
+        for attempt in range(_ATTEMPTS):
+            try:
+                # Not repeated blindly: the first request may have arrived, and a second batch costs twice.
+                return client.with_options(max_retries=0).batches.create(
+                    input_file_id=file.id,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                    metadata={"novelret": submission},
+                )
+            except PASSING:
+                time.sleep(_PAUSE * 2**attempt)
+                batch = _find(self.run, submission)
+                if batch is not None:
+                    return batch
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def _temporary_file() -> IO[bytes]:
+    return tempfile.TemporaryFile()

@@ -1,0 +1,156 @@
+"""Which questions lie in which batch: kept in the store's file, so that a kill forgets nothing sent."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from novelret.errors import UserError
+from novelret.label.store import Store
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS submissions (
+    id TEXT PRIMARY KEY,
+    judge TEXT NOT NULL,
+    batch TEXT,
+    requests INTEGER NOT NULL,
+    cost REAL NOT NULL,
+    time TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS asked (
+    key BLOB PRIMARY KEY,
+    submission TEXT,
+    attempts INTEGER NOT NULL,
+    failure TEXT
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS asked_in ON asked (submission)
+"""
+_ATTEMPTS = 3  # batches that a question may lie in before it counts as failed
+_LOCK_WAIT = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A batch of questions that has not been settled yet.
+
+    Attributes:
+        id: ours, also in the batch's metadata.
+        batch: the endpoint's id; None where it is not known whether the batch was made.
+        requests: how many questions.
+        cost: dollars that they may cost at most.
+    """
+
+    id: str
+    batch: str | None
+    requests: int
+    cost: float
+
+
+class Ledger:
+    """The open submissions of one judge, and the questions in them."""
+
+    def __init__(self, store: Store, judge: str) -> None:
+        """Open the ledger in a store's file."""
+        self._store, self._judge = store, judge
+        for statement in _SCHEMA.split(";"):
+            store.connection.execute(statement)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from submitting meanwhile; a kill frees it.
+
+        Raises:
+            UserError: another process does not let go.
+        """
+        # A file of its own: answers of other judges may come in while this one submits.
+        path = self._store.path.with_name(self._store.path.name + ".lock")
+        with contextlib.closing(
+            sqlite3.connect(path, timeout=_LOCK_WAIT, isolation_level=None)
+        ) as connection:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                raise UserError(
+                    f"{path}: another novelret submits batches with this store; run again when it is done"
+                ) from None
+            yield
+
+    def open(self) -> list[Submission]:
+        """All submissions that are not settled."""
+        rows = self._store.connection.execute(
+            "SELECT id, batch, requests, cost FROM submissions WHERE judge = ? ORDER BY time", (self._judge,)
+        )
+        return [Submission(*row) for row in rows]
+
+    def state(self, key: bytes) -> tuple[str | None, str | None]:
+        """(submission, failure) of a question; two Nones where it may be asked."""
+        row = self._store.connection.execute(
+            "SELECT submission, failure FROM asked WHERE key = ?", (key,)
+        ).fetchone()
+        return row or (None, None)
+
+    def begin(self, submission: Submission, keys: Iterable[bytes]) -> None:
+        """Note what is about to be sent; before it is sent."""
+        time = datetime.now(UTC).isoformat()
+        with self._store.transaction() as connection:
+            connection.execute(
+                "INSERT INTO submissions VALUES (?, ?, NULL, ?, ?, ?)",
+                (submission.id, self._judge, submission.requests, submission.cost, time),
+            )
+            connection.executemany(
+                "INSERT INTO asked VALUES (?, ?, 0, NULL) "
+                "ON CONFLICT (key) DO UPDATE SET submission = excluded.submission",
+                [(key, submission.id) for key in keys],
+            )
+
+    def record(self, submission: str, batch: str) -> None:
+        """Note the batch that a submission became."""
+        self._store.connection.execute("UPDATE submissions SET batch = ? WHERE id = ?", (batch, submission))
+
+    def drop(self, submission: str) -> None:
+        """Forget a submission that never became a batch or did nothing; its questions may be asked again."""
+        with self._store.transaction() as connection:
+            connection.execute("UPDATE asked SET submission = NULL WHERE submission = ?", (submission,))
+            connection.execute(
+                "DELETE FROM asked WHERE submission IS NULL AND attempts = 0 AND failure IS NULL"
+            )
+            connection.execute("DELETE FROM submissions WHERE id = ?", (submission,))
+
+    def keys_in(self, submission: str) -> set[bytes]:
+        """The questions in a submission."""
+        rows = self._store.connection.execute("SELECT key FROM asked WHERE submission = ?", (submission,))
+        return {key for (key,) in rows}
+
+    def settle(self, submission: str, answered: Iterable[bytes], failed: dict[bytes, str]) -> None:
+        """Close a submission.
+
+        Args:
+            submission: its id.
+            answered: questions whose answers are stored.
+            failed: questions that cannot be answered → why. The rest may be asked again, some times.
+        """
+        with self._store.transaction() as connection:
+            connection.executemany("DELETE FROM asked WHERE key = ?", [(key,) for key in answered])
+            connection.executemany(
+                "UPDATE asked SET submission = NULL, failure = ? WHERE key = ?",
+                [(reason, key) for key, reason in failed.items()],
+            )
+            connection.execute(
+                "UPDATE asked SET submission = NULL, attempts = attempts + 1 WHERE submission = ?",
+                (submission,),
+            )
+            connection.execute(
+                "UPDATE asked SET failure = ? WHERE attempts >= ? AND failure IS NULL",
+                (f"no answer in {_ATTEMPTS} batches", _ATTEMPTS),
+            )
+            connection.execute("DELETE FROM submissions WHERE id = ?", (submission,))
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Let failed questions be asked again: the user has been told of them."""
+        with self._store.transaction() as connection:
+            connection.executemany("DELETE FROM asked WHERE key = ?", [(key,) for key in keys])

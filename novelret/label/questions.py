@@ -1,0 +1,170 @@
+"""Questions for a judge: rendered a bounded number at a time, with their identities kept on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from novelret.data.split import Split
+from novelret.index import Index
+from novelret.label.candidates import Candidates
+from novelret.label.store import KEY_SIZE, Store
+from novelret.label.table import UNKNOWN
+
+CHUNK = 2_000
+"""Questions rendered in one go: few enough that requests under way do not wait for it."""
+
+Messages = list[dict[str, str]]
+Reader = Callable[[str], tuple[int, float | None]]
+"""A judge's answer → (verdict, grade)."""
+
+
+class Question(NamedTuple):
+    """One thing to ask.
+
+    Attributes:
+        key: its identity in the store.
+        messages: the rendered prompt.
+    """
+
+    key: bytes
+    messages: Messages
+
+
+@dataclass
+class Tally:
+    """What asking has come to so far.
+
+    Attributes:
+        requests: answers delivered.
+        prompt_tokens: billed, by the API's own figures.
+        completion_tokens: likewise.
+        cost: dollars, 0 where the price is not known.
+        retries: requests repeated after a passing fault.
+        failed: key of a question → why it got no answer.
+        under_way: keys of questions that are being asked now, or whose answer is not stored yet.
+        settled: keys that were answered in this run and are not asked again in it, come what may.
+        stopped: why asking stopped early, if it did.
+        note: what goes on, in a few words.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    retries: int = 0
+    failed: dict[bytes, str] = field(default_factory=dict)
+    under_way: set[bytes] = field(default_factory=set)
+    settled: set[bytes] = field(default_factory=set)
+    stopped: str | None = None
+    note: str = ""
+
+
+class Feed:
+    """The candidates' questions. Memory stays flat in their number: keys lie in a temporary file.
+
+    Attributes:
+        candidates: the pairs.
+        known: (S,) int64, pairs by source that the store answered when they were first looked at.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: Split,
+        candidates: Candidates,
+        render: Callable[[str, str], Messages],
+        key_of: Callable[[Messages], bytes],
+        folder: Path | None = None,
+    ) -> None:
+        """Make a feed; nothing is rendered yet.
+
+        Args:
+            index: for the items' texts.
+            split: for the queries' texts.
+            candidates: the pairs.
+            render: (query, item) → the messages.
+            key_of: messages → the question's identity.
+            folder: where the keys may lie meanwhile; by default the system's place for such.
+        """
+        self.candidates = candidates
+        self.known = np.zeros(len(candidates.sources), dtype=np.int64)
+        self._index, self._split = index, split
+        self._render, self._key_of = render, key_of
+        # An unlinked file: it vanishes with the process, however that ends.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            shape = (max(1, len(candidates)), KEY_SIZE)
+            self._keys = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        self._looked_at = 0
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def chunks(self, first: int = 0) -> Iterator[list[Question]]:
+        """The questions in candidate order, from one on."""
+        for start in range(first, len(self), CHUNK):
+            rows = slice(start, start + CHUNK)
+            items = self._index.catalog.texts_at(self.candidates.item_rows[rows])
+            queries = [self._split.query_texts[row] for row in self.candidates.query_rows[rows]]
+            messages = map(self._render, queries, items)
+            yield [Question(self._key_of(m), m) for m in messages]
+
+    def unanswered(
+        self,
+        store: Store,
+        tally: Tally,
+        advance: Callable[[int], None] = lambda _: None,
+        ask_again: Reader | None = None,
+    ) -> Iterator[Question | None]:
+        """Each question once that has no stored answer, is not under way and has not failed.
+
+        None stands between chunks, so that whoever asks can do other things while many are passed over.
+
+        Args:
+            store: the answers.
+            tally: knows what is under way and what failed.
+            advance: told of candidates that need no asking, the first time they are looked at.
+            ask_again: how answers are read; those that cannot be are given too.
+        """
+        start = 0
+        for chunk in self.chunks():
+            keys = [question.key for question in chunk]
+            stored = store.known(keys)
+            if ask_again is not None:
+                unread = {k for k, a in store.find(stored).items() if ask_again(a.text)[0] == UNKNOWN}
+                stored -= unread - tally.settled
+            missing = {}
+            if len(stored) < len(chunk):
+                # What is under way now is stored or has failed later; it is not for this chunk to ask.
+                passed = stored | tally.under_way | tally.failed.keys()
+                missing = {q.key: q for q in chunk if q.key not in passed}
+            if start >= self._looked_at:
+                self._look_at(start, keys, stored)
+                advance(len(chunk) - len(missing))
+            yield from missing.values()
+            yield None
+            start += len(chunk)
+
+    def keys(self, store: Store, size: int) -> Iterator[list[bytes]]:
+        """All questions' keys in candidate order, `size` at a time."""
+        # Asking may have stopped early: what comes after may be known all the same.
+        for chunk in self.chunks(self._looked_at):
+            keys = [question.key for question in chunk]
+            self._look_at(self._looked_at, keys, store.known(keys))
+        for start in range(0, len(self), size):
+            data = self._keys[start : min(start + size, len(self))].tobytes()
+            yield [data[n : n + KEY_SIZE] for n in range(0, len(data), KEY_SIZE)]
+
+    def _look_at(self, start: int, keys: list[bytes], stored: set[bytes]) -> None:
+        end = start + len(keys)
+        self._keys[start:end] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_SIZE)
+        self._looked_at = end
+        sources = self.candidates.source_numbers[start:end]
+        if len(stored) < len(keys):
+            sources = sources[np.fromiter((key in stored for key in keys), dtype=bool, count=len(keys))]
+        self.known += np.bincount(sources, minlength=len(self.known))

@@ -1,0 +1,42 @@
+"""The command line in processes that start fast, to be killed at any moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+# A clean process that has the heavy modules loaded, and from which each run is forked.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["novelret.cli", "novelret.label.label", "novelret.label.judges.openai_batch"]
+)
+
+
+def start(
+    arguments: list[str], environment: dict[str, str], log: Path, patches: dict[str, dict[str, object]]
+) -> multiprocessing.process.BaseProcess:
+    """Begin `novelret ARGUMENTS`; what it prints is appended to `log`. `patches`: module → name → value."""
+    process = _context.Process(target=_run, args=(arguments, environment, log, patches))
+    process.start()
+    return process
+
+
+def _run(
+    arguments: list[str], environment: dict[str, str], log: Path, patches: dict[str, dict[str, object]]
+) -> None:
+    from importlib import import_module
+
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for module, values in patches.items():
+        for name, value in values.items():
+            setattr(import_module(module), name, value)
+    from novelret.cli import main
+
+    code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,265 @@
+"""`label --judge openai-batch:…` against files and batches on loopback: nothing is paid for twice, ever."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from novelret.cli import main
+from novelret.label.judges import openai_batch
+from novelret.label.ledger import Ledger
+from tests.killing import start
+from tests.loopback import LoopbackJudge
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def arguments(world, index_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(openai_batch, "_POLL", 0.02)
+    monkeypatch.setattr(openai_batch, "_PAUSE", 0.01)
+    return [
+        "label", "--data", str(world), "--index", str(index_folder), "--judge", "openai-batch:tiny",
+        "--prompt", "query-keyword", "--base-depth", "3", "--depth", "9", "--store", str(tmp_path / "store.sqlite"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def ask(capsys, monkeypatch, arguments, tmp_path):
+    def run(server, *more, out="labels"):
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        code = main([*arguments, *map(str, more), "--out", str(tmp_path / out), "--json", "--quiet"])
+        captured = capsys.readouterr()
+        assert KEY not in captured.out + captured.err
+        return code, (json.loads(captured.out) if captured.out else None), captured.err
+
+    return run
+
+
+def rows_of(folder):
+    return pq.read_table(folder / "judgements.parquet").to_pylist()
+
+
+def test_every_pair_is_judged_once_in_files_within_the_limits(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 50)
+    monkeypatch.setattr(openai_batch, "MAX_BYTES", 20_000)
+    with LoopbackJudge(batch_delay=0.1) as server:
+        code, facts, err = ask(server, "--price", "1,2")
+        assert code == 0, err
+        assert (facts["pairs"], facts["requests"], len(server.billed)) == (120, 120, 120)
+        assert set(server.billed.values()) == {1}
+        inputs = [server.files[batch["input_file_id"]] for batch in server.batches.values()]
+        assert len(inputs) >= 3
+        assert all(len(data) <= 20_000 and data.count(b"\n") <= 50 for data in inputs)
+        assert max(len(data) for data in inputs) > 10_000
+        assert facts["cost"] == pytest.approx(120 * (50 + 2 * 2) / 1e6)
+        assert server.seen[0]["temperature"] == 0
+        # The same question asked the other way is known already, and the other way round.
+        code, facts, _ = ask(server, "--judge", "openai:tiny", "--depth", 11, out="b")
+        assert (code, facts["requests"], facts["already_known"]) == (0, 40, 120)
+        code, facts, _ = ask(server, "--depth", 11, out="c")
+        assert (code, facts["requests"], facts["already_known"]) == (0, 0, 160)
+    same = {(r["query_id"], r["item_id"]): r["verdict"] for r in rows_of(tmp_path / "labels")}
+    assert len(same) == 120
+    assert set(same.values()) == {0, 1}
+
+
+def test_submit_leave_come_back_collect(ask, tmp_path):
+    with LoopbackJudge(batch_delay=0.5) as server:
+        code, facts, _ = ask(server, "--no-wait")
+        assert (code, facts) == (3, {"labels": None, "batches": 1, "requests_under_way": 120})
+        assert not (tmp_path / "labels").exists()
+        code, facts, _ = ask(server, "--no-wait")
+        assert (code, facts["requests_under_way"], len(server.batches)) == (3, 120, 1)
+        # More pairs, half of them under way: only the rest is submitted.
+        code, facts, _ = ask(server, "--no-wait", "--depth", 11, out="deeper")
+        assert (code, facts["requests_under_way"], len(server.batches)) == (3, 160, 2)
+        time.sleep(0.6)
+        code, facts, err = ask(server, "--no-wait")
+        assert (code, facts["pairs"], facts["failed"]) == (0, 120, 0), err
+        code, facts, _ = ask(server, "--no-wait", "--depth", 11, out="deeper")
+        assert (code, facts["pairs"], len(server.batches)) == (0, 160, 2)
+        assert set(server.billed.values()) == {1}
+
+
+def test_expired_and_failed_requests_are_submitted_again_alone(ask, tmp_path):
+    with LoopbackJudge(batch_faults=["expired", "errors"]) as server:
+        code, facts, err = ask(server)
+        assert code == 0, err
+        sizes = [server.files[b["input_file_id"]].count(b"\n") for b in server.batches.values()]
+        # 60 expired; of these 20 were answered, 20 refused for good and 20 failed for now.
+        assert sizes == [120, 60, 20]
+        assert (facts["pairs"], facts["failed"], facts["retries"]) == (100, 20, 80)
+        assert set(server.billed.values()) == {1}
+        failures = [json.loads(line) for line in (tmp_path / "labels" / "failures.jsonl").open()]
+        assert len(failures) == 20
+        assert failures[0]["reason"] == "content filtered"
+        code, facts, _ = ask(server, "--force")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 20)
+        assert set(server.billed.values()) == {1}
+
+
+def test_what_expires_again_and_again_is_listed(ask):
+    with LoopbackJudge(batch_faults=["expired"] * 3) as server:
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["failed"], len(server.batches)) == (0, 105, 15, 3)
+        assert "no answer in 3 batches" in err
+        code, facts, _ = ask(server, "--force")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 15)
+
+
+def test_failures_are_remembered_while_others_are_under_way(ask, monkeypatch):
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 60)
+    with LoopbackJudge(batch_faults=["errors", "errors"]) as server:
+        ask(server, "--no-wait")
+        server.batch_delay = 60
+        code, facts, _ = ask(server, "--no-wait")  # collects both; what failed for now is under way again
+        assert (code, facts["requests_under_way"]) == (3, 40)
+        for batch in server.batches.values():
+            batch["due"] = 0
+        code, facts, _ = ask(server, "--no-wait")
+        assert (code, facts["pairs"], facts["failed"], len(server.batches)) == (0, 80, 40, 3)
+
+
+def test_a_lost_answer_to_a_submission_does_not_submit_twice(ask):
+    with LoopbackJudge(batch_faults=["create-cut", None]) as server:
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], len(server.batches)) == (0, 120, 1), err
+        assert set(server.billed.values()) == {1}
+    with LoopbackJudge(batch_faults=["create-500"] * 2) as server:
+        code, facts, err = ask(server, "--depth", 12, out="b")
+        assert (code, facts["requests"], len(server.batches)) == (0, 60, 1), err
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_a_submission_is_made_good(ask, monkeypatch, moment):
+    real = Ledger.record if moment == "after" else Ledger.begin
+
+    def killed(self, *arguments):
+        if moment == "before":
+            real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 50)
+    with LoopbackJudge() as server, monkeypatch.context() as patched:
+        patched.setattr(Ledger, real.__name__, killed)
+        code, _, _ = ask(server)
+        assert (code, len(server.batches)) == (130, 1 if moment == "after" else 0)
+        patched.undo()
+        monkeypatch.setattr(openai_batch, "_POLL", 0.02)
+        for _ in range(3):  # older than others: not on the list's first page
+            server.batches[f"other_{len(server.batches)}"] = {"id": f"other_{len(server.batches)}", "status": "completed",
+                "object": "batch", "endpoint": "", "input_file_id": "", "completion_window": "", "created_at": 0}  # fmt: skip
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"]) == (0, 120), err
+        assert set(server.billed.values()) == {1}
+        ours = [b for b in server.batches if b.startswith("batch_")]
+        assert len(ours) == 3
+
+
+def test_a_crowded_endpoint_is_waited_for(ask, monkeypatch):
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 60)
+    with LoopbackJudge(batch_faults=[None, "crowded"], batch_delay=0.3) as server:
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"]) == (0, 120), err
+        made = [batch["made"] for batch in server.batches.values()]
+        assert len(made) == 3
+        assert made[2] - made[0] > 0.3  # not before the first was done
+        assert set(server.billed.values()) == {1}
+    with LoopbackJudge(batch_faults=["crowded", "crowded"]) as server:
+        code, _, err = ask(server, "--depth", 15, out="b")
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "was refused: token_limit_exceeded" in err
+        code, facts, _ = ask(server, "--depth", 15, out="b")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 240, 120)
+
+
+def test_refusals_are_one_line_and_leave_nothing_under_way(ask):
+    for fault, words in [("bad", "model_not_found"), ("create-refused", "no such model")]:
+        with LoopbackJudge(batch_faults=[fault]) as server:
+            code, _, err = ask(server)
+            assert (code, len(err.strip().splitlines())) == (2, 1)
+            assert words in err
+            assert ask(server, "--plan")[1]["to_ask"] == 120
+    with LoopbackJudge() as server:
+        code, facts, _ = ask(server)
+        assert (code, facts["pairs"], len(server.batches)) == (0, 120, 1)
+
+
+def test_another_endpoint_does_not_know_the_batch(ask):
+    with LoopbackJudge(batch_delay=60) as server:
+        ask(server, "--no-wait")
+    with LoopbackJudge() as server:
+        code, _, err = ask(server)
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "does not know batch_0" in err
+
+
+def test_caps_count_what_is_under_way(ask):
+    with LoopbackJudge(batch_delay=60) as server:
+        code, facts, _ = ask(server, "--no-wait", "--max-requests", 30)
+        assert (code, facts["requests_under_way"]) == (3, 30)
+        code, facts, _ = ask(server, "--no-wait", "--max-requests", 40)
+        assert (code, facts["requests_under_way"]) == (3, 40)
+        for batch in server.batches.values():
+            batch["due"] = 0
+        code, facts, err = ask(server, "--max-requests", 40)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 40, 40)
+        assert "--max-requests 40 reached; 80 pairs are not judged" in err
+    with LoopbackJudge() as server:
+        code, facts, _ = ask(server, "--max-cost", 0.004, "--price", "1,2", out="b")
+        assert code == 0
+        assert 0 < facts["requests"] < 80
+        assert facts["cost"] <= 0.004
+
+
+def test_unusable_answers_are_asked_again_once(ask, monkeypatch):
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
+    with LoopbackJudge() as server:
+        code, facts, _ = ask(server)
+        assert (code, facts["verdicts"]["unusable"], facts["unusable_examples"]) == (0, 120, ["Perhaps."])
+        code, facts, _ = ask(server, "--retry-unusable", "--force")
+        assert (code, facts["requests"], set(server.billed.values())) == (0, 120, {2})
+        monkeypatch.setattr("tests.loopback.verdict", lambda user: "Yes")
+        code, facts, _ = ask(server, "--retry-unusable", "--force")
+        assert (code, facts["verdicts"]["relevant"], set(server.billed.values())) == (0, 120, {3})
+        code, facts, _ = ask(server, "--retry-unusable", "--force")
+        assert (code, facts["requests"]) == (0, 0)
+
+
+def test_killed_at_random_moments_no_pair_is_submitted_twice(world, index_folder, tmp_path):
+    rng = random.Random(1)
+    patches = {"novelret.label.judges.openai_batch": {"MAX_REQUESTS": 60, "_POLL": 0.05}}
+    with LoopbackJudge(batch_delay=0.2) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        command = [
+            "label", "--data", world, "--index", index_folder, "--judge", "openai-batch:tiny", "--prompt", "query-keyword",
+            "--base-depth", 3, "--depth", 30, "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels",
+        ]  # fmt: skip
+        command, log, kills = list(map(str, command)), tmp_path / "log", 0
+        for _ in range(10):
+            process = start(command, environment, log, patches)
+            begun, deadline = len(server.files), time.time() + 60
+            while len(server.files) == begun and process.is_alive() and time.time() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+            process.join()
+            kills += process.exitcode == -9
+        assert kills >= 5
+        process = start([*command, "--force"], environment, log, patches)
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        assert len(rows_of(tmp_path / "labels")) == 20 * 27
+        assert set(server.billed.values()) == {1}
+        assert len(server.billed) == 20 * 27
+        lines = [server.files[b["input_file_id"]].splitlines() for b in server.batches.values()]
+        asked = [json.loads(line)["custom_id"] for part in lines for line in part]
+        assert len(asked) == len(set(asked)) == 20 * 27
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
