@@ -182,7 +182,7 @@ def test_each_source_says_how_many_of_its_pairs_are_judged(arguments, world, tmp
 def test_a_limit_that_only_says_later_fails_no_question(arguments, tmp_path, capsys, monkeypatch):
     # Every question is refused more often than it may fail.
     with LoopbackJudge(rpm=3000, burst=5) as server:
-        monkeypatch.setattr(judge_module, "_ATTEMPTS", 2)
+        monkeypatch.setattr(judge_module, "_ATTEMPTS", 3)
         code, facts, err = ask(
             capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", "--concurrency", 60
         )
