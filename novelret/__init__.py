@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "IndexConfig": "novelret.index",
-    "build_index": "novelret.index",
+    "IndexConfig": "novelret.build",
+    "build_index": "novelret.build",
     "open_index": "novelret.index",
     "AppendConfig": "novelret.append",
     "append_items": "novelret.append",
@@ -22,7 +22,7 @@ _HOMES = {
     "measure_agreement": "novelret.label.agreement",
     "TrainConfig": "novelret.train.config",
     "train_model": "novelret.train.trainer",
-    "EvalConfig": "novelret.evaluate.evaluate",
+    "EvalConfig": "novelret.evaluate.config",
     "evaluate_models": "novelret.evaluate.evaluate",
     "Reporter": "novelret.progress",
     "UserError": "novelret.errors",

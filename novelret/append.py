@@ -27,10 +27,11 @@ from novelret.artifacts import (
     write_json,
     write_manifest,
 )
+from novelret.build import add_to_faiss, encode_catalog, make_matrix
 from novelret.data.catalog import SCHEMA, Catalog, id_ranks, open_catalog, write_catalog
 from novelret.data.source import fingerprint_part
 from novelret.errors import UserError
-from novelret.index import Index, add_to_faiss, encode_catalog, make_matrix, open_index
+from novelret.index import Index, open_index
 from novelret.progress import Reporter
 
 _CHUNK = 1 << 20  # items whose ids are looked up at once

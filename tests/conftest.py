@@ -103,7 +103,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def index_folder(world: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An INDEX of the tiny world."""
-    from novelret.index import IndexConfig, build_index
+    from novelret.build import IndexConfig, build_index
 
     out = tmp_path_factory.mktemp("index") / "index"
     build_index(IndexConfig(str(world), str(encoder), device="cpu"), out)

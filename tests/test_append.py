@@ -10,8 +10,9 @@ import pytest
 
 from novelret import encode
 from novelret.append import AppendConfig, append_items
+from novelret.build import IndexConfig, build_index
 from novelret.data.split import load_split
-from novelret.index import IndexConfig, base_lists, build_index, open_index
+from novelret.index import base_lists, open_index
 from tests.cli.test_chain import fails, result
 from tests.conftest import make_encoder, write_jsonl, write_qrels
 

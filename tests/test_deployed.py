@@ -9,9 +9,10 @@ import faiss
 import numpy as np
 import pytest
 
+from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.data.split import load_split
-from novelret.index import IndexConfig, base_lists, build_index, open_index
+from novelret.index import base_lists, open_index
 from novelret.progress import Reporter
 from tests.conftest import make_encoder
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from novelret import encode
+from novelret.build import IndexConfig, build_index
 from novelret.data.split import load_split
 from novelret.errors import UserError
-from novelret.index import IndexConfig, base_lists, build_index, open_index
+from novelret.index import base_lists, open_index
 from tests.conftest import make_encoder
 
 

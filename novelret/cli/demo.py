@@ -33,10 +33,11 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Run index, label, train and eval on the sample data: offline, no API key, a minute or two."""
+    from novelret.build import IndexConfig, build_index
     from novelret.cli.eval import render
     from novelret.errors import UserError
-    from novelret.evaluate.evaluate import EvalConfig, evaluate_models
-    from novelret.index import IndexConfig, build_index
+    from novelret.evaluate.config import EvalConfig
+    from novelret.evaluate.evaluate import evaluate_models
     from novelret.label.label import LabelConfig, build_labels
     from novelret.train.config import TrainConfig
     from novelret.train.trainer import train_model

@@ -106,7 +106,8 @@ def evaluate(
 ) -> None:
     """Measure novelty, recall and judged precision of query encoders over the unchanged index."""
     cuts = parse_cuts(k)
-    from novelret.evaluate.evaluate import EvalConfig, evaluate_models, plan_judging, result_of
+    from novelret.evaluate.config import EvalConfig
+    from novelret.evaluate.evaluate import evaluate_models, plan_judging, result_of
 
     settings = EvalConfig(
         data=data,

@@ -100,7 +100,7 @@ def index(
             AppendConfig(data, str(append), batch_size, device), out, force=force, report=reporter(quiet)
         )
     else:
-        from novelret.index import IndexConfig, build_index
+        from novelret.build import IndexConfig, build_index
 
         if model is None:
             raise UserError("--model is missing: the deployed encoder (or --append INDEX for new items)")

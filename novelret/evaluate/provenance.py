@@ -70,7 +70,7 @@ def _defaults(config: type[Any]) -> dict[str, Any]:
 
 
 def _index_defaults() -> dict[str, Any]:
-    from novelret.index import IndexConfig
+    from novelret.build import IndexConfig
 
     return _defaults(IndexConfig)
 

@@ -11,7 +11,7 @@ import yaml
 
 from novelret import recipe
 from novelret.cli import app, main
-from novelret.evaluate.evaluate import _check as check_evaluation
+from novelret.evaluate.config import check_config as check_evaluation
 from novelret.label.prompts import load_prompt
 from novelret.train.config import TrainConfig, check_config
 
@@ -78,7 +78,7 @@ def test_every_key_is_an_option_and_every_value_fits(name):
     check_config(TrainConfig(**settings), CATALOG)
     cuts = tuple(int(k) for k in str(evaluation.get("k", "10,20,50")).split(","))
     given = {"models": tuple(evaluation["model"]), "judge": evaluation["judge"], "k": cuts}
-    from novelret.evaluate.evaluate import EvalConfig
+    from novelret.evaluate.config import EvalConfig
 
     check_evaluation(EvalConfig("d", "i", base_depth=evaluation.get("base-depth", 50), **given), CATALOG)
 

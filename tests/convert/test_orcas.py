@@ -5,10 +5,10 @@ import tracemalloc
 
 import pytest
 
+from novelret.build import IndexConfig, build_index
 from novelret.convert import writer
 from novelret.convert.orcas import convert_orcas
 from novelret.data.split import load_split
-from novelret.index import IndexConfig, build_index
 from tests.convert.helpers import convert, fails, pairs_of, rows_of, write_lines
 
 DOCUMENTS = [

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from novelret.build import IndexConfig, build_index
 from novelret.convert.recformer import item_text
 from novelret.data.split import load_split
-from novelret.index import IndexConfig, base_lists, build_index
+from novelret.index import base_lists
 from tests.convert.helpers import convert, fails, pairs_of, rows_of
 
 META = {

@@ -12,10 +12,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.evaluate.breakdown import by_length, by_overlap, recall_spread, spread
-from novelret.evaluate.evaluate import EvalConfig, evaluate_models
-from novelret.index import IndexConfig, build_index
+from novelret.evaluate.config import EvalConfig
+from novelret.evaluate.evaluate import evaluate_models
 from tests.conftest import make_encoder
 
 EVIL = "<script>alert(1)</script> & 'sofa'"

@@ -9,8 +9,8 @@ import unicodedata
 
 import pytest
 
+from novelret.build import IndexConfig, build_index
 from novelret.cli import main
-from novelret.index import IndexConfig, build_index
 from novelret.label.parse import parse
 from novelret.label.prompts import MAX_TEXT, PROMPTS, load_prompt, render
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN

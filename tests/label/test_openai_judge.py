@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from novelret.build import IndexConfig, build_index
 from novelret.cli import main
-from novelret.index import IndexConfig, build_index
 from novelret.label import questions as questions_module
 from novelret.label.judges import openai as judge_module
 from novelret.label.store import Store, key_function

@@ -1,0 +1,380 @@
+"""`novelret index`: make an INDEX by encoding the catalog, or from embeddings that exist already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from novelret import encode
+from novelret.artifacts import (
+    Manifest,
+    check_output,
+    fingerprint_file,
+    fingerprint_of,
+    fsync_file,
+    open_output,
+    read_json,
+    write_config,
+    write_json,
+    write_manifest,
+)
+from novelret.data.catalog import Catalog, id_ranks, open_catalog, reorder_catalog, write_catalog
+from novelret.data.source import fingerprint_part, read_part
+from novelret.deployed import Source, ids_of, open_embeddings, open_faiss, rows_in_order
+from novelret.errors import UserError
+from novelret.index import Index, open_index
+from novelret.progress import Reporter
+from novelret.search import search_exact, search_faiss
+
+_TRAIN_ROWS_PER_CENTROID = 64
+
+
+_COPY_ROWS = 65_536
+
+
+_RECALL_QUERIES, _RECALL_DEPTH = 256, 50
+
+
+_LOW_RECALL = 0.9
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Settings of `novelret index`.
+
+    Attributes:
+        data: BEIR folder or Hugging Face data set with the catalog.
+        model: the deployed encoder: folder, hub id, or `openai:MODEL` for an embedding API. With embeddings
+            that exist already, the query side alone.
+        query_model: the deployed query side, where it is another model.
+        factory: faiss factory string; "Flat" searches the embeddings exactly.
+        dtype: "float32" or "float16", how embeddings are stored.
+        batch_size: texts per forward pass.
+        device: "auto", "cpu" or a CUDA device.
+        embeddings: .npy or .fbin file, or folder of such shards, with item embeddings that exist already.
+        ids: file with the item id of each of their rows, one per line.
+        faiss: faiss index file that holds the item embeddings and is what is searched.
+        search_params: faiss search parameters kept in the index, like "nprobe=16" or "efSearch=64".
+    """
+
+    data: str
+    model: str
+    query_model: str | None = None
+    factory: str = "Flat"
+    dtype: str = "float32"
+    batch_size: int = 64
+    device: str = "auto"
+    embeddings: str | None = None
+    ids: str | None = None
+    faiss: str | None = None
+    search_params: str | None = None
+
+
+def build_index(
+    config: IndexConfig, out: Path, *, force: bool = False, report: Reporter | None = None
+) -> Index:
+    """Encode a catalog with the deployed encoder and write the INDEX artifact.
+
+    May be killed at any moment; the same call goes on from the last finished chunk.
+
+    Raises:
+        UserError: bad data, unreadable model, mismatched dimensions, or an existing output.
+    """
+    report = report or Reporter()
+    _check_options(config)
+    check_output(out, force=force)
+    corpus = fingerprint_part(config.data, "corpus")
+    device = encode.pick_device(config.device)
+    if config.ids and not Path(config.ids).is_file():
+        raise UserError(f"{config.ids}: no such file")
+    source = _open_source(config)
+    query_model = encode.load_encoder(config.query_model or config.model, device)
+    items_model = encode.load_encoder(config.model, device) if config.query_model else query_model
+    _check_same_space(config, items_model, query_model, source)
+    inputs = {
+        "corpus": corpus,
+        "item_encoder": source.fingerprint() if source else encode.fingerprint_encoder(items_model),
+        "query_encoder": encode.fingerprint_encoder(query_model),
+    }
+    settings = {**inputs, "dtype": config.dtype, "factory": config.factory}
+    if config.search_params:
+        settings["search_params"] = config.search_params
+    if config.ids:
+        settings["ids"] = fingerprint_file(Path(config.ids))
+    identity = fingerprint_of(settings)
+    # Hours of encoding are not dropped without being asked; a copy is simply begun anew.
+    dear = None if source else settings
+    with open_output(out, identity, force=force, settings=dear) as folder:
+        _prepare_catalog(config, source, folder, report)
+        catalog = open_catalog(folder / "items.arrow")
+        if source:
+            _copy_embeddings(source, config, folder, encode.is_normalized(query_model), report)
+        else:
+            encode_catalog(items_model, catalog, folder, config.dtype, config.batch_size, report)
+        query_model.save(str(folder / "query_encoder"), create_model_card=False)
+        if config.query_model:
+            items_model.save(str(folder / "item_encoder"), create_model_card=False)
+        facts = {
+            "items": len(catalog),
+            "dimension": query_model.get_embedding_dimension(),
+            "normalized": encode.is_normalized(query_model),
+            "max_length": query_model.max_seq_length,
+            "prompts": query_model.prompts,
+        }
+        if config.factory != "Flat":
+            _build_faiss(config.factory, config.search_params, folder, report)
+        elif source and source.faiss is not None:
+            _copy_faiss(source, folder)
+        if (folder / "items.faiss").is_file():
+            facts["recall"] = _measure_recall(config, query_model, catalog, folder, report)
+        if source:
+            facts["imported"] = {"from": source.name, "lossy": source.lossy}
+        (folder / "progress.json").unlink()
+        write_config(folder, config)
+        write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
+    return open_index(out)
+
+
+def _check_options(config: IndexConfig) -> None:
+    if config.dtype not in ("float32", "float16"):
+        raise UserError(f"--dtype {config.dtype}: expected float32 or float16")
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
+    imported = config.embeddings or config.faiss
+    if config.embeddings and config.faiss:
+        raise UserError("--embeddings and --faiss: give one; a faiss file holds its own embeddings")
+    if imported and config.query_model:
+        raise UserError(
+            "--query-model: with --embeddings or --faiss, --model is the query side; leave it out"
+        )
+    if config.ids and not imported:
+        raise UserError("--ids: names the rows of --embeddings or --faiss, and neither is given")
+    if config.faiss and config.factory != "Flat":
+        raise UserError("--factory: a --faiss file is searched as it is; leave one of them out")
+    if config.search_params and config.factory == "Flat":
+        raise UserError("--search-params: belong to a --factory that is not Flat")
+
+
+def _open_source(config: IndexConfig) -> Source | None:
+    if config.faiss:
+        return open_faiss(Path(config.faiss))
+    return open_embeddings(Path(config.embeddings)) if config.embeddings else None
+
+
+def _prepare_catalog(config: IndexConfig, source: Source | None, folder: Path, report: Reporter) -> None:
+    """Write items.arrow and id_rank.npy, in the order of imported embeddings where there are any."""
+    if (folder / "id_rank.npy").is_file():
+        return
+    try:
+        with report.bar("reading the catalog") as advance:
+            write_catalog(config.data, folder / "items.arrow", advance)
+        catalog = open_catalog(folder / "items.arrow")
+        if source:
+            ids, named_in = ids_of(source, Path(config.ids) if config.ids else None)
+            rows = rows_in_order(catalog, ids, named_in, config.data)
+            if rows is not None:
+                reorder_catalog(folder / "items.arrow", rows)
+                catalog = open_catalog(folder / "items.arrow")
+    except UserError:
+        shutil.rmtree(folder)  # it must not stand in the way of the mended data
+        raise
+    temporary = folder / "id_rank.tmp.npy"
+    np.save(temporary, id_ranks(catalog))
+    temporary.replace(folder / "id_rank.npy")
+
+
+def _check_same_space(
+    config: IndexConfig, items: SentenceTransformer, queries: SentenceTransformer, source: Source | None
+) -> None:
+    if source and source.dimension != queries.get_embedding_dimension():
+        raise UserError(
+            f"{source.name}: {source.dimension} dimensions, but --model {config.model} gives "
+            f"{queries.get_embedding_dimension()}; they must be one deployed pair"
+        )
+    if items.get_embedding_dimension() != queries.get_embedding_dimension():
+        raise UserError(
+            f"--query-model {config.query_model} gives {queries.get_embedding_dimension()} dimensions, "
+            f"--model {config.model} gives {items.get_embedding_dimension()}; they must be one deployed pair"
+        )
+    if encode.is_normalized(items) != encode.is_normalized(queries):
+        raise UserError(
+            f"--query-model {config.query_model} and --model {config.model} differ in their similarity"
+        )
+
+
+def encode_catalog(
+    model: SentenceTransformer, catalog: Catalog, folder: Path, dtype: str, batch_size: int, report: Reporter
+) -> None:
+    """Write embeddings.npy, from where `progress.json` in the folder says on."""
+    if encode.is_api(model):
+        report.note(
+            f"{len(catalog):,} items will be embedded by an API, which bills them; "
+            "--embeddings takes vectors that exist already"
+        )
+
+    def encoded(start: int, stop: int) -> np.ndarray:
+        texts = catalog.texts_at(range(start, stop))
+        embeddings = encode.encode_items(model, texts, batch_size)
+        encode.check_finite(embeddings, f"items {start} to {stop - 1}")
+        return embeddings
+
+    shape = (len(catalog), model.get_embedding_dimension())
+    _fill_matrix(encoded, shape, dtype, 32 * batch_size, folder, report, "encoding items")
+
+
+def _copy_embeddings(
+    source: Source, config: IndexConfig, folder: Path, normalized: bool, report: Reporter
+) -> None:
+    """Copy imported embeddings into the index, checked row by row."""
+    if source.lossy:
+        report.warn(
+            f"{source.name}: {source.lossy}, so item embeddings are reconstructions: training and exact "
+            "scores work on approximations of what was indexed. Pass the original vectors by --embeddings if "
+            "you have them"
+        )
+
+    def copied(start: int, stop: int) -> np.ndarray:
+        block = source.read(start, stop)
+        with np.errstate(over="ignore"):  # what overflows is refused below, by its row
+            block = block.astype(config.dtype, copy=False)
+        lengths = np.linalg.norm(block.astype(np.float32, copy=False), axis=1)
+        bad = np.flatnonzero(~np.isfinite(lengths))
+        if len(bad):
+            raise UserError(
+                f"{source.name}: row {start + int(bad[0])} holds values that are not finite in {config.dtype}"
+            )
+        bad = np.flatnonzero(np.abs(lengths - 1) > (0.01 if source.lossy is None else 0.5))
+        if normalized and len(bad):
+            raise UserError(
+                f"{source.name}: row {start + int(bad[0])} has length {lengths[bad[0]]:.4f}, not 1, though "
+                f"--model {config.model} compares by cosine; normalise the rows, or set the model's "
+                "similarity_fn_name to dot"
+            )
+        if normalized and source.lossy is not None:
+            block = (block / lengths[:, None]).astype(config.dtype)
+        return block
+
+    shape = (source.rows, source.dimension)
+    _fill_matrix(copied, shape, config.dtype, _COPY_ROWS, folder, report, "copying embeddings")
+
+
+def _fill_matrix(
+    make: Callable[[int, int], np.ndarray],
+    shape: tuple[int, int],
+    dtype: str,
+    chunk: int,
+    folder: Path,
+    report: Reporter,
+    what: str,
+) -> None:
+    """Write embeddings.npy chunk by chunk; goes on after the last chunk that is on disk."""
+    path, progress = folder / "embeddings.npy", folder / "progress.json"
+    done = read_json(progress)["rows"] if progress.is_file() and path.is_file() else 0
+    if done == 0:
+        make_matrix(path, shape, dtype)
+    if 0 < done < shape[0]:
+        report.note(f"going on at item {done:,} of {shape[0]:,}")
+    with report.bar(what, shape[0]) as advance:
+        advance(done)
+        for start in range(done, shape[0], chunk):
+            stop = min(start + chunk, shape[0])
+            # Mapped anew each time, so that pages written before do not count as the process's memory.
+            matrix = np.lib.format.open_memmap(path, "r+")
+            matrix[start:stop] = make(start, stop)
+            matrix.flush()
+            del matrix
+            fsync_file(path)
+            write_json(progress, {"rows": stop})
+            advance(stop - start)
+
+
+def make_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
+    """An .npy file of zeros as a writable memory map, its place on the disk reserved."""
+    matrix = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+    # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return matrix
+
+
+def _build_faiss(factory: str, search_params: str | None, folder: Path, report: Reporter) -> None:
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    try:
+        index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise UserError(
+            f"--factory {factory}: faiss does not know it; for instance Flat, IVF1024,Flat or HNSW32"
+        ) from None
+    if not index.is_trained:
+        centroids = getattr(faiss.try_extract_index_ivf(index), "nlist", 256)
+        wanted = min(len(embeddings), centroids * _TRAIN_ROWS_PER_CENTROID)
+        sample = np.sort(np.random.default_rng(0).choice(len(embeddings), wanted, replace=False))
+        try:
+            index.train(np.ascontiguousarray(embeddings[sample], dtype=np.float32))
+        except RuntimeError:
+            raise UserError(f"--factory {factory}: {len(embeddings)} items are too few to train it") from None
+    if search_params:
+        try:
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, search_params)
+        except RuntimeError:
+            raise UserError(
+                f"--search-params {search_params}: faiss does not take them for {factory}; for instance "
+                "nprobe=16 or efSearch=64"
+            ) from None
+    add_to_faiss(index, embeddings, folder / "items.faiss", report)
+
+
+def add_to_faiss(index: Any, embeddings: np.ndarray, path: Path, report: Reporter) -> None:
+    """Add embeddings to a trained faiss index and write it."""
+    with report.bar("building the faiss index", len(embeddings)) as advance:
+        for start in range(0, len(embeddings), 65_536):
+            block = np.ascontiguousarray(embeddings[start : start + 65_536], dtype=np.float32)
+            index.add(block)
+            advance(len(block))
+    faiss.write_index(index, str(path))
+
+
+def _copy_faiss(source: Source, folder: Path) -> None:
+    """Keep the deployed index as it is; of an IDMap, whose ids the catalog now has, the inner one."""
+    if source.ids is None:
+        shutil.copyfile(source.files[0], folder / "items.faiss")
+        return
+    # Read anew without a memory map: what is mapped would be written as a reference to the file.
+    whole: Any = faiss.read_index(str(source.files[0]))
+    faiss.write_index(whole.index, str(folder / "items.faiss"))
+
+
+def _measure_recall(
+    config: IndexConfig, model: SentenceTransformer, catalog: Catalog, folder: Path, report: Reporter
+) -> dict[str, Any]:
+    """How much of the exact top lists the faiss index finds, for the data's first queries."""
+    texts = []
+    for _, row in read_part(config.data, "queries"):
+        texts.append(str(row.get("text") or ""))
+        if len(texts) == _RECALL_QUERIES:
+            break
+    queries = encode.encode_queries(model, [text for text in texts if text.strip()])
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    ranks = np.load(folder / "id_rank.npy", mmap_mode="r")
+    k = min(_RECALL_DEPTH, len(catalog))
+    exact, _ = search_exact(queries, embeddings, k, ranks)
+    index = faiss.read_index(str(folder / "items.faiss"), faiss.IO_FLAG_MMAP)
+    found, _ = search_faiss(index, queries, k, ranks)
+    hits = [len(np.intersect1d(a, b[b >= 0])) for a, b in zip(exact, found, strict=True)]
+    recall = round(float(np.mean(hits)) / k, 4)
+    what = config.faiss or config.factory
+    said = f"{what}: finds {recall:.1%} of the exact top {k} ({len(queries)} queries)"
+    if recall < _LOW_RECALL:
+        report.warn(f"{said}; novelty will count what the deployed lists miss. Raise nprobe or efSearch")
+    else:
+        report.note(said)
+    return {"k": k, "recall": recall, "queries": len(queries)}

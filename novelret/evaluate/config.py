@@ -1,0 +1,145 @@
+"""Settings of an evaluation, and what is wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from novelret.errors import UserError
+from novelret.label.judge import split_judge
+
+BASE = "base"
+"""The deployed model's name among those compared."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of `novelret eval`.
+
+    Attributes:
+        data: BEIR folder or Hugging Face data set.
+        index: INDEX folder; or several of the same catalog, whose top-L lists are pooled into one T_L
+            (Definition 1 for several deployed models). The first is the base and what models search.
+        models: "NAME=MODEL" for each query encoder to compare; a folder of MODEL folders gives each of them.
+        runs: "NAME=FILE" for each TREC run of any other retriever.
+        split: the held-out feedback.
+        judge: "file:PATH" or "openai:MODEL" for precision and relevance; better another than the labels'.
+        missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
+        prompt: name or file of the prompt.
+        store: the judgement store.
+        max_requests: stop asking before more requests than this.
+        max_cost: stop asking before this many dollars could be exceeded.
+        price: "INPUT,OUTPUT" in dollars per million tokens.
+        base_depth: L, the deployed list's length: items beyond it are novel.
+        k: cuts of the lists.
+        human: a few (query, item) pairs labelled by people, drawn at random from the lists.
+        human_sample: how many pairs to draw for people to label.
+        max_recall_drop: how much of the base's recall the selected model may lose, relative.
+        weights: tab-separated query id and frequency; by default the queries' own `weight` field, if any.
+        merge_budget: novel items that the merged list takes per query at most; by default the whole top k.
+        device: "auto", "cpu" or a CUDA device.
+        ignore_identical_ids: leave the item whose id is the query's own out.
+    """
+
+    data: str
+    index: str | tuple[str, ...]
+    models: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    split: str = "test"
+    judge: str | None = None
+    missing: str = "unknown"
+    prompt: str = "query-document"
+    store: str | None = None
+    max_requests: int | None = None
+    max_cost: float | None = None
+    price: str | None = None
+    base_depth: int = 50
+    k: tuple[int, ...] = (10, 20, 50)
+    human: str | None = None
+    human_sample: int | None = None
+    max_recall_drop: float = 0.01
+    weights: str | None = None
+    merge_budget: int | None = None
+    device: str = "auto"
+    ignore_identical_ids: bool = True
+
+    @property
+    def indexes(self) -> tuple[str, ...]:
+        """All INDEX folders; the first is the base."""
+        return (self.index,) if isinstance(self.index, str) else tuple(self.index)
+
+
+def check_config(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Names and paths of models and runs.
+
+    Raises:
+        UserError: one line naming the option.
+    """
+    if not config.k or min(config.k) < 1:
+        raise UserError(f"--k {','.join(map(str, config.k))}: expected cuts of at least 1, like 10,20,50")
+    if max(config.k) > catalog_size:
+        raise UserError(f"--k {max(config.k)}: the catalog holds {catalog_size} items; lower it")
+    if not 1 <= config.base_depth <= catalog_size:
+        raise UserError(
+            f"--base-depth {config.base_depth}: must be from 1 to the catalog's {catalog_size} items"
+        )
+    if not 0 <= config.max_recall_drop <= 1:
+        raise UserError(f"--max-recall-drop {config.max_recall_drop}: expected a share from 0 to 1")
+    if config.human_sample is not None and config.human_sample < 1:
+        raise UserError(f"--human-sample {config.human_sample}: must be at least 1")
+    if config.merge_budget is not None and config.merge_budget < 1:
+        raise UserError(f"--merge-budget {config.merge_budget}: must be at least 1")
+    if config.judge is not None:
+        split_judge(config.judge)
+    if config.human is not None and config.judge is None:
+        raise UserError("--human: corrects a judge's figures; give the judge too, with --judge")
+    models = _expanded(_named("--model", config.models))
+    runs = _named("--run", config.runs)
+    files = [("--run", path) for path in runs.values()] + [
+        ("--human", config.human),
+        ("--weights", config.weights),
+    ]
+    for option, given in files:
+        if given is not None and not Path(given).is_file():
+            raise UserError(f"{option} {given}: no such file")
+    twice = (models.keys() & runs.keys()) | ({BASE} & (models.keys() | runs.keys()))
+    if twice:
+        raise UserError(
+            f"the name {min(twice)!r} is used twice ({BASE!r} is the deployed model); choose another"
+        )
+    return models, runs
+
+
+def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or not name or not path:
+            raise UserError(f"{option} {value}: expected NAME=PATH")
+        if "/" in name or name.startswith("."):
+            raise UserError(f"{option} {value}: the name {name!r} cannot be a file name")
+        if name in named:
+            raise UserError(f"{option} {value}: the name {name!r} is given twice")
+        named[name] = path
+    return named
+
+
+def _expanded(models: dict[str, str]) -> dict[str, str]:
+    """Models with each folder of several MODEL folders replaced by those, named NAME-FOLDER.
+
+    Raises:
+        UserError: two get the same name.
+    """
+    found: dict[str, str] = {}
+    for name, path in models.items():
+        inside = {
+            f"{name}-{part.parent.name}": str(part.parent)
+            for part in sorted(Path(path).glob("*/modules.json"))
+        }
+        if not inside or (Path(path) / "modules.json").is_file():
+            inside = {name: path}
+        twice = inside.keys() & found.keys()
+        if twice:
+            raise UserError(f"--model {name}={path}: the name {min(twice)!r} is given twice")
+        found |= inside
+    return found

@@ -1,0 +1,155 @@
+"""Every figure of every model, from its lists and their verdicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from novelret.data.split import Split
+from novelret.evaluate import metrics
+from novelret.evaluate.config import BASE, EvalConfig
+from novelret.evaluate.human import FEW_PAIRS, Corrected, human_figures, is_uneven
+from novelret.evaluate.significance import (
+    bootstrap_intervals,
+    holm,
+    randomization_tests,
+)
+from novelret.label.table import LabelTable
+from novelret.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A model's lists for every query of the split.
+
+    Attributes:
+        rows: (Q, K) catalog rows, −1 padded.
+        scores: (Q, K) scores rounded to six decimals; None for a run that was read.
+        verdicts: (Q, K) int8.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray | None
+    verdicts: np.ndarray
+
+
+def with_verdicts(
+    found: dict[str, tuple[np.ndarray, np.ndarray | None]], table: LabelTable, longest: int
+) -> tuple[Lists, dict[str, Lists]]:
+    """Every list with its verdicts: the deployed model's whole one, and all of them cut to `longest`."""
+    lists = {}
+    for name, (rows, scores) in found.items():
+        lists[name] = Lists(rows, scores, table.lookup(np.arange(len(rows))[:, None], rows))
+    base = lists[BASE]
+    scores = None if base.scores is None else base.scores[:, :longest]
+    lists[BASE] = Lists(base.rows[:, :longest], scores, base.verdicts[:, :longest])
+    return base, lists
+
+
+def per_query_figures(
+    name: str, lists: Lists, deployed: Lists, split: Split, config: EvalConfig
+) -> dict[str, np.ndarray]:
+    """Every metric's figure per query."""
+    top = deployed.rows
+    feedback = (split.feedback_queries, split.feedback_items)
+    figures: dict[str, np.ndarray] = {}
+    for k in config.k:
+        figures[f"Novelty@{k}"] = metrics.novelty(lists.rows, top, k)
+        figures[f"Recall@{k}"] = metrics.recall(lists.rows, *feedback, k)
+        figures[f"nDCG@{k}"] = metrics.ndcg(lists.rows, *feedback, k)
+        figures[f"MRR@{k}"] = metrics.reciprocal_rank(lists.rows, *feedback, k)
+        if config.judge is not None:
+            figures[f"RelevantNovel@{k}"] = metrics.relevant_novelty(lists.rows, top, lists.verdicts, k)
+            figures[f"Precision@{k}"] = metrics.precision(lists.verdicts, k)
+            figures[f"Judged@{k}"] = metrics.judged(lists.rows, lists.verdicts, k)
+            figures[f"NovelPrecision@{k}"] = metrics.novel_precision(lists.rows, top, lists.verdicts, k)
+    # The base beside itself adds nothing: its own list is what the others are merged behind.
+    rows = np.full_like(lists.rows, -1) if name == BASE else lists.rows
+    merged = metrics.merge(rows, top, lists.verdicts, deployed.verdicts, config.merge_budget)
+    figures["MergedAdded"] = merged.added
+    if config.judge is not None:
+        figures["MergedDensity"] = merged.density
+        figures["MergedCoverage"] = merged.covered
+    return {metric: values.astype(np.float64) for metric, values in figures.items()}
+
+
+def mean_figures(
+    name: str, figures: dict[str, np.ndarray], lists: Lists, config: EvalConfig, catalog_size: int
+) -> dict[str, float]:
+    """Mean of every metric over queries; what no query has a figure for is left out."""
+    means = {metric: _mean(values) for metric, values in figures.items()}
+    for k in config.k:
+        means[f"CatalogCoverage@{k}"] = metrics.catalog_coverage(lists.rows, k, catalog_size)
+    return {metric: value for metric, value in means.items() if not math.isnan(value)}
+
+
+def _mean(values: np.ndarray) -> float:
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) else math.nan
+
+
+def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Intervals of every mean; p-values against the base, corrected over the models compared."""
+    names = list(per_query[BASE])
+    figures = {model: np.stack([of[name] for name in names], axis=1) for model, of in per_query.items()}
+    others = [model for model in figures if model != BASE]
+    # All models side by side in one matrix share the resamples and the sign flips.
+    shape = (-1, len(names))
+    low, high = (
+        end.reshape(shape) for end in bootstrap_intervals(np.concatenate([*figures.values()], axis=1))
+    )
+    p_values = np.empty((0, len(names)))
+    if others:
+        differences = np.concatenate([figures[model] - figures[BASE] for model in others], axis=1)
+        p_values = randomization_tests(differences).reshape(shape)
+    corrected = holm(p_values)
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for place, model in enumerate(figures):
+        ends = zip(names, low[place].tolist(), high[place].tolist(), strict=True)
+        result[model] = {name: {"low": start, "high": end} for name, start, end in ends}
+    for place, model in enumerate(others):
+        for name, p, p_holm in zip(names, p_values[place].tolist(), corrected[place].tolist(), strict=True):
+            result[model][name] |= {"p": p, "p_holm": p_holm}
+    return result
+
+
+def main_metrics(config: EvalConfig) -> list[str]:
+    """The metrics on which models are compared with each other."""
+    deepest = max(config.k)
+    names = [f"Novelty@{deepest}", f"Recall@{deepest}"]
+    if config.judge is not None:
+        names += [f"RelevantNovel@{deepest}", f"Precision@{min(config.k)}", "MergedDensity"]
+    return names
+
+
+def human_corrections(
+    lists: dict[str, Lists], deployed: Lists, people: LabelTable | None, config: EvalConfig, report: Reporter
+) -> dict[str, dict[str, Corrected]]:
+    """Model → metric → the figure corrected by human labels; warns of samples that are too few or uneven."""
+    if people is None:
+        return {}
+    top = deployed.rows
+    found = {name: human_figures(of.rows, of.verdicts, top, people, config.k) for name, of in lists.items()}
+    # Novel items are rare at shallow cuts; what matters is that the deepest one has its labels.
+    main = [f"Precision@{min(config.k)}", f"RelevantNovel@{max(config.k)}"]
+    fewest, figure = min(
+        (of[metric].pairs if metric in of else 0, f"{metric} of {name}")
+        for name, of in found.items()
+        for metric in main
+        if name != BASE or metric == main[0]
+    )
+    uneven = [name for name, of in lists.items() if is_uneven(of.rows, top, people)]
+    if uneven:
+        report.warn(
+            f"{config.human}: in the lists of {', '.join(uneven)}, novel and other items are not labelled at "
+            "the same rate, as in a random sample of them; their corrected figures are biased"
+        )
+    if fewest < FEW_PAIRS:
+        report.warn(
+            f"{config.human}: only {fewest} human labels fall on {figure}; intervals from fewer than "
+            f"{FEW_PAIRS} are not to be relied on, label more pairs"
+        )
+    return found

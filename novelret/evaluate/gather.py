@@ -1,0 +1,163 @@
+"""What is evaluated: inputs read and checked, then every list searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from novelret import encode
+from novelret.artifacts import (
+    fingerprint_file,
+    read_manifest,
+)
+from novelret.data.split import Split, load_split
+from novelret.evaluate.config import BASE, EvalConfig, check_config
+from novelret.evaluate.human import check_overlap
+from novelret.evaluate.human_sample import read_sample
+from novelret.evaluate.trec import read_run
+from novelret.evaluate.weights import load_weights
+from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_deployed, pooled_lists
+from novelret.label.candidates import Candidates
+from novelret.label.judge import split_judge
+from novelret.label.judges.file import file_table
+from novelret.label.label import LabelConfig
+from novelret.label.table import LabelTable, make_table
+from novelret.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What is evaluated: inputs read and checked, and every list searched.
+
+    Attributes:
+        index: the deployed system.
+        split: queries and held-out feedback.
+        models: model name → its folder.
+        found: name → rows and scores, the base first and max(L, K) deep.
+        pool: (Q, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
+        known: verdicts that need no asking; None where an LLM judges.
+        people: human verdicts, where given.
+        weights: (Q,) query frequencies, where given.
+        inputs: fingerprints of everything that went in.
+    """
+
+    index: Index
+    split: Split
+    models: dict[str, str]
+    found: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    pool: np.ndarray
+    known: LabelTable | None
+    people: LabelTable | None
+    weights: np.ndarray | None
+    inputs: dict[str, str]
+
+
+def gather(config: EvalConfig, report: Reporter) -> Gathered:
+    """Read and check everything, then search; what is wrong is said before hours of searching."""
+    indexes = open_deployed(config.indexes, config.data)
+    index = indexes[0]
+    models, runs = check_config(config, len(index))
+    split = load_split(
+        config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
+    )
+    device = encode.pick_device(config.device)
+    inputs = {"index": index.manifest.fingerprint, "split": split.fingerprint}
+    inputs |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
+    inputs |= {what: fingerprint_file(path) for what, path in _files(config, runs).items()}
+    weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
+    known = _known_verdicts(config, index, split, report)
+    people = None
+    if config.human is not None:
+        people = read_sample(Path(config.human), split.query_ids, index.catalog)
+    longest = max(config.k)
+    read = {
+        name: read_run(Path(path), split, index.catalog, longest, index.id_rank)
+        for name, path in runs.items()
+    }
+    for name, path in models.items():
+        inputs[f"model {name}"] = encode.fingerprint_encoder(load_finetuned(path, index, device))
+        _warn_of_same_judge(name, path, config, report)
+    depth = max(longest, config.base_depth)
+    found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+    found[BASE] = base_lists(index, split, depth, device=device, report=report)
+    pool = pooled_lists(indexes, split, config.base_depth, device=device, report=report)
+    for name, path in models.items():
+        embeddings = embed_queries(load_finetuned(path, index, device), split.query_texts, report)
+        what = f"top lists of {name}"
+        found[name] = index.search(
+            embeddings, longest, split.excluded, device=device, report=report, what=what
+        )
+    for name, rows in read.items():
+        found[name] = rows, None
+        short = int((rows[:, -1] < 0).sum())
+        if short:
+            report.warn(
+                f"{runs[name]}: fewer than {longest} items for {short} of the {len(split)} queries (none for "
+                f"{int((rows[:, 0] < 0).sum())}); what is not there counts as not found"
+            )
+    if people is not None:
+        check_overlap(Path(str(config.human)), people, [rows for rows, _ in found.values()])
+    return Gathered(index, split, models, found, pool, known, people, weights, inputs)
+
+
+def _files(config: EvalConfig, runs: dict[str, str]) -> dict[str, Path]:
+    """Files that go in beside the artifacts, by what they are."""
+    files = {f"run {name}": Path(path) for name, path in runs.items()}
+    if config.judge is not None and config.judge.startswith("file:"):
+        files["judgements"] = Path(split_judge(config.judge)[1])
+    files |= {
+        what: Path(path) for what, path in (("human", config.human), ("weights", config.weights)) if path
+    }
+    return files
+
+
+def _known_verdicts(config: EvalConfig, index: Index, split: Split, report: Reporter) -> LabelTable | None:
+    """Verdicts that need no asking: a file's, or none without a judge; None where an LLM judges."""
+    if config.judge is None:
+        none = np.empty(0, dtype=np.int64)
+        return make_table(none, none, none.astype(np.int8), len(index))
+    kind, name = split_judge(config.judge)
+    if kind == "file":
+        return file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
+    return None
+
+
+def candidates_of(gathered: Gathered) -> Candidates:
+    """Every (query, item) pair of every list, once."""
+    size = np.int64(len(gathered.index))
+    pairs = np.empty(0, dtype=np.int64)
+    for rows in (gathered.pool, *(rows for rows, _ in gathered.found.values())):
+        queries, columns = np.nonzero(rows >= 0)
+        pairs = np.union1d(pairs, queries * size + rows[queries, columns])
+    return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
+
+
+def label_config(config: EvalConfig) -> LabelConfig:
+    """How the judge of an evaluation is asked."""
+    return LabelConfig(
+        data=config.data,
+        index=config.indexes[0],
+        judge=str(config.judge),
+        split=config.split,
+        prompt=config.prompt,
+        store=config.store,
+        max_requests=config.max_requests,
+        max_cost=config.max_cost,
+        price=config.price,
+    )
+
+
+def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Reporter) -> None:
+    if config.judge is None or config.judge.startswith("file:"):
+        return
+    if (Path(path) / "manifest.json").is_file():
+        trained_by = read_manifest(Path(path), "model").facts.get("judge")
+        if str(trained_by).replace("openai-batch:", "openai:") == config.judge.replace(
+            "openai-batch:", "openai:"
+        ):
+            report.warn(
+                f"{name} was trained on labels of {config.judge}, which now judges it; "
+                "another, stronger judge would be fairer"
+            )
