@@ -59,10 +59,10 @@ class LoopbackJudge:
                 pass
 
             def do_POST(self) -> None:
-                if self.path.endswith("/chat/completions"):
-                    judge.handle(self)
-                else:
+                if self.path.rsplit("/", 1)[-1] in ("files", "batches"):
                     judge.take(self)
+                else:
+                    judge.handle(self)
 
             def do_GET(self) -> None:
                 judge.give(self)

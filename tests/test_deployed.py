@@ -122,7 +122,7 @@ def test_the_same_order_and_float16(world, encoder, index_folder, tmp_path):
 
 
 def test_goes_on_after_a_kill(world, encoder, deployed, ids, index_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("novelret.index._COPY_ROWS", 7)
+    monkeypatch.setattr("novelret.build._COPY_ROWS", 7)
     np.save(tmp_path / "items.npy", deployed[0])
     real, calls = np.linalg.norm, []
 

@@ -9,6 +9,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 from json.encoder import encode_basestring as _string
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,21 +50,38 @@ class Answer(NamedTuple):
 def key_function(judge: str, parameters: dict[str, Any]) -> Callable[[list[dict[str, str]]], bytes]:
     """Messages → identity of a question: the judge with its model, the rendered prompt, the parameters.
 
-    Hashes the JSON of [judge, messages, parameters] with sorted keys. It is put together by hand, since the
-    general encoder would take most of the time that known pairs cost.
+    Hashes the JSON of [judge, messages, parameters] with sorted keys. It is put together by hand, and what
+    all questions begin with is hashed once: this would otherwise take most of the time that known pairs cost.
     """
-    head, tail = f"[{_string(judge)}, [", f"], {json.dumps(parameters, sort_keys=True, ensure_ascii=False)}]"
+    tail = f"], {json.dumps(parameters, sort_keys=True, ensure_ascii=False)}]"
+
+    @lru_cache(maxsize=16)
+    def begun(content: str, role: str) -> Any:
+        """The hash of everything up to the end of a first message, which is the same for all questions."""
+        text = f'[{_string(judge)}, [{{"content": {_string(content)}, "role": {_string(role)}}}'
+        return _hash(text)
 
     def key_of(messages: list[dict[str, str]]) -> bytes:
-        parts = []
-        for message in messages:
-            first, second = ("content", "role") if "role" in message else ("item", "query")
-            texts = _string(message[first]), _string(message[second])
-            parts.append(f'{{"{first}": {texts[0]}, "{second}": {texts[1]}}}')
-        text = head + ", ".join(parts) + tail
-        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_SIZE).digest()
+        if len(messages) == 2:
+            digest = begun(messages[0]["content"], messages[0]["role"]).copy()
+            text = ", " + _json_of(messages[1]) + tail
+            digest.update(text.encode("utf-8", "surrogatepass"))
+        else:
+            digest = _hash(f"[{_string(judge)}, [{', '.join(map(_json_of, messages))}{tail}")
+        key: bytes = digest.digest()
+        return key
 
     return key_of
+
+
+def _hash(text: str) -> Any:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_SIZE)
+
+
+def _json_of(message: dict[str, str]) -> str:
+    """A message as JSON with sorted keys; it holds content and role, or item and query."""
+    first, second = ("content", "role") if "role" in message else ("item", "query")
+    return f'{{"{first}": {_string(message[first])}, "{second}": {_string(message[second])}}}'
 
 
 def default_store() -> Path:
