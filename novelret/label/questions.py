@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -65,6 +67,18 @@ class Tally:
     note: str = ""
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For code that makes many objects and no cycles: looking for these takes half of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Feed:
     """The candidates' questions. Memory stays flat in their number: keys lie in a temporary file.
 
@@ -112,7 +126,9 @@ class Feed:
             items = self._index.catalog.texts_at(self.candidates.item_rows[rows])
             queries = [self._split.query_texts[row] for row in self.candidates.query_rows[rows]]
             messages = map(self._render, queries, items)
-            yield [Question(self._key_of(m), m) for m in messages]
+            with _no_garbage_collection():
+                questions = [Question(self._key_of(m), m) for m in messages]
+            yield questions
 
     def unanswered(
         self,
