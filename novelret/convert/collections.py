@@ -52,7 +52,11 @@ def write_collection(
     Raises:
         UserError: an item's id repeats.
     """
-    documents = _write_items(items, writer, report)
+    kept = writer.kept_items()
+    if kept is None:
+        kept = _write_items(items, writer, report), Hashes()
+        writer.keep_items(*kept)
+    documents, _ = kept
     written = Hashes()
     for part in parts:
         _write_part(part, documents, written, read_queries, writer, report)

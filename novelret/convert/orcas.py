@@ -35,7 +35,8 @@ def convert_orcas(
 ) -> Converted:
     """Join clicks with titles and write base, train and test.
 
-    Reads the clicks three times, the documents once; keeps 8 bytes per query, document and drawn pair.
+    Reads the clicks three times, the documents once; keeps 8 bytes per query, document and drawn pair. When
+    it was killed after the documents, it goes on from there.
 
     Args:
         orcas: `orcas.tsv`, gzipped or not.
@@ -55,11 +56,11 @@ def convert_orcas(
         raise UserError(f"--train {train} --test {test}: must not be below 0")
     settings = {"train": train, "test": test, "seed": seed}
     with open_writer(out, "orcas", settings, [orcas, documents], SPLITS, force=force) as writer:
-        linked = Hashes()
-        with report.bar("reading clicks") as advance:
-            for _, (_, _, document, _) in _rows(orcas, _ORCAS, advance):
-                linked.add(document)
-        titled, untitled = _write_titles(documents, linked, writer, report)
+        kept = writer.kept_items()
+        if kept is None:
+            kept = _write_titles(documents, _linked(orcas, report), writer, report)
+            writer.keep_items(*kept)
+        titled, untitled = kept
         draw = Draw(train, test, seed)
         with report.bar("drawing splits") as advance:
             for _, (query_id, query, document, _) in _rows(orcas, _ORCAS, advance):
@@ -87,6 +88,15 @@ def convert_orcas(
                     writer.query(where, query_id, query)
                 writer.pair(draw.split_of(query_id, document), query_id, document)
     return converted(out, writer)
+
+
+def _linked(orcas: Path, report: Reporter) -> Hashes:
+    """Ids of the clicked documents."""
+    linked = Hashes()
+    with report.bar("reading clicks") as advance:
+        for _, (_, _, document, _) in _rows(orcas, _ORCAS, advance):
+            linked.add(document)
+    return linked
 
 
 def _write_titles(documents: Path, linked: Hashes, writer: Writer, report: Reporter) -> tuple[Hashes, Hashes]:

@@ -1,4 +1,7 @@
-"""A BEIR folder under construction: rows go straight to disk, what is left out is counted by its reason."""
+"""A BEIR folder under construction: rows go straight to disk, what is left out is counted by its reason.
+
+A conversion that was killed goes on after the items, if these were complete: they are what takes long.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from novelret.artifacts import Manifest, fingerprint_of, open_output, write_manifest
+from novelret.artifacts import (
+    Manifest,
+    fingerprint_of,
+    fsync_file,
+    open_output,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from novelret.errors import UserError
 
 _RECENT = 500_000
@@ -65,6 +76,18 @@ class Hashes:
     def __len__(self) -> int:
         return len(self._sorted) + len(self._recent)
 
+    def save(self, path: Path) -> None:
+        """Write the set to an .npy file."""
+        recent = np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent))
+        np.save(path, np.sort(np.concatenate([self._sorted, recent])))
+
+    @staticmethod
+    def load(path: Path) -> Hashes:
+        """The set that `save` wrote."""
+        hashes = Hashes()
+        hashes._sorted = np.load(path)
+        return hashes
+
     def _has(self, value: int) -> bool:
         if value in self._recent:
             return True
@@ -87,7 +110,15 @@ class Writer:
         self.pairs: Counter[str] = Counter(dict.fromkeys(splits, 0))
         self.dropped: Counter[str] = Counter()
         self._folder, self._stack = folder, stack
-        self._corpus = self._open("corpus.jsonl")
+        self._progress = folder / "progress.json"
+        self._corpus: TextIO
+        if self._progress.is_file():
+            before = read_json(self._progress)
+            self.items = before["items"]
+            self.dropped.update(before["dropped"])
+            self._corpus = stack.enter_context((folder / "corpus.jsonl").open("a", encoding="utf-8"))
+        else:
+            self._corpus = self._open("corpus.jsonl")
         self._queries = self._open("queries.jsonl")
         self._qrels = {split: self._open(f"qrels/{split}.tsv", _HEADER) for split in splits}
         self._excluded: dict[str, TextIO] = {}
@@ -97,6 +128,20 @@ class Writer:
         _check_id(where, item_id)
         self.items += 1
         self._corpus.write(_line({"_id": item_id, "title": title, "text": text}))
+
+    def keep_items(self, written: Hashes, left_out: Hashes) -> None:
+        """Note that all items are written; a conversion that is killed later goes on from here."""
+        self._corpus.flush()
+        fsync_file(self._folder / "corpus.jsonl")
+        written.save(self._folder / "written.npy")
+        left_out.save(self._folder / "left-out.npy")
+        write_json(self._progress, {"items": self.items, "dropped": dict(self.dropped)})
+
+    def kept_items(self) -> tuple[Hashes, Hashes] | None:
+        """Ids written and left out, if a conversion that was killed had written all items."""
+        if not self._progress.is_file():
+            return None
+        return Hashes.load(self._folder / "written.npy"), Hashes.load(self._folder / "left-out.npy")
 
     def query(self, where: str, query_id: str, text: str) -> None:
         """Write one query; ids must be distinct and texts not empty, which the caller sees to."""
@@ -154,9 +199,11 @@ def open_writer(
                 writer = Writer(folder, splits, stack)
                 yield writer
             _check_not_empty(writer, files[0] if files else source)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # a stream cannot be taken up in its middle
+        except (UserError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)  # bad sources and full disks leave nothing behind
             raise
+        for name in ("progress.json", "written.npy", "left-out.npy"):
+            (folder / name).unlink(missing_ok=True)
         facts = {
             "items": writer.items,
             "queries": writer.queries,

@@ -1,11 +1,14 @@
 """ORCAS joined with MS MARCO's titles: what is kept, what is dropped, the splits, and broken files."""
 
 import gzip
+import json
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from novelret.build import IndexConfig, build_index
+from novelret.cli import main
 from novelret.convert import writer
 from novelret.convert.orcas import convert_orcas
 from novelret.data.split import load_split
@@ -160,3 +163,41 @@ def test_a_set_of_hashes_agrees_with_a_set(monkeypatch):
     assert len(hashes) == len(truth)
     assert "word 1" in hashes
     assert "word 2000" not in hashes
+
+
+@pytest.mark.parametrize("moment", ["documents", "pairs"])
+def test_goes_on_after_a_kill(files, tmp_path, capsys, monkeypatch, moment):
+    whole = convert(capsys, "orcas", *files, "--out", tmp_path / "whole", "--train", 1, "--test", 1)
+    real_item, real_pair, read = writer.Writer.item, writer.Writer.pair, []
+
+    def dies(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.Writer, "item" if moment == "documents" else "pair", dies)
+    arguments = [
+        "convert",
+        "orcas",
+        *map(str, files),
+        "--out",
+        str(tmp_path / "out"),
+        "--train",
+        "1",
+        "--test",
+        "1",
+    ]
+    assert main(arguments) == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(writer.Writer, "item", lambda *a: (read.append(a[2]), real_item(*a)))
+    monkeypatch.setattr(writer.Writer, "pair", real_pair)
+    assert main([*arguments, "--json", "--quiet"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {**again, "folder": ""} == {**whole, "folder": ""}
+    assert len(read) == (3 if moment == "documents" else 0)  # finished items are not read again
+    names = {
+        path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    }
+    assert names == {
+        path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    for name in names - {Path("manifest.json")}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
