@@ -160,7 +160,7 @@ def hf(
     score_column: Annotated[str | None, typer.Option(help="The pair's score.")] = None,
     configuration: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
     split: Annotated[
-        list[str] | None, typer.Option(help="One of its splits, or OURS=THEIRS; repeatable. [default: all]")
+        list[str] | None, typer.Option(help="One of its splits, or OURS=THEIRS; repeatable. (default: all)")
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,

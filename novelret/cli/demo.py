@@ -27,7 +27,7 @@ def demo(
         "demo"
     ),
     data: Annotated[
-        Path | None, typer.Option(help="The sample data. [default: sample_data/ of the checkout]")
+        Path | None, typer.Option(help="The sample data. (default: sample_data/ of the checkout)")
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

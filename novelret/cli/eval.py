@@ -69,7 +69,7 @@ def evaluate(
         str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
     ] = "query-document",
     store: Annotated[
-        Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
+        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the judge would be asked and its cost; send nothing.")

@@ -70,7 +70,7 @@ def train(
         int | None, typer.Option(help="States per forward pass, if a batch does not fit; same result.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate. [default: 2e-5 full, 2e-4 lora, 1e-3 adapter]")
+        float | None, typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter)")
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="How the rate falls after the warm-up: linear, cosine or constant.")
@@ -99,7 +99,7 @@ def train(
     sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,
     support: Annotated[
         int | None,
-        typer.Option(help="Draw policy states among so many top items only. [default: the whole catalog]"),
+        typer.Option(help="Draw policy states among so many top items only. (default: the whole catalog)"),
     ] = None,
     judge: Annotated[
         str | None,
@@ -112,14 +112,14 @@ def train(
         str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
     ] = "query-document",
     store: Annotated[
-        Path | None, typer.Option(help="Judgement store. [default: NOVELRET_STORE, else the user's cache]")
+        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
     ] = None,
     max_judgements: Annotated[int | None, typer.Option(help="Ask at most so many questions.")] = None,
     max_cost: Annotated[float | None, typer.Option(help="Stop asking before so many dollars.")] = None,
     price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of queries held back.")] = 0.1,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between validations. [default: steps / 10]")
+        int | None, typer.Option(help="Steps between validations. (default: steps / 10)")
     ] = None,
     max_recall_drop: Annotated[float, typer.Option(help="Relative recall a checkpoint may lose.")] = 0.01,
     patience: Annotated[
