@@ -27,11 +27,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from novelret.train.objectives import ca_pg, gumbel_threshold, reinforce, swap
+from novelret.train.objectives import ca_pg, expected_threshold, gumbel_threshold, reinforce, swap
 
 USERS = ACTIONS = 1_000
 DIMENSION, BATCH, NOISE = 10, 128, 0.7
-METHODS = ("v-pg", "v-pg-swr", "ca-pg", "ca-pg-loo", "ca-pg-swr", "gumbel-threshold", "swap")
+METHODS = (
+    "v-pg", "v-pg-swr", "ca-pg", "ca-pg-loo", "ca-pg-swr", "gumbel-threshold", "swap", "expected-threshold"
+)  # fmt: skip
 GRID = (1e-2, 1e-1, 3e-1, 1.0, 3.0)
 PUBLISHED = {"v-pg": 1e-1, "ca-pg": 1e-2}
 POINTS = 40
@@ -84,6 +86,9 @@ def surrogate(
         place = show(swapped, ranker)
         source = torch.where(place == torch.arange(k), k, place)
         return swap.swap(logits[:, :k], perturbed[:, k], reward[:, None] - observed.gather(1, source))
+    if method == "expected-threshold":
+        top = torch.topk(phi, min(4 * k, ACTIONS), dim=1).values
+        return expected_threshold.credited(logits[:, :k], expected_threshold.log_time(top, log_z, k), credit)
     best = torch.topk(phi.detach(), k, dim=1).indices
     is_best = rows[:, :k, None] == best[:, None]
     return ca_pg.plug_in(
@@ -250,7 +255,16 @@ def draw(out: Path, results: list[dict]) -> None:
         figsize=(5 * columns, 4 * -(-len(settings) // columns)),
         squeeze=False,
     )
-    styles = [("-", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), (":", "D"), ("-", "x"), ("--", "+")]
+    styles = [
+        ("-", "o"),
+        ("--", "s"),
+        ("-", "^"),
+        ("-.", "v"),
+        (":", "D"),
+        ("-", "x"),
+        ("--", "+"),
+        ("-", "*"),
+    ]
     for axis, (ranker, k) in zip(axes.flat, settings, strict=False):
         for r in (r for r in results if (r["ranker"], r["k"]) == (ranker, k)):
             line, marker = styles[METHODS.index(r["method"])]

@@ -48,7 +48,8 @@ def train(
         str,
         typer.Option(
             help="supervised, supervised-judged, pg-ret; or over lists drawn from the policy: reinforce, "
-            "v-pg, v-pg-swr, ca-pg, ca-pg-loo, ca-pg-swr, gumbel-threshold, pl-rank, swap."
+            "v-pg, v-pg-swr, ca-pg, ca-pg-loo, ca-pg-swr, gumbel-threshold, "
+            "expected-threshold, pl-rank, swap."
         ),
     ] = "pg-ret",
     labels: Annotated[Path | None, typer.Option(help="LABELS made by `novelret label`.")] = None,

@@ -14,6 +14,7 @@ LIST_OBJECTIVES = (
     "ca-pg-loo",
     "ca-pg-swr",
     "gumbel-threshold",
+    "expected-threshold",
     "pl-rank",
     "swap",
 )
@@ -36,7 +37,8 @@ class TrainConfig:
         labels: LABELS folder; every objective but plain `supervised` needs it.
         objective: "supervised", "supervised-judged", "pg-ret", or one that credits lists drawn from the
             policy: "reinforce" (item-wise), "v-pg", "v-pg-swr", "ca-pg" (published plug-in), "ca-pg-loo"
-            (with leave-one-out baseline), "ca-pg-swr", "gumbel-threshold", "pl-rank", "swap".
+            (with leave-one-out baseline), "ca-pg-swr", "gumbel-threshold", "expected-threshold", "pl-rank",
+            "swap".
         loss: how PG-Ret estimates the action's probability: "conservative", "aggressive", "boundary"
             or "inclusion".
         reward: "eq6", "eq7", "graded" or "module:function".

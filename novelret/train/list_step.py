@@ -8,9 +8,12 @@ from torch import Tensor
 
 from novelret.train.config import TrainConfig
 from novelret.train.matrix import ItemMatrix
-from novelret.train.objectives import ca_pg, gumbel_threshold, pl_rank, reinforce, swap
+from novelret.train.objectives import ca_pg, expected_threshold, gumbel_threshold, pl_rank, reinforce, swap
 from novelret.train.sampler import Key
 from novelret.train.states import Material
+
+_EXACT_PER_ITEM = 4
+"""Top items, per item of the list, whose inclusion is not linearised."""
 
 
 def list_losses(
@@ -61,6 +64,11 @@ def list_losses(
         losses = reinforce.top_k_with_replacement(logits, log_z, credit.sum(dim=1))
     elif config.objective == "ca-pg-swr":
         losses = ca_pg.with_replacement(logits, log_z, credit)
+    elif config.objective == "expected-threshold":
+        most = min(_EXACT_PER_ITEM * k, len(items) - excluded.shape[1])
+        top = items.top_k(embeddings, most, excluded)
+        log_t = expected_threshold.log_time(_logits(embeddings, items, top, tau), log_z, k)
+        losses = expected_threshold.credited(logits, log_t, credit)
     elif config.objective == "pl-rank":
         losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_z, credit, material, items, tau)
     else:

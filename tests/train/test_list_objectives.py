@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from novelret.train.objectives import ca_pg, gumbel_threshold, pl_rank, reinforce, swap
+from novelret.train.objectives import ca_pg, expected_threshold, gumbel_threshold, pl_rank, reinforce, swap
 from novelret.train.objectives.lists import log_included, log_remaining
 from novelret.train.policy import log_partition
 from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
@@ -108,6 +108,12 @@ def threshold(queries, key):
     return gumbel_threshold.pathwise(
         logits[:, :K], logits[:, K], drawn.perturbed[:, K], ADDITIVE[drawn.rows[:, :K]]
     )
+
+
+def expected(queries, key):
+    drawn, logits, log_z = without_replacement(queries, key)
+    log_t = expected_threshold.log_time(queries, log_z, K)
+    return expected_threshold.credited(logits, log_t, ADDITIVE[drawn.rows])
 
 
 def swap_additive(queries, key):
@@ -226,6 +232,61 @@ def test_the_plug_ins_probabilities_sum_to_more_than_k():
     assert log_pi.exp().tolist() == pytest.approx(by_hand)
 
 
+@pytest.mark.parametrize("exact_items", [4 * K, 500])
+def test_expected_inclusions_sum_to_k_and_are_near_the_true_ones(exact_items):
+    """300 items, 9 of which matter: against inclusion counted over many draws."""
+    phi = torch.randn(500, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.5
+    log_z = torch.logsumexp(phi, 0)[None]
+    top = torch.topk(phi, exact_items).values[None]
+    k = 3
+    inclusion = expected_threshold.log_inclusion(phi[None], expected_threshold.log_time(top, log_z, k)).exp()[
+        0
+    ]
+    assert inclusion.sum().item() == pytest.approx(k, rel=0.02 if exact_items < 500 else 1e-6)
+    noise = -torch.log(-torch.log(torch.rand(MANY, 500, generator=torch.Generator().manual_seed(4))))
+    drawn = torch.topk(phi + noise, k, dim=1).indices
+    counted = torch.bincount(drawn.flatten(), minlength=500) / MANY
+    assert (inclusion - counted).abs().max() < 0.05
+    plug_in_sum = (1 - (1 - torch.softmax(phi, 0)) ** k).sum()  # what drawing with replacement would give
+    assert abs(inclusion.sum() - k) < abs(plug_in_sum - k)
+
+
+def test_the_expected_thresholds_gradient_is_implicit():
+    """Against finite differences of the solution found by bisection, the others' linear mass included."""
+    phi = torch.randn(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def log_t(every):
+        top = torch.topk(every, 8, dim=1).values
+        return expected_threshold.log_time(top, torch.logsumexp(every, dim=1), 3)
+
+    def bisection(every):
+        top, low = torch.topk(every, 8, dim=1).values, torch.full((2,), -20.0, dtype=torch.float64)
+        rest = torch.exp(every).sum(dim=1) - torch.exp(top).sum(dim=1)
+        high = -low
+        for _ in range(200):
+            middle = (low + high) / 2
+            passed = (1 - torch.exp(-torch.exp(top + middle[:, None]))).sum(dim=1) + rest * torch.exp(middle)
+            low, high = torch.where(passed < 3, middle, low), torch.where(passed < 3, high, middle)
+        return low
+
+    assert torch.allclose(log_t(phi), bisection(phi), atol=1e-9)
+    assert gradcheck(log_t, (phi.clone().requires_grad_(),))
+
+
+@pytest.mark.usefixtures("positive_rewards")
+def test_the_expected_threshold_is_less_biased_than_the_plug_in_and_quieter_than_unbiased_ones():
+    for spread in (0.3, 1.0):
+        ours, _ = cosine(expected, spread)
+        published, _ = cosine(plug_in(False), spread)
+        assert ours > published
+    phi = logits_of(1.0)
+    quiet, loud = (
+        updates(phi, expected).var(dim=0).sum(),
+        updates(phi, v_pg(additive_reward)).var(dim=0).sum(),
+    )
+    assert quiet < loud / 5
+
+
 @pytest.mark.usefixtures("positive_rewards")
 def test_variances_are_as_claimed():
     """Credit assignment reduces variance: swap and reward-to-go against V-PG; V-PG's grows with the spread of R."""
@@ -256,6 +317,9 @@ def test_extreme_scores_stay_finite(size, k):
             ca_pg.with_replacement(logits, log_z, reward[:, :k]),
             gumbel_threshold.pathwise(logits, every[:, k], drawn.perturbed[:, k], reward[:, :k]),
             swap.swap(logits, drawn.perturbed[:, k], swap.additive_gain(reward[:, :k], reward[:, k])),
+            expected_threshold.credited(
+                logits, expected_threshold.log_time(queries, log_z, k), reward[:, :k]
+            ),
             pl_rank.reward_to_go(logits, log_z, reward[:, :k]),
             pl_rank.pl_rank_3(logits, log_z, reward[:, :k], logits, reward[:, :k], place),
         ]
