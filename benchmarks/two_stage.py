@@ -87,8 +87,10 @@ def surrogate(
         source = torch.where(place == torch.arange(k), k, place)
         return swap.swap(logits[:, :k], perturbed[:, k], reward[:, None] - observed.gather(1, source))
     if method == "expected-threshold":
-        top = torch.topk(phi, min(4 * k, ACTIONS), dim=1).values
-        return expected_threshold.credited(logits[:, :k], expected_threshold.log_time(top, log_z, k), credit)
+        top = torch.topk(phi, 4 * k, dim=1)
+        rest = torch.logsumexp(phi.scatter(1, top.indices, -torch.inf), dim=1)
+        log_t = expected_threshold.log_time(top.values, rest, k)
+        return expected_threshold.credited(logits[:, :k], log_t, credit)
     best = torch.topk(phi.detach(), k, dim=1).indices
     is_best = rows[:, :k, None] == best[:, None]
     return ca_pg.plug_in(

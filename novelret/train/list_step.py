@@ -67,7 +67,10 @@ def list_losses(
     elif config.objective == "expected-threshold":
         most = min(_EXACT_PER_ITEM * k, len(items) - excluded.shape[1])
         top = items.top_k(embeddings, most, excluded)
-        log_t = expected_threshold.log_time(_logits(embeddings, items, top, tau), log_z, k)
+        rest = embeddings.new_full((len(queries),), -torch.inf)
+        if most < len(items) - excluded.shape[1]:
+            rest = items.log_partition(embeddings, tau, torch.cat([excluded, top], dim=1))
+        log_t = expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)
         losses = expected_threshold.credited(logits, log_t, credit)
     elif config.objective == "pl-rank":
         losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_z, credit, material, items, tau)

@@ -112,7 +112,7 @@ def threshold(queries, key):
 
 def expected(queries, key):
     drawn, logits, log_z = without_replacement(queries, key)
-    log_t = expected_threshold.log_time(queries, log_z, K)
+    log_t = expected_threshold.log_time(queries, torch.full_like(log_z, -torch.inf), K)
     return expected_threshold.credited(logits, log_t, ADDITIVE[drawn.rows])
 
 
@@ -234,14 +234,12 @@ def test_the_plug_ins_probabilities_sum_to_more_than_k():
 
 @pytest.mark.parametrize("exact_items", [4 * K, 500])
 def test_expected_inclusions_sum_to_k_and_are_near_the_true_ones(exact_items):
-    """300 items, 9 of which matter: against inclusion counted over many draws."""
+    """500 items: the sum is K, and each is near what many draws count."""
     phi = torch.randn(500, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.5
-    log_z = torch.logsumexp(phi, 0)[None]
-    top = torch.topk(phi, exact_items).values[None]
-    k = 3
-    inclusion = expected_threshold.log_inclusion(phi[None], expected_threshold.log_time(top, log_z, k)).exp()[
-        0
-    ]
+    k, top = 3, torch.topk(phi, exact_items)
+    rest = torch.logsumexp(phi.scatter(0, top.indices, -torch.inf), 0)[None]
+    log_t = expected_threshold.log_time(top.values[None], rest, k)
+    inclusion = expected_threshold.log_inclusion(phi[None], log_t).exp()[0]
     assert inclusion.sum().item() == pytest.approx(k, rel=0.02 if exact_items < 500 else 1e-6)
     noise = -torch.log(-torch.log(torch.rand(MANY, 500, generator=torch.Generator().manual_seed(4))))
     drawn = torch.topk(phi + noise, k, dim=1).indices
@@ -256,8 +254,9 @@ def test_the_expected_thresholds_gradient_is_implicit():
     phi = torch.randn(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
     def log_t(every):
-        top = torch.topk(every, 8, dim=1).values
-        return expected_threshold.log_time(top, torch.logsumexp(every, dim=1), 3)
+        top = torch.topk(every, 8, dim=1)
+        rest = torch.logsumexp(every.scatter(1, top.indices, -torch.inf), dim=1)
+        return expected_threshold.log_time(top.values, rest, 3)
 
     def bisection(every):
         top, low = torch.topk(every, 8, dim=1).values, torch.full((2,), -20.0, dtype=torch.float64)
@@ -271,6 +270,18 @@ def test_the_expected_thresholds_gradient_is_implicit():
 
     assert torch.allclose(log_t(phi), bisection(phi), atol=1e-9)
     assert gradcheck(log_t, (phi.clone().requires_grad_(),))
+
+
+def test_a_peaked_policy_keeps_what_rings_late():
+    """One item holds all of the mass that float32 can see; K − 1 of the list come from the others all the same."""
+    phi = torch.cat([torch.full((1, 1), 60.0), torch.zeros(1, 999)], dim=1)
+    top = torch.topk(phi, 8, dim=1)
+    rest = torch.logsumexp(phi.scatter(1, top.indices, -torch.inf), dim=1)
+    inclusion = expected_threshold.log_inclusion(phi, expected_threshold.log_time(top.values, rest, 3)).exp()[
+        0
+    ]
+    assert inclusion[0] == 1
+    assert inclusion[1:].tolist() == pytest.approx([2 / 999] * 999, rel=0.01)
 
 
 @pytest.mark.usefixtures("positive_rewards")
@@ -307,6 +318,7 @@ def test_extreme_scores_stay_finite(size, k):
         every = queries.gather(1, drawn.rows)
         logits, log_z = every[:, :k], log_partition(queries, items, 1.0)
         reward = ADDITIVE.float()[drawn.rows]
+        none = torch.full_like(log_z, -torch.inf)
         top = torch.topk(queries.detach(), k, dim=1).indices
         is_top = drawn.rows[:, :k, None] == top[:, None, :]
         place = torch.arange(k).expand(8, -1)
@@ -317,9 +329,7 @@ def test_extreme_scores_stay_finite(size, k):
             ca_pg.with_replacement(logits, log_z, reward[:, :k]),
             gumbel_threshold.pathwise(logits, every[:, k], drawn.perturbed[:, k], reward[:, :k]),
             swap.swap(logits, drawn.perturbed[:, k], swap.additive_gain(reward[:, :k], reward[:, k])),
-            expected_threshold.credited(
-                logits, expected_threshold.log_time(queries, log_z, k), reward[:, :k]
-            ),
+            expected_threshold.credited(logits, expected_threshold.log_time(queries, none, k), reward[:, :k]),
             pl_rank.reward_to_go(logits, log_z, reward[:, :k]),
             pl_rank.pl_rank_3(logits, log_z, reward[:, :k], logits, reward[:, :k], place),
         ]

@@ -17,17 +17,16 @@ from torch import Tensor
 _NEWTON_STEPS = 40
 
 
-def log_time(top_logits: Tensor, log_z: Tensor, k: int) -> Tensor:
+def log_time(top_logits: Tensor, log_rest: Tensor, k: int) -> Tensor:
     """Logarithm of t, (B,), with its gradient in the scores (implicit differentiation).
 
     Args:
         top_logits: (B, M) the highest scores φ, M > K. The others' clocks ring rarely within t, so that
             1 − exp(−t e^φ) is t e^φ for them and their total mass is enough.
-        log_z: (B,) log-partition of all items.
+        log_rest: (B,) log-partition of the others alone, −inf where there are none. Not to be had as a
+            difference: a peaked policy leaves of it nothing but rounding, and clocks that ring late matter.
         k: K.
     """
-    # What the other items weigh together; no less than nothing, however sums are rounded.
-    log_rest = log_z + torch.log1p(-torch.exp(torch.logsumexp(top_logits, dim=1) - log_z).clamp(max=1 - 1e-7))
 
     def passed(log_t: Tensor, top: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         rates = torch.exp((top + log_t[:, None]).clamp(max=30))
@@ -35,6 +34,7 @@ def log_time(top_logits: Tensor, log_z: Tensor, k: int) -> Tensor:
         return -torch.expm1(-rates).sum(dim=1) + mass - k, (rates * torch.exp(-rates)).sum(dim=1) + mass
 
     with torch.no_grad():
+        log_z = torch.logaddexp(torch.logsumexp(top_logits, dim=1), log_rest)
         log_t = torch.log(torch.full_like(log_z, float(k))) - log_z  # never beyond the solution
         for _ in range(_NEWTON_STEPS):
             excess, slope = passed(log_t, top_logits, log_rest)
