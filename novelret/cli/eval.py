@@ -21,7 +21,11 @@ from novelret.cli.options import (
     IgnoreIdenticalOption,
     IndexesOption,
     JsonOption,
+    MaxCostOption,
+    PriceOption,
+    PromptOption,
     QuietOption,
+    StoreOption,
     joined,
     reporter,
     show_result,
@@ -65,18 +69,14 @@ def evaluate(
     missing: Annotated[
         str, typer.Option(help="A pair that the judgement file does not list is unknown or irrelevant.")
     ] = "unknown",
-    prompt: Annotated[
-        str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
-    ] = "query-document",
-    store: Annotated[
-        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
-    ] = None,
+    prompt: PromptOption = "query-document",
+    store: StoreOption = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the judge would be asked and its cost; send nothing.")
     ] = False,
-    max_cost: Annotated[float | None, typer.Option(help="Stop asking before so many dollars.")] = None,
+    max_cost: MaxCostOption = None,
     max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
-    price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
+    price: PriceOption = None,
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     k: Annotated[str, typer.Option(help="Cuts of the lists.")] = "10,20,50",
     human: Annotated[

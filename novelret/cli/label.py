@@ -17,7 +17,9 @@ from novelret.cli.options import (
     IgnoreIdenticalOption,
     IndexOption,
     JsonOption,
+    PromptOption,
     QuietOption,
+    StoreOption,
     reporter,
     show_result,
 )
@@ -69,9 +71,7 @@ def label(
     missing: Annotated[
         str, typer.Option(help="A pair that the file does not list is unknown or irrelevant.")
     ] = "unknown",
-    prompt: Annotated[
-        str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
-    ] = "query-document",
+    prompt: PromptOption = "query-document",
     answer: Annotated[
         str | None, typer.Option(help="Read answers as word, tag, grade or json, over the prompt's own way.")
     ] = None,
@@ -85,9 +85,7 @@ def label(
     retry_unusable: Annotated[
         bool, typer.Option("--retry-unusable", help="Ask again where the stored answer cannot be read.")
     ] = False,
-    store: Annotated[
-        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
-    ] = None,
+    store: StoreOption = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be asked and its cost; send nothing.")
     ] = False,

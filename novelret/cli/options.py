@@ -100,6 +100,17 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace an existing output, once the new is whole.")
 ]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", help="query-keyword, query-document, user-product or a YAML file.")
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Judgement store. (default: NOVELRET_STORE, else the user's cache)"),
+]
+MaxCostOption = Annotated[
+    float | None, typer.Option("--max-cost", help="Stop asking before so many dollars.")
+]
+PriceOption = Annotated[str | None, typer.Option("--price", help="INPUT,OUTPUT dollars per million tokens.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 DataOption = Annotated[
     str,

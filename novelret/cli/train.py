@@ -18,7 +18,11 @@ from novelret.cli.options import (
     IgnoreIdenticalOption,
     IndexesOption,
     JsonOption,
+    MaxCostOption,
+    PriceOption,
+    PromptOption,
     QuietOption,
+    StoreOption,
     joined,
     reporter,
     show_result,
@@ -109,15 +113,11 @@ def train(
     missing: Annotated[
         str, typer.Option(help="A pair that the judge's file does not list is unknown or irrelevant.")
     ] = "unknown",
-    prompt: Annotated[
-        str, typer.Option(help="query-keyword, query-document, user-product or a YAML file.")
-    ] = "query-document",
-    store: Annotated[
-        Path | None, typer.Option(help="Judgement store. (default: NOVELRET_STORE, else the user's cache)")
-    ] = None,
+    prompt: PromptOption = "query-document",
+    store: StoreOption = None,
     max_judgements: Annotated[int | None, typer.Option(help="Ask at most so many questions.")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Stop asking before so many dollars.")] = None,
-    price: Annotated[str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens.")] = None,
+    max_cost: MaxCostOption = None,
+    price: PriceOption = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of queries held back.")] = 0.1,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between validations. (default: steps / 10)")

@@ -6,7 +6,6 @@ Qrels have four columns: topic, iteration, document, relevance.
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from novelret.convert.collections import Part, Rows, write_collection
 from novelret.convert.msmarco import read_two_columns
 from novelret.convert.writer import Converted, converted, open_writer
-from novelret.data.source import read_lines
+from novelret.data.source import read_jsonl, read_lines
 from novelret.errors import UserError
 from novelret.progress import Reporter
 
@@ -110,14 +109,7 @@ def _blocks(path: Path, tag: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_json(path: Path) -> Rows:
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for where, row in read_jsonl(path, "a JSON object"):
         identity = next((row[name] for name in ("_id", "id", "docno", "docid") if row.get(name)), None)
         if identity is None:
             raise UserError(f"{where}: no id, _id, docno or docid")

@@ -60,7 +60,7 @@ def read_part(data: str, part: str) -> Iterator[Row]:
         yield from read_hub_part(data, part)
         return
     path = _part_file(data, part)
-    yield from _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    yield from _read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
 
 
 def read_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
@@ -163,7 +163,12 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path, expected: str = "a JSON object with _id and text") -> Iterator[Row]:
+    """(where, object) of every line.
+
+    Raises:
+        UserError: a line is not JSON, or no object; `expected` says what it should be.
+    """
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         try:
@@ -171,7 +176,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object with _id and text, found {type(row).__name__}")
+            raise UserError(f"{where}: expected {expected}, found {type(row).__name__}")
         yield where, row
 
 

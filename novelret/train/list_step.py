@@ -55,6 +55,9 @@ def list_losses(
         else:
             losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])
         return losses, rewards[:, :k]
+    if config.objective == "expected-threshold":
+        log_t = _expected_time(embeddings, items, excluded, tau, k)
+        return expected_threshold.credited(logits, log_t, credit), rewards
     log_z = items.log_partition(embeddings, tau, excluded)
     if config.objective == "reinforce":
         losses = reinforce.item_wise(logits, log_z, credit)
@@ -64,14 +67,6 @@ def list_losses(
         losses = reinforce.top_k_with_replacement(logits, log_z, credit.sum(dim=1))
     elif config.objective == "ca-pg-swr":
         losses = ca_pg.with_replacement(logits, log_z, credit)
-    elif config.objective == "expected-threshold":
-        most = min(_EXACT_PER_ITEM * k, len(items) - excluded.shape[1])
-        top = items.top_k(embeddings, most, excluded)
-        rest = embeddings.new_full((len(queries),), -torch.inf)
-        if most < len(items) - excluded.shape[1]:
-            rest = items.log_partition(embeddings, tau, torch.cat([excluded, top], dim=1))
-        log_t = expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)
-        losses = expected_threshold.credited(logits, log_t, credit)
     elif config.objective == "pl-rank":
         losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_z, credit, material, items, tau)
     else:
@@ -91,6 +86,17 @@ def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> np.ndarra
     drawn = rows.cpu().numpy()
     repeated = np.repeat(queries, drawn.shape[1])
     return material.rewards(repeated, drawn.ravel()).reshape(drawn.shape)
+
+
+def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:
+    """When K clocks have rung on average: the top items one by one, the others by their mass."""
+    available = len(items) - excluded.shape[1]
+    most = min(_EXACT_PER_ITEM * k, available)
+    top = items.top_k(embeddings, most, excluded)
+    rest = embeddings.new_full((len(embeddings),), -torch.inf)
+    if most < available:
+        rest = items.log_partition(embeddings, tau, torch.cat([excluded, top], dim=1))
+    return expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)
 
 
 def _pl_rank(
