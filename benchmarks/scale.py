@@ -159,7 +159,7 @@ def main() -> None:
         ("label", "labels", [*novelret, "label", *common, *judged, "--depth", str(DEPTH)]),
         ("train", "model", [
             *novelret, "train", *common, "--labels", str(out / "labels"), "--tune", "adapter",
-            "--alpha", "0.25", "--beta", "0.5", "--gamma", "0.25", "--depth", str(DEPTH),
+            "--alpha", "0.25", "--gamma", "0.25", "--depth", str(DEPTH),
             "--steps", str(given.steps), "--eval-every", str(max(1, given.steps // 4)),
             "--validation-fraction", "0.02", "--log-every", "20",
         ]),

@@ -82,7 +82,7 @@ def against_sentence_transformers(options: argparse.Namespace, folder: Path) -> 
         return time.perf_counter() - began
 
     def ours(steps: int, alpha: float) -> float:
-        settings = config(options, steps=steps, tune="full", alpha=alpha, beta=0.5 - alpha)
+        settings = config(options, steps=steps, tune="full", alpha=alpha, gamma=0.5)
         began = time.perf_counter()
         train_model(settings, folder / "ours", force=True)
         return time.perf_counter() - began
@@ -153,7 +153,7 @@ def overhead(options: argparse.Namespace, folder: Path) -> None:
         torch.optim.AdamW.step = timed("encoder", torch.optim.AdamW.step)
         steps = 10 if tune == "full" else 200
         train_model(
-            config(options, tune=tune, alpha=alpha, beta=0.5 - alpha, steps=steps),
+            config(options, tune=tune, alpha=alpha, gamma=0.5, steps=steps),
             folder / "over",
             force=True,
         )

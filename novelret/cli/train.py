@@ -36,7 +36,7 @@ EXAMPLES = """
   novelret train --data my-data --split train --index runs/index --labels runs/labels --objective pg-ret
       --tune adapter --out runs/pg-ret
 
-  novelret train --data my-data --index runs/index --labels runs/labels --alpha 0.25 --beta 0.25
+  novelret train --data my-data --index runs/index --labels runs/labels --alpha 0.25
       --judge openai:gpt-4o-mini --max-cost 20 --out runs/pg-ret
 
   torchrun --nproc-per-node 4 -m novelret train --data my-data --index runs/index --labels runs/labels
@@ -70,9 +70,9 @@ def train(
         str | None, typer.Option(help="MODEL to start from instead of the deployed query encoder.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
-    batch_size: Annotated[int, typer.Option(help="States per step.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Queries encoded per step.")] = 128,
     micro_batch: Annotated[
-        int | None, typer.Option(help="States per forward pass, if a batch does not fit; same result.")
+        int | None, typer.Option(help="Queries encoded at a time, if a batch does not fit; same result.")
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter)")
@@ -84,13 +84,19 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping.")] = 1.0,
     alpha: Annotated[float, typer.Option(help="Share of states drawn from the current policy.")] = 0.0,
-    beta: Annotated[float, typer.Option(help="Share drawn from the base model's novel ranks.")] = 0.5,
-    gamma: Annotated[float, typer.Option(help="Share of feedback pairs.")] = 0.5,
+    gamma: Annotated[
+        float, typer.Option(help="Share of feedback pairs; the rest comes from the base model's novel ranks.")
+    ] = 0.3,
     draw: Annotated[
-        str, typer.Option(help="Base states: labelled (those with a reward) or plain (any rank).")
-    ] = "labelled",
+        str,
+        typer.Option(
+            help="Base states: queries (each with all its positive states), states (one each) or plain (any "
+            "query and rank)."
+        ),
+    ] = "queries",
+    per_query: Annotated[int, typer.Option(help="With --draw queries, most states a query.")] = 32,
     negative_share: Annotated[
-        float, typer.Option(help="Share of labelled states drawn with a reward below 0.")
+        float, typer.Option(help="Share of base states drawn with a reward below 0.")
     ] = 0.0,
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     depth: Annotated[int, typer.Option(help="Deepest base rank that states are drawn from.")] = 400,
@@ -99,8 +105,8 @@ def train(
         int, typer.Option(help="Top base items among the negatives of supervised-judged.")
     ] = 0,
     list_size: Annotated[int, typer.Option(help="K: items that a list objective draws per query.")] = 50,
-    window: Annotated[float, typer.Option(help="boundary contrasts with base ranks (1 ± window) L.")] = 0.2,
-    temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.05,
+    window: Annotated[float, typer.Option(help="boundary contrasts with base ranks (1 ± window) L.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.03,
     sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,
     support: Annotated[
         int | None,

@@ -21,6 +21,7 @@ LIST_OBJECTIVES = (
 OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
 TUNES = ("full", "lora", "adapter")
+DRAWS = ("queries", "states", "plain")
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3}
 
@@ -47,19 +48,19 @@ class TrainConfig:
         lora_rank: rank of the LoRA matrices.
         init: MODEL folder to start from instead of the deployed query encoder.
         steps: optimizer steps.
-        batch_size: states per step.
-        micro_batch: states per forward pass; the loss does not depend on it.
+        batch_size: forward passes of the query encoder per step.
+        micro_batch: queries encoded at a time; the loss does not depend on it.
         learning_rate: peak learning rate; by default one per `tune`.
         schedule: how the learning rate falls after the warm-up: "linear" or "cosine" to 0, or "constant".
         warmup: share of the steps over which the learning rate rises.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         alpha: share of states drawn from the current policy over the whole catalog (PG-Ret, §4.3).
-        beta: share drawn from the base model's ranks beyond L.
-        gamma: share of feedback pairs; alpha + beta + gamma = 1.
-        draw: how base states are drawn: "labelled" from the labelled ones whose reward is not 0,
-            "plain" uniformly over ranks, as published.
-        negative_share: with draw="labelled", share of states with reward < 0 where there are any.
+        gamma: share of feedback pairs; the rest, β = 1 − α − γ, is drawn from the base model's ranks beyond L.
+        draw: how base states are drawn: "queries" with all their labelled states of positive reward at once,
+            "states" one such state a forward pass, "plain" any query and rank, labelled or not, as published.
+        per_query: with draw="queries", most states a query.
+        negative_share: but for draw="plain", share of base states with reward < 0 where there are any.
         base_depth: L, the deployed list's length: items beyond it are novel.
         depth: deepest base rank that states are drawn from.
         negatives: M, the base model's top items that "aggressive" contrasts with.
@@ -111,17 +112,17 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     alpha: float = 0.0
-    beta: float = 0.5
-    gamma: float = 0.5
-    draw: str = "labelled"
+    gamma: float = 0.3
+    draw: str = "queries"
+    per_query: int = 32
     negative_share: float = 0.0
     base_depth: int = 50
     depth: int = 400
     negatives: int = 5
     hard_negatives: int = 0
     list_size: int = 50
-    window: float = 0.2
-    temperature: float = 0.05
+    window: float = 0.8
+    temperature: float = 0.03
     sampling_temperature: float = 0.05
     support: int | None = None
     judge: str | None = None
@@ -148,6 +149,11 @@ class TrainConfig:
     def indexes(self) -> tuple[str, ...]:
         """All INDEX folders; the first is the one that is finetuned against."""
         return (self.index,) if isinstance(self.index, str) else tuple(self.index)
+
+    @property
+    def beta(self) -> float:
+        """Share of states drawn from the base model's ranks beyond L."""
+        return round(1 - self.alpha - self.gamma, 9)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -184,13 +190,14 @@ def _check_choices(config: TrainConfig) -> None:
     _one_of("--loss", config.loss, LOSSES)
     _one_of("--tune", config.tune, TUNES)
     _one_of("--schedule", config.schedule, SCHEDULES)
-    _one_of("--draw", config.draw, ("labelled", "plain"))
+    _one_of("--draw", config.draw, DRAWS)
     _one_of("--precision", config.precision, ("fp32", "bf16", "fp16"))
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    at_least_one = ("steps", "batch_size", "negatives", "list_size", "base_depth", "log_every", "lora_rank")
-    for name in (*at_least_one, "micro_batch", "eval_every", "support", "max_judgements"):
+    sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
+    optional = ("micro_batch", "eval_every", "support", "max_judgements")
+    for name in (*sizes, "log_every", *optional):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{_flag(name)} {value}: must be at least 1")
@@ -200,10 +207,9 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("temperature", "sampling_temperature", "peak_learning_rate"):
         if not getattr(config, name) > 0:
             raise UserError(f"{_flag(name)} {getattr(config, name)}: must be above 0")
-    shares = (config.alpha, config.beta, config.gamma)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if min(config.alpha, config.gamma, config.beta) < 0:
         raise UserError(
-            f"--alpha {shares[0]} --beta {shares[1]} --gamma {shares[2]}: must sum to 1, none below 0"
+            f"--alpha {config.alpha} --gamma {config.gamma}: neither may be below 0, nor their sum above 1"
         )
     if not 0 <= config.validation_fraction < 1:
         raise UserError(f"--validation-fraction {config.validation_fraction}: must be from 0 to below 1")

@@ -175,7 +175,7 @@ class _States:
         batch = draw_batch(run.material, run.config, step)
         if not _has_policy_states(batch, run.config):
             return batch
-        mine = run.processes.share(len(batch.queries))
+        mine = batch.states_of(run.processes.share(run.config.batch_size))
         places = mine[batch.sources[mine] == POLICY]
         with torch.no_grad():
             batch = _draw_from_policy(run, batch, _embed(run, batch.queries[places]), places, step)
@@ -252,17 +252,19 @@ def _step(
     if size >= most and run.judging is None:
         # One forward pass serves both to draw from the policy and to train it.
         batch = draw_batch(run.material, config, step)
-        embeddings = _embed(run, batch.queries[mine])
+        embeddings = _embed(run, batch.queries_of(mine))
         if _has_policy_states(batch, config):
-            chosen = np.flatnonzero(batch.sources[mine] == POLICY)
+            states_here = batch.states_of(mine)
+            places = states_here[batch.sources[states_here] == POLICY]
+            chosen = np.searchsorted(mine, batch.passes[places])
             detached = embeddings.detach()[torch.from_numpy(chosen)]
-            batch = _draw_from_policy(run, batch, detached, mine[chosen], step)
+            batch = _draw_from_policy(run, batch, detached, places, step)
     else:
         batch = states.at(step)
     for start in range(0, most, size):
         here = mine[start : start + size]
         if embeddings is None or start:
-            embeddings = _embed(run, batch.queries[here])
+            embeddings = _embed(run, batch.queries_of(here))
         part = batch_loss(embeddings, here, batch, run.material, config, run.items, step)
         if part.loss.requires_grad:
             scaler.scale(part.loss).backward()
@@ -327,7 +329,7 @@ class _Labelled:
         if not self.is_told and self.known < _LEAST_LABELLED * self.drawn:
             run.report.warn(
                 f"only {self.known / self.drawn:.2%} of the sampled states have a label; the others teach "
-                "nothing. Label more of what is drawn, draw from labelled states (--draw labelled), or pass "
+                "nothing. Label more of what is drawn, draw what is labelled (--draw queries), or pass "
                 "--judge"
             )
         self.is_told = True

@@ -34,8 +34,9 @@ class Material:
         pool: (Q, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
         labels: verdicts by (query row, catalog row).
         reward: the reward function.
-        positives: (P, 2) int64 labelled states (query row, item row) with reward > 0.
-        negatives: (P', 2) int64 labelled states with reward < 0.
+        positives: (P, 2) int64 labelled states (query row, item row) with reward > 0, ascending.
+        negatives: (P', 2) int64 labelled states with reward < 0, ascending.
+        promising: (F,) int64 queries that have a positive state, ascending.
     """
 
     split: Split
@@ -46,6 +47,7 @@ class Material:
     reward: RewardFunction
     positives: np.ndarray
     negatives: np.ndarray
+    promising: np.ndarray
 
     def in_base(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether each item is in its query's T_L; bool, one per pair."""
@@ -69,36 +71,49 @@ class Material:
 
     def rewarded_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labelled items of queries with a reward: (b, M) rows, −1 padded, and their rewards, 0 padded."""
-        found = []
-        for states in (self.positives, self.negatives):
-            first, last = (np.searchsorted(states[:, 0], queries, side) for side in ("left", "right"))
-            places = first[:, None] + np.arange(max(0, int((last - first).max(initial=0))))[None]
-            inside = places < last[:, None]
-            rows = np.full(places.shape, -1, dtype=np.int64)
-            rows[inside] = states[places[inside], 1]
-            found.append(rows)
-        rows = np.concatenate(found, axis=1)
+        rows = np.concatenate([_items_of(part, queries) for part in (self.positives, self.negatives)], axis=1)
         rewards = np.zeros(rows.shape, dtype=np.float32)
         query, column = np.nonzero(rows >= 0)
         rewards[query, column] = self.rewards(queries[query], rows[query, column])
         return rows, rewards
 
 
+def _items_of(states: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The items that ascending (query, item) states name for each query: (b, M) rows, −1 padded."""
+    first, last = (np.searchsorted(states[:, 0], queries, side) for side in ("left", "right"))
+    places = first[:, None] + np.arange(max(0, int((last - first).max(initial=0))))[None]
+    inside = places < last[:, None]
+    rows = np.full(places.shape, -1, dtype=np.int64)
+    rows[inside] = states[places[inside], 1]
+    return rows
+
+
 @dataclass(frozen=True)
 class Batch:
-    """States of one step.
+    """States of one step: `batch_size` forward passes of the query encoder, each of which serves some.
 
     Attributes:
-        queries: (B,) int64 query rows.
-        items: (B,) int64 catalog rows; −1 for policy states until they are drawn.
-        sources: (B,) int8, FEEDBACK, BASE or POLICY.
-        rewards: (B,) float32; NaN where the label is unknown.
+        queries: (S,) int64 query rows.
+        items: (S,) int64 catalog rows; −1 for policy states until they are drawn.
+        sources: (S,) int8, FEEDBACK, BASE or POLICY.
+        rewards: (S,) float32; NaN where the label is unknown.
+        passes: (S,) int64, the state's forward pass, ascending from 0 to batch_size − 1.
     """
 
     queries: np.ndarray
     items: np.ndarray
     sources: np.ndarray
     rewards: np.ndarray
+    passes: np.ndarray
+
+    def queries_of(self, passes: np.ndarray) -> np.ndarray:
+        """The query rows that forward passes are over."""
+        found: np.ndarray = self.queries[np.searchsorted(self.passes, passes)]
+        return found
+
+    def states_of(self, passes: np.ndarray) -> np.ndarray:
+        """Positions of the states that these ascending passes serve; int64, ascending."""
+        return np.flatnonzero(np.isin(self.passes, passes))
 
 
 def gather_material(
@@ -115,14 +130,17 @@ def gather_material(
     """
     none = np.empty((0, 2), dtype=np.int64)
     pool = base_rows[:, :base_depth] if pool is None else pool
-    material = Material(split, base_rows, base_depth, pool, labels, reward, none, none)
+    material = Material(split, base_rows, base_depth, pool, labels, reward, none, none, none[:, 0])
     positives, negatives = [none], [none]
     for start in range(0, len(labels), _CHUNK):
         states = np.stack(np.divmod(labels.keys[start : start + _CHUNK], labels.catalog_size), axis=1)
         rewards = material.rewards(states[:, 0], states[:, 1])
         positives.append(states[rewards > 0])
         negatives.append(states[rewards < 0])
-    return replace(material, positives=np.concatenate(positives), negatives=np.concatenate(negatives))
+    found = np.concatenate(positives)
+    return replace(
+        material, positives=found, negatives=np.concatenate(negatives), promising=np.unique(found[:, 0])
+    )
 
 
 def with_more_labels(material: Material, more: LabelTable) -> Material:
@@ -152,22 +170,24 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     n_policy, n_base = round(alpha * config.batch_size), round(beta * config.batch_size)
     parts = [_draw_feedback(material, config, step, config.batch_size - n_policy - n_base)]
     if n_base:
-        draw = _draw_labelled if config.draw == "labelled" else _draw_plain
-        parts.append(draw(material, config, step, n_base))
+        parts += _DRAWS[config.draw](material, config, step, n_base)
     if n_policy:
-        parts.append(_draw_queries(material, config, step, n_policy))
-    queries, items, sources = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        parts.append(_draw_policy(material, config, step, n_policy))
+    queries, items, sources, starts = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     rewards = np.full(len(queries), np.nan, dtype=np.float32)
     known = items >= 0
     rewards[known] = material.rewards(queries[known], items[known])
-    return Batch(queries, items, sources, rewards)
+    return Batch(queries, items, sources, rewards, np.cumsum(starts) - 1)
 
 
-_Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _states(queries: np.ndarray, items: np.ndarray, source: int) -> _Part:
-    return queries.astype(np.int64), items.astype(np.int64), np.full(len(queries), source, dtype=np.int8)
+def _states(queries: np.ndarray, items: np.ndarray, source: int, starts: np.ndarray | None = None) -> _Part:
+    """States of one source; `starts` says which begin a forward pass, by default all do."""
+    sources = np.full(len(queries), source, dtype=np.int8)
+    starts = np.ones(len(queries), dtype=np.int64) if starts is None else starts.astype(np.int64)
+    return queries.astype(np.int64), items.astype(np.int64), sources, starts
 
 
 def _draw_feedback(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
@@ -176,35 +196,68 @@ def _draw_feedback(material: Material, config: TrainConfig, step: int, count: in
     return _states(split.feedback_queries[chosen], split.feedback_items[chosen], FEEDBACK)
 
 
-def _draw_labelled(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
-    positives, negatives = material.positives, material.negatives
-    if len(positives) == 0:
+def _draw_queries(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+    """Queries with a positive state, each with all of these states, or `per_query` of them at random.
+
+    A forward pass of the query encoder is what a step costs, and it serves any number of items.
+    """
+    negatives = _draw_negatives(material, config, step, count)
+    count -= sum(len(part[0]) for part in negatives)
+    _check_positives(material)
+    chosen = shuffled(len(material.promising), count, step, (config.seed, BASE, 1))
+    queries = material.promising[chosen]
+    rows = _items_of(material.positives, queries)
+    generator = np.random.default_rng((config.seed, BASE, 2, step))
+    order = np.where(rows >= 0, generator.random(rows.shape), 2.0).argsort(axis=1)[:, : config.per_query]
+    rows = np.take_along_axis(rows, order, axis=1)
+    place, column = np.nonzero(rows >= 0)
+    return [_states(queries[place], rows[place, column], BASE, column == 0), *negatives]
+
+
+def _draw_states(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+    """One labelled state for each forward pass."""
+    negatives = _draw_negatives(material, config, step, count)
+    count -= sum(len(part[0]) for part in negatives)
+    _check_positives(material)
+    positives = material.positives
+    chosen = positives[shuffled(len(positives), count, step, (config.seed, BASE, 1))]
+    return [_states(chosen[:, 0], chosen[:, 1], BASE), *negatives]
+
+
+def _draw_negatives(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+    count = round(config.negative_share * count)
+    if not count or not len(material.negatives):
+        return []
+    less = material.negatives[shuffled(len(material.negatives), count, step, (config.seed, BASE, -1))]
+    return [_states(less[:, 0], less[:, 1], BASE)]
+
+
+def _check_positives(material: Material) -> None:
+    if len(material.positives) == 0:
         raise UserError(
             "no labelled state has a positive reward: no relevant item beyond rank "
             f"{material.base_depth} is known; label deeper base ranks (`label --depth`) or more queries"
         )
-    n_negative = round(config.negative_share * count) if len(negatives) else 0
-    chosen = positives[shuffled(len(positives), count - n_negative, step, (config.seed, BASE, 1))]
-    if n_negative:
-        less = negatives[shuffled(len(negatives), n_negative, step, (config.seed, BASE, -1))]
-        chosen = np.concatenate([chosen, less])
-    return _states(chosen[:, 0], chosen[:, 1], BASE)
 
 
-def _draw_queries(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
-    """Queries for policy draws; list objectives spend theirs on queries that have something to find."""
-    generator = np.random.default_rng((config.seed, POLICY, step))
-    pool = np.arange(len(material.split))
-    if config.objective in LIST_OBJECTIVES and config.draw == "labelled" and len(material.positives):
-        pool = np.unique(material.positives[:, 0])
-    return _states(generator.choice(pool, size=count), np.full(count, -1), POLICY)
-
-
-def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
+def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+    """Any query and any rank beyond L, as published."""
     generator = np.random.default_rng((config.seed, BASE, step))
     queries = generator.integers(len(material.split), size=count)
     ranks = generator.integers(material.base_depth, material.base_rows.shape[1], size=count)
-    return _states(queries, material.base_rows[queries, ranks], BASE)
+    return [_states(queries, material.base_rows[queries, ranks], BASE)]
+
+
+_DRAWS = {"queries": _draw_queries, "states": _draw_states, "plain": _draw_plain}
+
+
+def _draw_policy(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
+    """Queries for policy draws; list objectives spend theirs on queries that have something to find."""
+    generator = np.random.default_rng((config.seed, POLICY, step))
+    pool = np.arange(len(material.split))
+    if config.objective in LIST_OBJECTIVES and config.draw != "plain" and len(material.promising):
+        pool = material.promising
+    return _states(generator.choice(pool, size=count), np.full(count, -1), POLICY)
 
 
 def shuffled(total: int, count: int, step: int, stream: tuple[int, ...]) -> np.ndarray:

@@ -78,8 +78,8 @@ def batch_loss(
 
     Args:
         embeddings: (b, d) query embeddings of `here`, with gradient.
-        here: (b,) int64, which examples of the batch these are. Where processes share the catalog, all have
-            to make the same number of calls, if need be with no example.
+        here: (b,) int64, ascending, which forward passes of the batch these are. Where processes share the
+            catalog, all have to make the same number of calls, if need be with none.
         batch: the whole batch. A list objective writes the mean known reward of each list it draws into
             `batch.rewards`.
         material: lists and labels.
@@ -89,19 +89,21 @@ def batch_loss(
     """
     infonce = _is_pair(batch, config)
     weights = _weights(batch, infonce, config)
+    here, passes = batch.states_of(here), here
+    place = np.searchsorted(passes, batch.passes[here])
     feedback = embeddings.new_zeros(())
     states = embeddings.new_zeros(())
     rewards = batch.rewards[here[~infonce[here]]]
     is_pair, is_state = infonce[here], ~infonce[here] & (weights[here] > 0)
     of_pairs, of_states = here[is_pair], here[is_state]
     if len(of_pairs):
-        chosen = embeddings[torch.from_numpy(np.flatnonzero(is_pair))]
+        chosen = embeddings[torch.from_numpy(place[is_pair])]
         losses = _pair_losses(chosen, of_pairs, batch, infonce, material, config, items)
         feedback = (losses * losses.new_tensor(weights[of_pairs])).sum()
     # Losses that pass over the catalog are computed by all processes together.
     together = config.objective in LIST_OBJECTIVES or config.loss == "inclusion"
     if len(of_states) or (items.shard is not None and together and not infonce.all()):
-        chosen = embeddings[torch.from_numpy(np.flatnonzero(is_state))]
+        chosen = embeddings[torch.from_numpy(place[is_state])]
         if config.objective in LIST_OBJECTIVES:
             key = Key(config.seed, step, torch.from_numpy(of_states).to(embeddings.device))
             losses, rewards = list_losses(chosen, batch.queries[of_states], material, items, config, key)
@@ -151,9 +153,11 @@ def _pair_losses(
 ) -> Tensor:
     columns = np.flatnonzero(infonce)
     others = batch.items[columns]
-    known = material.known_relevant(batch.queries[pairs][:, None], others[None, :])
+    _, leader, group = np.unique(batch.passes[pairs], return_index=True, return_inverse=True)
+    known = material.known_relevant(batch.queries[pairs[leader]][:, None], others[None, :])[group]
     known |= batch.items[pairs][:, None] == others[None, :]
-    scores = embeddings @ items.rows(torch.from_numpy(others), embeddings).T
+    of_leader = embeddings[torch.from_numpy(leader)]
+    scores = (of_leader @ items.rows(torch.from_numpy(others), embeddings).T)[torch.from_numpy(group)]
     if config.objective == "supervised-judged" and config.hard_negatives:
         hard = material.base_rows[batch.queries[pairs], : config.hard_negatives]
         vectors = items.rows(torch.from_numpy(np.maximum(hard, 0)), embeddings)
@@ -177,17 +181,20 @@ def _state_losses(
     if config.loss == "inclusion":
         return _inclusion_losses(embeddings, queries, chosen, reward, material, config, items)
     first, last = negative_ranks(config)
-    negatives = material.base_rows[queries, first:last]
-    every = np.maximum(np.concatenate([chosen[:, None], negatives], axis=1), 0)
-    vectors = items.rows(torch.from_numpy(every), embeddings)
-    scores = torch.einsum("sd,snd->sn", embeddings, vectors)
-    score, negative_scores = scores[:, 0], scores[:, 1:]
+    # States of one query share its negatives: gathered and scored once.
+    _, leader, group = np.unique(batch.passes[states], return_index=True, return_inverse=True)
+    negatives = material.base_rows[queries[leader], first:last]
+    negative_vectors = items.rows(torch.from_numpy(np.maximum(negatives, 0)), embeddings)
+    of_leader = embeddings[torch.from_numpy(leader)]
+    negative_scores = torch.einsum("sd,snd->sn", of_leader, negative_vectors)[torch.from_numpy(group)]
+    score = (embeddings * items.rows(torch.from_numpy(chosen), embeddings)).sum(dim=1)
     if config.loss == "conservative":
         return pg_ret.conservative(score, negative_scores, reward)
-    mask = (negatives != chosen[:, None]) & (negatives >= 0)
+    mask = negatives >= 0
     if config.loss == "boundary":
         # What is known to be relevant is no item to be displaced.
-        mask &= ~material.known_relevant(queries[:, None], negatives)
+        mask &= ~material.known_relevant(queries[leader][:, None], negatives)
+    mask = mask[group] & (negatives[group] != chosen[:, None])
     return pg_ret.contrastive(
         score, negative_scores, torch.from_numpy(mask).to(score.device), reward, config.temperature
     )

@@ -47,7 +47,7 @@ def config(**changes):
 
 
 def test_shares_of_the_mixture(material):
-    batch = draw_batch(material, config(alpha=0.25, beta=0.5, gamma=0.25), 3)
+    batch = draw_batch(material, config(alpha=0.25, gamma=0.25), 3)
     assert [(batch.sources == s).sum() for s in (FEEDBACK, BASE, POLICY)] == [6, 12, 6]
     assert (batch.items[batch.sources == POLICY] == -1).all()
     assert (batch.rewards[batch.sources == BASE] == 1).all()
@@ -55,7 +55,7 @@ def test_shares_of_the_mixture(material):
 
 
 def test_labelled_draws_are_novel_and_relevant_or_as_asked(material):
-    batch = draw_batch(material, config(beta=1.0, gamma=0.0, negative_share=0.25), 0)
+    batch = draw_batch(material, config(gamma=0.0, negative_share=0.25), 0)
     assert (batch.rewards > 0).sum() == 18
     assert (batch.rewards < 0).sum() == 6
     for q, i, r in zip(batch.queries, batch.items, batch.rewards, strict=True):
@@ -63,7 +63,7 @@ def test_labelled_draws_are_novel_and_relevant_or_as_asked(material):
 
 
 def test_plain_draws_are_the_ranks_beyond_l_and_may_be_unknown(material):
-    batch = draw_batch(material, config(beta=1.0, gamma=0.0, draw="plain", batch_size=400), 0)
+    batch = draw_batch(material, config(gamma=0.0, draw="plain", batch_size=400), 0)
     ranks = [material.base_rows[q].tolist().index(i) for q, i in zip(batch.queries, batch.items, strict=True)]
     assert min(ranks) == L
     assert max(ranks) == DEPTH - 1
@@ -117,7 +117,7 @@ OBJECTIVES = [
         {"objective": "pg-ret", "loss": loss}
         for loss in ("conservative", "aggressive", "boundary", "inclusion")
     ),
-    {"objective": "pg-ret", "alpha": 0.25, "beta": 0.25},
+    {"objective": "pg-ret", "alpha": 0.25, "gamma": 0.5},
     {"objective": "pg-ret", "reward": "eq6", "draw": "plain", "negative_share": 0.3},
     *({"objective": name} for name in LIST_OBJECTIVES),
 ]

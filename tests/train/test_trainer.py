@@ -34,7 +34,7 @@ from tests.loopback import LoopbackJudge
 SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
          "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
 ADAPTER = ("--tune", "adapter", "--learning-rate", 0.02)
-MIXED = ("--alpha", 0.25, "--beta", 0.25)
+MIXED = ("--alpha", 0.25, "--gamma", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_indexes_of_different_catalogs_are_not_pooled(command, world, encoder, c
 
 
 def test_a_file_judge_rewards_policy_states(command, world, capsys, tmp_path):
-    mixed = (*ADAPTER, "--alpha", 0.5, "--beta", 0, "--log-every", 1)
+    mixed = (*ADAPTER, "--alpha", 0.5, "--gamma", 0.5, "--log-every", 1)
     train(capsys, command, tmp_path / "without", *mixed)
     train(
         capsys,
@@ -300,7 +300,7 @@ def test_a_file_judge_rewards_policy_states(command, world, capsys, tmp_path):
 def asking(command, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-trainer")
     monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
-    return [*command, *ADAPTER, "--alpha", 0.5, "--beta", 0.25, "--gamma", 0.25, "--log-every", 1,
+    return [*command, *ADAPTER, "--alpha", 0.5, "--gamma", 0.25, "--log-every", 1,
             "--judge", "openai:tiny", "--prompt", "query-keyword"]  # fmt: skip
 
 
