@@ -8,7 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import quality
+import quality_ablations
 import quality_runs
 from quality_figures import at_equal_recall, flip_verdicts, ratio_interval, t_interval
 
@@ -82,6 +85,44 @@ def test_a_noisy_judge_errs_at_the_rates_it_is_given() -> None:
     assert (~said[relevant]).mean() == pytest.approx(0.2, abs=0.006)
     np.testing.assert_array_equal(said, flip_verdicts(relevant, 0.05, 0.2, seed=1))
     np.testing.assert_array_equal(flip_verdicts(relevant, 0, 0, seed=1), relevant)
+
+
+@pytest.fixture
+def true_labels(tmp_path: Path) -> Path:
+    """300 queries of 10 judged pairs, the first of which is relevant."""
+    columns = {
+        "query_id": [f"q{n}" for n in range(300) for _ in range(10)],
+        "item_id": [f"i{n}" for _ in range(300) for n in range(10)],
+        "verdict": pa.array([int(n == 0) for _ in range(300) for n in range(10)], pa.int8()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "judgements.parquet")
+    return tmp_path / "judgements.parquet"
+
+
+def listed(path: Path) -> list[tuple[str, str, float]]:
+    from novelret.data.source import read_qrels_file
+
+    return [(query, item, score) for _, query, item, score in read_qrels_file(path)]
+
+
+def test_bought_labels_are_whole_queries_with_both_verdicts(true_labels: Path, tmp_path: Path) -> None:
+    quality_ablations.write_judgements(true_labels, tmp_path / "few.tsv", {"kind": "bought", "count": 45})
+    rows = listed(tmp_path / "few.tsv")
+    assert len(rows) == 45
+    sizes = {query: sum(row[0] == query for row in rows) for query, _, _ in rows}
+    assert sorted(sizes.values()) == [5, 10, 10, 10, 10]
+    assert all((item == "i0") == (score > 0) for _, item, score in rows)
+    assert {query for query in sizes} != {f"q{n}" for n in range(5)}  # drawn, not the first ones
+
+
+def test_noisy_and_incomplete_judgement_files(true_labels: Path, tmp_path: Path) -> None:
+    make = {"kind": "noise", "false_positives": 0.1, "misses": 0.5}
+    quality_ablations.write_judgements(true_labels, tmp_path / "noisy.tsv", make)
+    items = [item for _, item, _ in listed(tmp_path / "noisy.tsv")]
+    assert 100 < items.count("i0") < 200
+    assert 200 < len(items) - items.count("i0") < 340
+    quality_ablations.write_judgements(true_labels, tmp_path / "known.tsv", {"kind": "unknown"})
+    assert listed(tmp_path / "known.tsv") == [(f"q{n}", "i0", 1.0) for n in range(300)]
 
 
 def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
