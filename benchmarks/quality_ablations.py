@@ -24,8 +24,10 @@ from quality_runs import Job, Result, run_all, run_piece
 from novelret import LabelConfig, TrainConfig, build_labels, train_model
 from novelret.artifacts import write_json
 
+# Eq. 6 differs from Eq. 7 only where states are drawn that the judge calls irrelevant.
+EQ6 = {"reward": "eq6", "draw": "labelled", "negative_share": 0.5}
 # Ways to learn from a judge that errs, compared under label noise.
-REMEDIES: list[tuple[str, dict[str, Any]]] = [("Eq. 7", {"reward": "eq7"}), ("Eq. 6", {"reward": "eq6"})]
+REMEDIES: list[tuple[str, dict[str, Any]]] = [("Eq. 7", {"reward": "eq7"}), ("Eq. 6", EQ6)]
 FALSE_POSITIVES, MISSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2), (0.0, 0.2, 0.4)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 MIXTURES = (
@@ -116,9 +118,9 @@ def start() -> Iterator[Variant]:
 
 
 def unknown() -> Iterator[Variant]:
-    for name in ("eq7", "eq6"):
-        yield Variant(name, "irrelevant", {"reward": name})
-        yield Variant(name, "left out", {"reward": name}, {"kind": "unknown"})
+    for name, settings in (("Eq. 7", {"reward": "eq7"}), ("Eq. 6", EQ6)):
+        yield Variant(name, "irrelevant", settings)
+        yield Variant(name, "left out", settings, {"kind": "unknown"})
 
 
 ABLATIONS: dict[str, tuple[Callable[[], Iterator[Variant]], str]] = {
