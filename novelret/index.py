@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from novelret import encode
+from novelret import adapted, encode
 from novelret.artifacts import (
     Manifest,
     fingerprint_of,
@@ -207,6 +207,20 @@ def embed_queries(model: SentenceTransformer, texts: list[str], report: Reporter
     embeddings = np.concatenate(parts)
     encode.check_finite(embeddings, "queries")
     return embeddings
+
+
+def finetuned_query_embeddings(
+    model: SentenceTransformer, index: Index, split: Split, *, device: str = "cpu", report: Reporter
+) -> np.ndarray:
+    """A finetuned encoder's embeddings of a split's queries, (Q, d) float32.
+
+    An adapter behind the deployed encoder takes the deployed embeddings, which the index keeps.
+    """
+    behind = adapted.modules_behind(model, index.query_encoder(device))
+    if behind is None:
+        return embed_queries(model, split.query_texts, report)
+    embeddings = base_query_embeddings(index, split, device=device, report=report)
+    return adapted.embed_behind(behind, embeddings, normalized=encode.is_normalized(model), device=device)
 
 
 def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> SentenceTransformer:

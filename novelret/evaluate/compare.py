@@ -14,7 +14,7 @@ from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
 from novelret.evaluate.metrics.novelty import novel
-from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_index
+from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
 from novelret.label.judges.file import file_table
 from novelret.label.labels import read_table
 from novelret.label.table import UNKNOWN, LabelTable, make_table
@@ -112,7 +112,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     table = _judgements(config, split, index)
     depth = max(config.k, config.base_depth)
     base_rows, base_scores = base_lists(index, split, depth, device=device, report=report)
-    embeddings = embed_queries(encoder, split.query_texts, report)
+    embeddings = finetuned_query_embeddings(encoder, index, split, device=device, report=report)
     rows, scores = index.search(
         embeddings, depth, split.excluded, device=device, report=report, what=f"top lists of {name}"
     )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch.nn import Module
 
-from novelret import encode
+from novelret import adapted, encode
 from novelret.artifacts import (
     fingerprint_file,
     read_manifest,
@@ -18,7 +19,15 @@ from novelret.evaluate.human import check_overlap
 from novelret.evaluate.human_sample import read_sample
 from novelret.evaluate.trec import read_run
 from novelret.evaluate.weights import load_weights
-from novelret.index import Index, base_lists, embed_queries, load_finetuned, open_deployed, pooled_lists
+from novelret.index import (
+    Index,
+    base_lists,
+    base_query_embeddings,
+    embed_queries,
+    load_finetuned,
+    open_deployed,
+    pooled_lists,
+)
 from novelret.label.candidates import Candidates
 from novelret.label.judge import split_judge
 from novelret.label.judges.file import file_table
@@ -76,15 +85,30 @@ def gather(config: EvalConfig, report: Reporter) -> Gathered:
         name: read_run(Path(path), split, index.catalog, longest, index.id_rank)
         for name, path in runs.items()
     }
+    deployed = index.query_encoder(device) if models else None
+    # Adapters are small and stay loaded from here on; whole encoders are loaded again when their turn comes.
+    adapters: dict[str, list[Module]] = {}
     for name, path in models.items():
-        inputs[f"model {name}"] = encode.fingerprint_encoder(load_finetuned(path, index, device))
+        model = load_finetuned(path, index, device)
+        inputs[f"model {name}"] = encode.fingerprint_encoder(model)
+        behind = adapted.modules_behind(model, deployed)
+        if behind is not None:
+            adapters[name] = behind
         _warn_of_same_judge(name, path, config, report)
     depth = max(longest, config.base_depth)
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     found[BASE] = base_lists(index, split, depth, device=device, report=report)
     pool = pooled_lists(indexes, split, config.base_depth, device=device, report=report)
     for name, path in models.items():
-        embeddings = embed_queries(load_finetuned(path, index, device), split.query_texts, report)
+        if name in adapters:
+            embeddings = adapted.embed_behind(
+                adapters[name],
+                base_query_embeddings(index, split, device=device, report=report),
+                normalized=index.normalized,
+                device=device,
+            )
+        else:
+            embeddings = embed_queries(load_finetuned(path, index, device), split.query_texts, report)
         what = f"top lists of {name}"
         found[name] = index.search(
             embeddings, longest, split.excluded, device=device, report=report, what=what

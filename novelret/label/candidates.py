@@ -10,7 +10,7 @@ import numpy as np
 from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
-from novelret.index import Index, base_lists, embed_queries, load_finetuned
+from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned
 from novelret.progress import Reporter
 
 SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH", "pairs:QRELS")
@@ -108,7 +108,7 @@ def _lists(
         return np.where((lists[:, :, None] == split.excluded[:, None, :]).any(axis=2), -1, lists)
     if source.startswith("model:"):
         model = load_finetuned(source.removeprefix("model:"), index, device)
-        embeddings = embed_queries(model, split.query_texts, report)
+        embeddings = finetuned_query_embeddings(model, index, split, device=device, report=report)
         return index.search(embeddings, base_depth, split.excluded, device=device, report=report)[0]
     raise UserError(f"--from {source}: unknown; choose from {', '.join(SOURCES)}")
 

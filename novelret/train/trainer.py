@@ -11,6 +11,7 @@ MODEL/
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from novelret.artifacts import (
     check_output,
     fingerprint_of,
     open_output,
+    read_json,
     write_config,
     write_json,
     write_manifest,
@@ -38,7 +40,7 @@ from novelret.index import (
     Index,
     base_lists,
     base_query_embeddings,
-    embed_queries,
+    finetuned_query_embeddings,
     load_finetuned,
     open_deployed,
     pooled_lists,
@@ -207,10 +209,7 @@ def _write(
 ) -> None:
     """The finished artifact, from the checkpoints of the run."""
     config = run.config
-    for point in order[: config.keep]:
-        checkpoint.load_weights(run.tower, folder, point.step)
-        path = folder / "checkpoints" / f"step-{point.step}"
-        run.tower.finished().save(str(path), create_model_card=False)
+    _save_checkpoints(run.tower, folder, [point.step for point in order[: config.keep]])
     chosen = order[0] if order else None
     if chosen is not None:
         checkpoint.load_weights(run.tower, folder, chosen.step)
@@ -233,6 +232,32 @@ def _write(
     }
     fingerprint = encode.fingerprint_encoder(finished)
     write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
+
+
+def _save_checkpoints(tower: Tower, folder: Path, steps: list[int]) -> None:
+    """Whole encoders of some steps; an adapter's frozen files lie once on disk, linked into each."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that was killed here
+    first: Path | None = None
+    for step in steps:
+        checkpoint.load_weights(tower, folder, step)
+        path = folder / "checkpoints" / f"step-{step}"
+        finished = tower.finished()
+        trained = [place for place, module in enumerate(finished) if module is tower.module]
+        if first is None or not trained:
+            finished.save(str(path), create_model_card=False)
+            first = path
+            continue
+        own = read_json(first / "modules.json")[trained[0]]["path"]
+        shutil.copytree(first, path, copy_function=_link, ignore=shutil.ignore_patterns(own))
+        (path / own).mkdir()
+        finished[trained[0]].save(str(path / own))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system can
+        shutil.copy2(source, target)
 
 
 def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: TrainConfig) -> None:
@@ -301,7 +326,7 @@ def _make_tower(
             model, *texts, config.precision, rank=config.lora_rank, gradient_checkpointing=saving
         )
     if config.init:
-        embeddings = embed_queries(model, whole.query_texts, report)
+        embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
     else:
         embeddings = base_query_embeddings(index, whole, device=device, report=report)
     return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device)

@@ -1,0 +1,377 @@
+"""The quality benchmark: every method from the same start, on the same labels, tuned alike, at equal recall.
+
+    python benchmarks/quality.py OUT --data NAME=FOLDER [--data …] [--methods …] [--seeds 5] [--jobs 2]
+        [--L 50,200] [--ablations noise,labels,…]
+
+FOLDER is in BEIR's layout with qrels/train.tsv and qrels/test.tsv, judgements.tsv and deployed_model/ inside.
+Of every method a residual adapter on the deployed query encoder is tuned, with the same number of queries
+embedded (steps × batch 128). Its learning rate is chosen from one grid on queries held back from the train
+split (seed 1000, not used later). Then each seed trains at that rate and is measured on the test split: at
+the checkpoint that its own held-back queries choose without any loss of recall, and, at the first L, at equal
+recall: where the line through its checkpoints has most relevant novel items at no less than the deployed
+model's recall on the test split. That place is found on the test split, for every method alike.
+
+Prints the tables, writes OUT/results.md, results.csv and results.json. Each finished run is one JSON file in
+OUT/NAME/runs and is not repeated while its settings, index and labels stay the same; a run of a default moves
+with the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from quality_figures import at_equal_recall, ratio_interval, t_interval
+from quality_runs import Job, Result, explicit, identity, pool_of, prepare, run_all, run_piece
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+TUNING_SEED = 1_000
+BATCH = 128
+# Every setting by name, so that these stay what they are when the program's defaults move.
+NAMED = {
+    "reward": "eq7", "alpha": 0.0, "beta": 0.5, "gamma": 0.5, "draw": "labelled", "negative_share": 0.0,
+    "negatives": 5, "hard_negatives": 0, "list_size": 50, "window": 0.2, "temperature": 0.05,
+    "sampling_temperature": 0.05, "support": None, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.0,
+    "max_grad_norm": 1.0, "patience": 4,
+}  # fmt: skip
+# As published and this project's others; "steps" counts in units of --steps. Three epochs against ten.
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": NAMED | {"objective": "supervised"},
+    "supervised-long": NAMED | {"objective": "supervised", "steps": 10 / 3},
+    "supervised-judged": NAMED | {"objective": "supervised-judged"},
+    "supervised-judged-hard": NAMED | {"objective": "supervised-judged", "hard_negatives": 5},
+    "conservative": NAMED | {"objective": "pg-ret", "loss": "conservative"},
+    "aggressive": NAMED | {"objective": "pg-ret", "loss": "aggressive"},
+    "reinforce": NAMED | {"objective": "reinforce"},
+    "v-pg": NAMED | {"objective": "v-pg"},
+    "ca-pg": NAMED | {"objective": "ca-pg"},
+    "boundary": NAMED | {"objective": "pg-ret", "loss": "boundary"},
+    "default": {"objective": "pg-ret"},
+}
+# An exact draw of lists from the whole catalog makes a step of these cost ten times another's.
+FIRST_L_ONLY = ("reinforce", "v-pg", "ca-pg")
+OURS, OWN_RATE = "default", "default, own rate"
+COLUMNS = (
+    "Novelty@10", "Novelty@20", "Novelty@50", "RelevantNovel@20", "RelevantNovel@50", "Recall@50",
+    "Precision@10", "MergedDensity", "MergedCoverage",
+)  # fmt: skip
+
+
+class Setting:
+    """One data set at one L: where its runs lie and what they have in common."""
+
+    def __init__(self, options: argparse.Namespace, name: str, data: str, length: int, depth: int) -> None:
+        self.options, self.name, self.data, self.length, self.depth = options, name, data, length, depth
+        self.folder = options.out / name
+        self.labels = self.folder / f"labels-{length}-{depth}"
+        self.along = length == options.lengths[0][0]
+        self.judge = f"file:{Path(data) / 'judgements.tsv'}"
+        self.base: Result = {}
+
+    def train(self, settings: dict[str, Any], seed: int, rate: float | None) -> dict[str, Any]:
+        """TrainConfig's settings of one run."""
+        steps = round(self.options.steps * settings.get("steps", 1))
+        return {
+            **settings, "data": self.data, "index": str(self.folder / "index"),
+            "labels": settings.get("labels", str(self.labels)), "tune": settings.get("tune", "adapter"),
+            "steps": steps, "batch_size": BATCH, "learning_rate": rate, "seed": seed,
+            "base_depth": self.length, "depth": self.depth, "validation_fraction": 0.2,
+            "eval_every": max(1, steps // 10), "max_recall_drop": 0.0, "log_every": 100,
+        }  # fmt: skip
+
+    def job(self, method: str, settings: dict[str, Any], seed: int, rate: float | None, evaluate: Any) -> Job:
+        """One run. `evaluate` as for `run_piece`."""
+        train = self.train(settings, seed, rate)
+        known = train if NAMED.keys() <= settings.keys() else explicit(train)
+        # Artifacts stand for their paths, so that OUT may be moved.
+        paths = {"data", "index", "labels", "init"}
+        deciding = {key: value for key, value in known.items() if key not in paths} | {
+            key: Path(str(train[key])).name for key in ("labels", "init") if train.get(key)
+        }
+        speed = "own rate" if rate is None else f"{rate:g}"
+        name = f"{method}-L{self.length}-{speed}-s{seed}"
+        stem = identity(name, deciding, [self.fingerprint, str(evaluate)])
+        return {
+            "path": str(self.folder / "runs" / f"{stem}.json"), "says": f"{self.name} {name}",
+            "train": train, "work": str(self.options.out / "work"), "evaluate": evaluate,
+            "length": self.length, "judge": self.judge, "keep_models": self.options.keep_models,
+        }  # fmt: skip
+
+    def measured(self, methods: list[str]) -> list[str]:
+        """Methods that run at this L."""
+        return [method for method in methods if self.along or method not in FIRST_L_ONLY]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the index and the labels."""
+        labels = json.loads((self.labels / "manifest.json").read_text())["fingerprint"]
+        return json.loads((self.folder / "index" / "manifest.json").read_text())["fingerprint"] + labels
+
+
+def worth_on_validation(result: Result) -> tuple[float, float]:
+    """What a learning rate is chosen by: the chosen checkpoint, else the frontier at the deployed recall."""
+    if result["error"]:
+        return (-1.0, -1.0)
+    points = result["points"]
+    base = points[0]["base_recall"]
+    kept = result["chosen"] if result["chosen"]["recall"] >= base - 1e-12 else {"relevant_novel": 0.0}
+    place = at_equal_recall([(point["recall"], point["relevant_novel"]) for point in points], base)
+    return kept["relevant_novel"], 0.0 if place is None else place.gain
+
+
+def choose_rates(
+    pool: ProcessPoolExecutor, settings: list[Setting], methods: list[str]
+) -> dict[tuple[str, int, str], float]:
+    """Learning rate of each method, by (set, L, method)."""
+    keys = [(s, m, rate) for s in settings for m in s.measured(methods) for rate in s.options.rates]
+    jobs = [s.job(m, METHODS[m], TUNING_SEED, rate, None) for s, m, rate in keys]
+    results = run_all(pool, run_piece, jobs, "learning rates")
+    best: dict[tuple[str, int, str], tuple[tuple[float, float], float]] = {}
+    for (s, m, rate), result in zip(keys, results, strict=True):
+        key = (s.name, s.length, m)
+        best[key] = max(best.get(key, ((-2.0, -2.0), 0.0)), (worth_on_validation(result), rate))
+    return {key: rate for key, (_, rate) in best.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default: all")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes of one thread each")
+    parser.add_argument("--L", dest="lengths", default="50,200", help="equal recall is measured at the first")
+    parser.add_argument("--depth", default="400,800", help="deepest labelled base rank of each L")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES))
+    parser.add_argument("--ablations", default="", help="comma-separated, on the first data set; or 'all'")
+    parser.add_argument("--ablation-seeds", type=int, default=3)
+    parser.add_argument("--keep-models", action="store_true")
+    options = parser.parse_args()
+    depths = [int(depth) for depth in options.depth.split(",")]
+    options.lengths = list(zip(map(int, options.lengths.split(",")), depths, strict=False))
+    options.rates = [float(rate) for rate in options.rates.split(",")]
+    methods = [method for method in options.methods.split(",") if method]
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        parser.error(f"--methods {','.join(unknown)}: unknown; choose from {', '.join(METHODS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    named = dict(pair.split("=", 1) for pair in options.data)
+    with pool_of(options.jobs) as pool:
+        settings = prepared(pool, options, named)
+        rates = choose_rates(pool, settings, methods)
+        runs = run_seeds(pool, settings, methods, rates)
+        write(options.out, settings, runs, rates)
+        if options.ablations:
+            from quality_ablations import ablate
+
+            ablate(pool, settings[0], options.ablations, options.out)
+    if not options.keep_models:
+        shutil.rmtree(options.out / "work", ignore_errors=True)
+
+
+def prepared(pool: ProcessPoolExecutor, options: argparse.Namespace, named: dict[str, str]) -> list[Setting]:
+    """Every data set at every L, indexed and labelled."""
+    for name in named:
+        (options.out / name / "runs").mkdir(parents=True, exist_ok=True)
+    sizes = "-".join(f"{length}-{depth}" for length, depth in options.lengths)
+    jobs = [
+        {
+            "path": str(options.out / name / f"base-{sizes}.json"), "name": name, "data": data,
+            "folder": str(options.out / name), "lengths": options.lengths,
+        }
+        for name, data in named.items()
+    ]  # fmt: skip
+    done = run_all(pool, prepare, jobs, "indexes and labels")
+    settings = [
+        Setting(options, name, data, length, depth)
+        for name, data in named.items()
+        for length, depth in options.lengths
+    ]
+    base = dict(zip(named, done, strict=True))
+    for setting in settings:
+        setting.base = base[setting.name]["base"][str(setting.length)]
+    return settings
+
+
+def run_seeds(
+    pool: ProcessPoolExecutor,
+    settings: list[Setting],
+    methods: list[str],
+    rates: dict[tuple[str, int, str], float],
+) -> dict[tuple[str, int, str], list[Result]]:
+    """Runs of every seed at the chosen rate, and the default's at its own, by (set, L, method)."""
+    jobs, keys = [], []
+    for s in settings:
+        tuned = [(m, METHODS[m], rates[s.name, s.length, m]) for m in s.measured(methods)]
+        if OURS in methods:
+            tuned.append((OWN_RATE, METHODS[OURS], None))
+        for name, given, rate in tuned:
+            for seed in range(s.options.seeds):
+                jobs.append(s.job(name, given, seed, rate, "along" if s.along else "chosen"))
+                keys.append((s.name, s.length, name))
+    runs: dict[tuple[str, int, str], list[Result]] = {}
+    for key, result in zip(keys, run_all(pool, run_piece, jobs, "seeds"), strict=True):
+        runs.setdefault(key, []).append(result)
+    return runs
+
+
+def write(
+    out: Path,
+    settings: list[Setting],
+    runs: dict[tuple[str, int, str], list[Result]],
+    rates: dict[tuple[str, int, str], float],
+) -> None:
+    """The tables, and every figure behind them."""
+    text, rows = [], []
+    for s in settings:
+        mine = {
+            name: found for (of, length, name), found in runs.items() if (of, length) == (s.name, s.length)
+        }
+        shown = {name: rates.get((s.name, s.length, name)) for name in mine}
+        for name, found in mine.items():
+            shown[name] = shown[name] or next(
+                (r["settings"]["learning_rate"] for r in found if r.get("settings")), None
+            )
+        places = ["at_chosen", "at_equal_recall"] if s.along else ["at_chosen"]
+        for place in places:
+            title = {"at_chosen": "at the chosen checkpoint", "at_equal_recall": "at equal recall"}[place]
+            whole = {name: [r for r in found if r["error"] is None] for name, found in mine.items()}
+            broken = {name: len(mine[name]) - len(found) for name, found in whole.items()}
+            whole = {name: found for name, found in whole.items() if found}
+            text.append(f"### {s.name}, L = {s.length}, {title}\n")
+            text.append(table(s, whole, shown, place, broken))
+            if OURS in whole:
+                text += [f"Relevant novel items, {OURS} over the others, {title}:\n", ratios(s, whole, place)]
+        rows += csv_rows(s, mine)
+    (out / "results.md").write_text("\n".join(text), encoding="utf-8")
+    print("\n".join(["", *text]), flush=True)
+    figures = {
+        f"{name}/L{length}/{method}": [
+            {key: value for key, value in result.items() if key not in ("says", "settings")}
+            for result in found
+        ]
+        for (name, length, method), found in runs.items()
+    }
+    for found in figures.values():
+        for place in (result.get(place) for result in found for place in ("at_chosen", "at_equal_recall")):
+            if place:
+                place.pop("per_query", None)
+    (out / "results.json").write_text(json.dumps(figures), encoding="utf-8")
+    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "L", "method", "learning_rate", "seed", "place", "step", "metric", "value"])
+        writer.writerows(rows)
+
+
+def columns_at(length: int) -> list[str]:
+    """Metrics shown; beyond 50 also the figures at L itself."""
+    more = [f"Novelty@{length}", f"RelevantNovel@{length}", f"Recall@{length}"] if length != 50 else []
+    return [*COLUMNS, *more]
+
+
+def table(
+    s: Setting,
+    runs: dict[str, list[Result]],
+    rates: dict[str, float | None],
+    place: str,
+    broken: dict[str, int],
+) -> str:
+    """Mean ± half width of the 95 % interval over seeds, of every method."""
+    columns = columns_at(s.length)
+    lines = [
+        "| method | lr | step | " + " | ".join(columns) + " | seconds |",
+        "| --- " * (len(columns) + 4) + "|",
+        "| base | – | – | " + " | ".join(f"{s.base['means'].get(c, 0):.3f}" for c in columns) + " | – |",
+    ]
+    for name, found in runs.items():
+        steps = [r["chosen"]["step"] if place == "at_chosen" else r[place]["step"] for r in found]
+        cells = [spread([r[place]["means"][column] for r in found]) for column in columns]
+        seconds = [r["seconds"]["train"] for r in found if "train" in r["seconds"]]
+        took = f"{np.mean(seconds):.0f}" if seconds else "–"
+        note = f" ({broken[name]} of {broken[name] + len(found)} seeds broke)" if broken[name] else ""
+        rate = "–" if rates[name] is None else f"{rates[name]:g}"
+        lines.append(
+            f"| {name}{note} | {rate} | {np.mean(steps):.0f} | " + " | ".join(cells) + f" | {took} |"
+        )
+    lines += [f"| {name} | – | broke with every seed |" for name, count in broken.items() if name not in runs]
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    mean, half = t_interval(values)
+    return f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+
+def ratios(s: Setting, runs: dict[str, list[Result]], place: str) -> str:
+    """Our default's relevant novel items over each other method's, and paired tests over queries."""
+    from novelret.evaluate.significance import holm, randomization_tests
+
+    metrics = list(dict.fromkeys(["RelevantNovel@50", f"RelevantNovel@{s.length}"]))
+    tested = [*metrics, "Recall@50", "Precision@10", "MergedDensity"]
+    others = [name for name in runs if name != OURS]
+    if not others:
+        return ""
+
+    def figures(name: str, metric: str) -> np.ndarray:
+        return np.array([result[place]["per_query"][metric] for result in runs[name]])
+
+    differences = np.stack(
+        [figures(OURS, m).mean(axis=0) - figures(n, m).mean(axis=0) for n in others for m in tested], axis=1
+    )
+    p = holm(randomization_tests(differences).reshape(len(others), len(tested)))
+    lines = [
+        "| other | "
+        + " | ".join(f"{m} ratio (95 % interval)" for m in metrics)
+        + " | "
+        + " | ".join(f"{m} difference (p)" for m in tested)
+        + " |",
+        "| --- " * (1 + len(metrics) + len(tested)) + "|",
+    ]
+    for row, name in enumerate(others):
+        cells = []
+        for metric in metrics:
+            ours, theirs = figures(OURS, metric), figures(name, metric)
+            count = min(len(ours), len(theirs))
+            ratio, low, high = ratio_interval(ours[:count], theirs[:count])
+            cells.append(f"{ratio:.2f} ({low:.2f} to {high:.2f})")
+        means = np.nanmean(differences, axis=0).reshape(len(others), len(tested))[row]
+        cells += [f"{mean:+.3f} ({value:.4f})" for mean, value in zip(means, p[row], strict=True)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def csv_rows(s: Setting, runs: dict[str, list[Result]]) -> list[list[Any]]:
+    rows: list[list[Any]] = [
+        [s.name, s.length, "base", "", "", "deployed", "", metric, value]
+        for metric, value in s.base["means"].items()
+    ]
+    for name, found in runs.items():
+        for seed, result in enumerate(found):
+            if result["error"]:
+                continue
+            rate = result["settings"]["learning_rate"]
+            places = [
+                ("at_chosen", result["chosen"]["step"], result["at_chosen"]),
+                *(("along", int(step), figures) for step, figures in result.get("along", {}).items()),
+            ]
+            if "at_equal_recall" in result:
+                places.append(
+                    ("at_equal_recall", result["at_equal_recall"]["step"], result["at_equal_recall"])
+                )
+            rows += [
+                [s.name, s.length, name, rate, seed, place, step, metric, value]
+                for place, step, figures in places
+                for metric, value in figures["means"].items()
+            ]
+    return rows
+
+
+if __name__ == "__main__":
+    main()

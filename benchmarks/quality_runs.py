@@ -1,0 +1,239 @@
+"""The work of the quality benchmark: one training with its figures on the test split, kept as one JSON file.
+
+Runs in worker processes that live as long as the benchmark, so that libraries are imported once in each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from quality_figures import Place, at_equal_recall
+
+from novelret import (
+    EvalConfig,
+    IndexConfig,
+    LabelConfig,
+    TrainConfig,
+    UserError,
+    build_index,
+    build_labels,
+    evaluate_models,
+    train_model,
+)
+from novelret.artifacts import fingerprint_of, read_json, write_json
+
+Job = dict[str, Any]
+Result = dict[str, Any]
+
+
+def pool_of(jobs: int) -> ProcessPoolExecutor:
+    """Worker processes of one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited; read when a worker imports its libraries
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    import faiss
+    import torch
+
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+
+
+def run_all(pool: ProcessPoolExecutor, work: Any, jobs: list[Job], what: str) -> list[Result]:
+    """Results of all jobs, in their order; those found on disk are not repeated."""
+    results: dict[int, Result] = {}
+    waiting = {}
+    for number, job in enumerate(jobs):
+        path = Path(job["path"])
+        if path.is_file():
+            results[number] = read_json(path)
+        else:
+            waiting[pool.submit(work, job)] = number
+    if waiting:
+        print(f"{what}: {len(results)} of {len(jobs)} found, {len(waiting)} to do", flush=True)
+    began = time.perf_counter()
+    for done, future in enumerate(as_completed(waiting), 1):
+        result = results[waiting[future]] = future.result()
+        left = (time.perf_counter() - began) / done * (len(waiting) - done)
+        print(f"  [{done}/{len(waiting)}, {left / 60:.0f} min left] {result['says']}", flush=True)
+    return [results[number] for number in range(len(jobs))]
+
+
+def prepare(job: Job) -> Result:
+    """Index and labels of a data set, and the deployed model's own figures on the test split."""
+    data, folder, began = job["data"], Path(job["folder"]), time.perf_counter()
+    judge = f"file:{Path(data) / 'judgements.tsv'}"
+    index = folder / "index"
+    if not index.is_dir():
+        build_index(IndexConfig(data, str(Path(data) / "deployed_model"), device="cpu"), index)
+    base = {}
+    for length, depth in job["lengths"]:
+        labels = folder / f"labels-{length}-{depth}"
+        if not labels.is_dir():
+            build_labels(
+                LabelConfig(
+                    data, str(index), judge, base_depth=length, depth=depth, missing="irrelevant",
+                    device="cpu",
+                ),
+                labels,
+            )  # fmt: skip
+        base[str(length)] = _evaluate(data, index, judge, length, {}, folder)["base"]
+    result = {
+        "base": base,
+        "index": read_json(index / "manifest.json")["fingerprint"],
+        "says": f"{job['name']}: index, labels and the deployed model's figures "
+        f"({time.perf_counter() - began:.0f} s)",
+    }
+    write_json(Path(job["path"]), result)
+    return result
+
+
+def run_piece(job: Job) -> Result:
+    """One training; with "evaluate", also its figures on the test split. A kill loses at most the training.
+
+    A job holds `path` (the JSON to write), `says` (its name), `train` (settings of TrainConfig), `work`
+    (where the model lies until its figures are taken), `keep_models`, and `evaluate`: None, "chosen" or
+    "along", with `length` (L) and `judge`.
+    """
+    path, work = Path(job["path"]), Path(job["work"]) / Path(job["path"]).stem
+    result: Result = {"train": job["train"], "error": None, "seconds": {}}
+    along = job["evaluate"] == "along"
+    try:
+        config = TrainConfig(**job["train"], keep=1_000 if along else 0, device="cpu")
+        began = time.perf_counter()
+        if not (work / "manifest.json").is_file():
+            train_model(config, work)
+            result["seconds"]["train"] = round(time.perf_counter() - began, 2)
+        result["points"] = read_json(work / "validation.json")
+        result["chosen"] = read_json(work / "manifest.json")["facts"]["chosen"]
+        result["settings"] = asdict(config) | {"learning_rate": config.peak_learning_rate}
+        if job["evaluate"]:
+            began = time.perf_counter()
+            figures, count = _figures(job, config, work, result["chosen"]["step"])
+            result |= figures
+            took = time.perf_counter() - began
+            result["seconds"] |= {"evaluate": round(took, 2), "checkpoints": count}
+    except UserError as error:  # a method that breaks is a result too
+        result["error"] = str(error)
+    if not job["keep_models"]:
+        shutil.rmtree(work, ignore_errors=True)
+    result["says"] = f"{job['says']}: {_summary(result)}"
+    write_json(path, result)
+    return result
+
+
+def _summary(result: Result) -> str:
+    if result["error"]:
+        return f"broke: {result['error']}"
+    seconds = ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items())
+    point = result["chosen"]
+    return (
+        f"step {point['step']}, validation relevant novel {point['relevant_novel']:.3f}, recall "
+        f"{point['recall']:.4f} ({point['base_recall']:.4f}); {seconds}"
+    )
+
+
+def _figures(job: Job, config: TrainConfig, model: Path, chosen: int) -> tuple[Result, int]:
+    """Test figures at the chosen checkpoint and, where asked for, at equal recall along all of them."""
+    length = job["length"]
+    if job["evaluate"] == "along":
+        folders = {int(folder.name[5:]): folder for folder in (model / "checkpoints").iterdir()}
+    else:
+        folders = {chosen: model}
+    is_deployed = config.init is None
+    if is_deployed:
+        folders.pop(0, None)  # no step done: the deployed encoder itself
+    index = Path(config.indexes[0])
+    found = _evaluate(config.data, index, job["judge"], length, folders, model.parent)
+    base = found.pop("base")
+    steps = {int(name): figures for name, figures in found.items()}
+    if is_deployed:
+        steps[0] = base
+    result: Result = {"base": _without_queries(base), "at_chosen": steps[chosen]}
+    if job["evaluate"] == "along":
+        order = sorted(steps)
+        gain, recall = f"RelevantNovel@{length}", f"Recall@{length}"
+        points = [(steps[step]["means"][recall], steps[step]["means"][gain]) for step in order]
+        place = at_equal_recall(points, base["means"][recall])
+        if place is None:  # nothing of it may be deployed
+            place = Place(0.0, 0, 0, 0.0)
+            order, steps = [0], {0: base}
+        result["at_equal_recall"] = _between(steps[order[place.first]], steps[order[place.second]], place)
+        result["at_equal_recall"]["step"] = order[place.first] + place.weight * (
+            order[place.second] - order[place.first]
+        )
+        result["along"] = {step: _without_queries(figures) for step, figures in steps.items()}
+    return result, len(folders)
+
+
+def _between(first: Result, second: Result, place: Place) -> Result:
+    """All figures linearly between two checkpoints."""
+
+    def mix(a: Any, b: Any) -> Any:
+        return (np.asarray(a) * (1 - place.weight) + np.asarray(b) * place.weight).tolist()
+
+    return {
+        kind: {name: mix(first[kind][name], second[kind][name]) for name in first[kind]}
+        for kind in ("means", "per_query")
+    }
+
+
+def _without_queries(figures: Result) -> Result:
+    return {"means": figures["means"]}
+
+
+def cuts(length: int) -> tuple[int, ...]:
+    """Cuts of the lists at one L."""
+    return tuple(sorted({10, 20, 50, length}))
+
+
+def tested(length: int) -> list[str]:
+    """Metrics whose figures per query are kept for tests and ratios."""
+    names = ["RelevantNovel@50", f"RelevantNovel@{length}", "Recall@50", "Precision@10", "MergedDensity"]
+    return list(dict.fromkeys(names))
+
+
+def _evaluate(
+    data: str, index: Path, judge: str, length: int, models: dict[int, Path], work: Path
+) -> dict[str, Result]:
+    """Test figures by checkpoint's step, the deployed model's as "base"."""
+    report = work / f"report-{os.getpid()}"
+    config = EvalConfig(
+        data=data, index=str(index), models=tuple(f"{step}={folder}" for step, folder in models.items()),
+        judge=judge, missing="irrelevant", base_depth=length, k=cuts(length), device="cpu",
+    )  # fmt: skip
+    evaluation = evaluate_models(config, report, force=True)
+    shutil.rmtree(report)
+    return {
+        name: {
+            "means": {metric: round(value, 6) for metric, value in means.items()},
+            "per_query": {
+                metric: np.round(evaluation.per_query[name][metric], 6).tolist() for metric in tested(length)
+            },
+        }
+        for name, means in evaluation.means.items()
+    }
+
+
+def identity(name: str, settings: dict[str, Any], inputs: list[str]) -> str:
+    """A file name for a run: the same settings on the same data give the same one.
+
+    Settings that are not named are the program's defaults, of today.
+    """
+    digest = fingerprint_of(settings, inputs)[:10]
+    return f"{name}-{digest}".replace(" ", "_").replace(",", "").replace("/", "_")
+
+
+def explicit(settings: dict[str, Any]) -> dict[str, Any]:
+    """Every setting that decides a run whose settings are mostly the defaults: these may move."""
+    return json.loads(json.dumps(asdict(TrainConfig(**settings))))

@@ -1,0 +1,100 @@
+"""Query encoders that are the deployed one with more modules behind it, as `--tune adapter` makes them.
+
+Their embeddings come from the deployed ones, which an index keeps: no text is encoded anew.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Module, Normalize
+from torch import nn
+
+from novelret import encode
+
+_AT_ONCE = 65_536  # queries
+
+
+def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) -> list[nn.Module] | None:
+    """The modules of `model` behind those it shares with the deployed query encoder.
+
+    Returns:
+        the modules, none for the deployed encoder itself; or None where `model` must encode texts itself:
+        weights, tokenizer, settings or prompts differ, or the deployed embeddings lack the length that the
+        modules behind would see.
+    """
+    same = (
+        len(model) >= len(deployed)
+        and all(_is_same(ours, theirs) for ours, theirs in zip(model, deployed, strict=False))
+        and model.prompts == deployed.prompts
+        and model.default_prompt_name == deployed.default_prompt_name
+        and model.truncate_dim is None
+        and deployed.truncate_dim is None
+        and encode.is_normalized(model) == encode.is_normalized(deployed)
+    )
+    if not same:
+        return None
+    behind = [*model][len(deployed) :]
+    if not all(isinstance(module, Dense | Normalize) for module in behind):
+        return None
+    keeps_length = not encode.is_normalized(deployed) or isinstance(deployed[-1], Normalize)
+    return behind if keeps_length or all(_is_scale_free(module) for module in behind) else None
+
+
+def embed_behind(
+    modules: list[nn.Module], embeddings: np.ndarray, *, normalized: bool, device: str
+) -> np.ndarray:
+    """What an encoder gives whose last modules are these, from the deployed embeddings, (Q, d) float32."""
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(embeddings), _AT_ONCE):
+            part = torch.from_numpy(embeddings[start : start + _AT_ONCE]).to(device)
+            for module in modules:
+                part = module({"sentence_embedding": part})["sentence_embedding"]
+            parts.append((nn.functional.normalize(part, dim=1) if normalized else part).cpu().numpy())
+    result: np.ndarray = np.concatenate(parts)
+    encode.check_finite(result, "queries")
+    return result
+
+
+def _is_same(ours: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two modules are interchangeable; False too where that cannot be seen."""
+    return (
+        type(ours) is type(theirs)
+        and _settings(ours) == _settings(theirs)
+        and _tokenizer(ours) == _tokenizer(theirs) != ""
+        and _same_weights(ours, theirs)
+    )
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    config = getattr(getattr(module, "model", None), "config", None)
+    architecture = {} if config is None else config.to_dict()
+    architecture.pop("_name_or_path", None)  # where it was loaded from
+    known = module.get_config_dict() if isinstance(module, Module) else {}
+    return architecture, known, getattr(module, "max_seq_length", None)
+
+
+def _tokenizer(module: nn.Module) -> str | None:
+    """The whole tokenizer as text; None for a module without one, "" for one that cannot be written."""
+    tokenizer = getattr(module, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return str(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else ""
+
+
+def _same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
+    mine, others = ours.state_dict(), theirs.state_dict()
+    return mine.keys() == others.keys() and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor.cpu(), others[name].cpu())
+        for name, tensor in mine.items()
+    )
+
+
+def _is_scale_free(module: nn.Module) -> bool:
+    """Whether a longer input only makes a longer output, which the normalisation at the end takes away."""
+    if isinstance(module, Dense):
+        return module.linear.bias is None and isinstance(module.activation_function, nn.Identity)
+    return isinstance(module, Normalize)
