@@ -22,7 +22,7 @@ from sentence_transformers.training_args import BatchSamplers
 MAX_TOKENS, MAX_EPOCHS = 32, 2
 
 
-def finetune(data: Path, start: str | None = None, *, steps: int = 150, batch_size: int = 128) -> None:
+def finetune(data: Path, start: str | None = None, *, steps: int = 100, batch_size: int = 128) -> None:
     """Write DATA/deployed_model from DATA/qrels/base.tsv.
 
     Args:
