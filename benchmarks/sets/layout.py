@@ -72,18 +72,25 @@ def write(
         relevant: item ids by query id, for train and test queries; what is not listed is not relevant.
     """
     (out / "qrels").mkdir(parents=True, exist_ok=True)
-    _lines(out / "corpus.jsonl", (json.dumps({"_id": i, "title": "", "text": items[i]}) for i in sorted(items)))
+    _lines(
+        out / "corpus.jsonl", (json.dumps({"_id": i, "title": "", "text": items[i]}) for i in sorted(items))
+    )
     queries = sorted(query for members in splits.values() for query in members)
     _lines(out / "queries.jsonl", (json.dumps({"_id": q, "text": items[q]}) for q in queries))
     for name in SPLITS:
         _lines(out / "qrels" / f"{name}.tsv", _qrels(splits[name], feedback))
     _lines(out / "judgements.tsv", _qrels([*splits["train"], *splits["test"]], relevant))
 
-    rows = ["| split | queries | feedback pairs | relevant per query: mean | median |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| split | queries | feedback pairs | relevant per query: mean | median |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in SPLITS:
         pairs = sum(len(feedback[q]) for q in splits[name])
         judged = [len(relevant[q]) for q in splits[name]] if name != "base" else []
-        spread = f"{statistics.mean(judged):.1f} | {statistics.median(judged):.0f}" if judged else "not judged |"
+        spread = (
+            f"{statistics.mean(judged):.1f} | {statistics.median(judged):.0f}" if judged else "not judged |"
+        )
         rows.append(f"| {name} | {len(splits[name]):,} | {pairs:,} | {spread} |")
     table = "\n".join(rows)
     (out / "README.md").write_text(f"{title.strip()}\n\n{len(items):,} items.\n\n{table}\n", encoding="utf-8")

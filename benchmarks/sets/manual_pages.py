@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import collections
 import gzip
-import itertools
-import statistics
 import subprocess
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -25,13 +23,13 @@ import roff
 PACKAGES = Path(__file__).with_name("manual_pages.txt")
 # A longer list names a whole suite, and a page more often named is a suite's front page.
 LONGEST_LIST, MOST_POPULAR = 20, 100
-FEWEST_RELEVANT, MOST_RELEVANT, MAX_NAMES = 5, 50, 4
+MOST_RELEVANT, MAX_NAMES = 50, 4
 TITLE = """# manual-pages: a sparse real data set, in BEIR's layout
 
 Which pages should a reader of this manual page see also? Items and queries: manual pages, as "names:
 description" from their NAME sections. Feedback: the pages that the query's author lists under SEE ALSO.
-Judgements: these, the pages that list the query{companions}, at most 50 of them; a pair that
-is not listed is not relevant. A query's id is its own item's id: identical ids must be ignored when ranking.
+Judgements: these and the pages that list the query, at most 50 in all; a pair that is not listed is not
+relevant. A query's id is its own item's id: identical ids must be ignored when ranking.
 From packages of Debian bookworm, each page under its package's own licence."""
 
 
@@ -78,17 +76,18 @@ def manual_files(deb: Path) -> dict[str, str]:
 def pages(package: str, files: Mapping[str, str]) -> dict[str, Page]:
     """The pages of a package by item id, 'package/printf.3'; links add names to the page they lead to."""
     found: dict[str, Page] = {}
+    first: dict[str, Page] = {}  # some packages ship a copy of a page under each of its names
     for name, source in sorted(files.items()):
         if target(source):
             continue
         names, description = roff.names_and_description(source)
         stem, _, section = PurePosixPath(name).name.rpartition(".")
-        if not description:
+        if not description or source in first:
             continue
         shown = list({n.lower(): n for n in reversed(names)}.values())[::-1]
         if not {stem.lower(), stem.partition(".")[0].lower()} & {n.lower() for n in names}:
             shown.insert(0, stem)
-        found[f"{package}/{stem}.{section}"] = Page(
+        found[f"{package}/{stem}.{section}"] = first[source] = Page(
             package,
             section,
             text=f"{', '.join(shown[:MAX_NAMES])}: {description}",
@@ -99,7 +98,7 @@ def pages(package: str, files: Mapping[str, str]) -> dict[str, Page]:
         end, steps = name, 0
         while (link := target(files.get(end, ""))) and steps < 5:
             end, steps = link, steps + 1
-        page = found.get(f"{package}/{PurePosixPath(end).name}")
+        page = first.get(files.get(end, ""))
         alias = PurePosixPath(name).name.rpartition(".")[0]
         if page and alias not in page.names:
             page.names.append(alias)
@@ -112,7 +111,7 @@ def target(source: str) -> str:
         if line.startswith(".so "):
             path = PurePosixPath(line[4:].strip().removesuffix(".gz"))
             return f"{path.parent.name or 'man' + path.suffix[1:2]}/{path.name}"
-        if line.strip() and not line.startswith((".\\\"", "'\\\"")):
+        if line.strip() and not line.startswith(('.\\"', "'\\\"")):
             break
     return ""
 
@@ -144,20 +143,11 @@ def listed(catalog: Mapping[str, Page], stands: Mapping[str, str]) -> dict[str, 
             if candidates:
                 best = min(
                     candidates,
-                    key=lambda c: (catalog[c].package != page.package, catalog[c].section != section, c),  # noqa: B023
+                    key=lambda c: (catalog[c].package != page.package, catalog[c].section != section, c),
                 )
                 if stands[best] != stands[item]:
                     found[stands[item]][stands[best]] = None
     return {item: list(names) for item, names in found.items() if len(names) <= LONGEST_LIST}
-
-
-def companions(lists: Iterable[list[str]]) -> dict[str, collections.Counter[str]]:
-    """How many pages list both of two items."""
-    together: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for members in lists:
-        for one, other in itertools.permutations(members, 2):
-            together[one][other] += 1
-    return together
 
 
 def main() -> None:
@@ -177,17 +167,10 @@ def main() -> None:
         for query in members:
             if query in relevant:
                 relevant[query][item] = None
-    together = {}
-    if statistics.mean(map(len, relevant.values())) < FEWEST_RELEVANT:
-        together = companions(lists.values())
-    for query, members in relevant.items():
-        often = sorted(together.get(query, collections.Counter()).items(), key=lambda pair: (-pair[1], pair[0]))
-        members |= dict.fromkeys(i for i, times in often if times > 1)
     judged = {q: list(members)[:MOST_RELEVANT] for q, members in relevant.items()}
 
     splits = layout.split(feedback, train=0.28, test=0.12)
-    note = " and the pages that at least two pages list beside it" if together else ""
-    layout.write(options.out, TITLE.format(companions=note), items, splits, feedback, judged)
+    layout.write(options.out, TITLE, items, splits, feedback, judged)
     if not options.no_model:
         import deployed  # heavy, and not needed for the data
 
