@@ -13,13 +13,13 @@ from pathlib import Path
 SPLITS = ("base", "train", "test")
 
 
-def arguments(doc: str | None) -> argparse.Namespace:
+def arguments(doc: str | None, *, steps: int) -> argparse.Namespace:
     """The command line of every script here: OUT, --packages, --no-model and --steps."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--packages", type=Path, help="where .deb files are kept (default: OUT/packages)")
     parser.add_argument("--no-model", action="store_true", help="leave deployed_model/ out")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of the deployed model")
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of the deployed model")
     options = parser.parse_args()
     options.packages = options.packages or options.out / "packages"
     return options

@@ -79,7 +79,7 @@ def all_below(root: str, below: Mapping[str, set[str]]) -> set[str]:
 
 
 def main() -> None:
-    options = layout.arguments(__doc__)
+    options = layout.arguments(__doc__, steps=100)
     (package,) = layout.debs(["wordnet-base"], options.packages)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
