@@ -151,7 +151,7 @@ def listed(catalog: Mapping[str, Page], stands: Mapping[str, str]) -> dict[str, 
 
 
 def main() -> None:
-    options = layout.arguments(__doc__, steps=50)
+    options = layout.arguments(__doc__, steps=40)
     names = PACKAGES.read_text(encoding="utf-8").split()
     catalog: dict[str, Page] = {}
     for name, deb in zip(names, layout.debs(names, options.packages), strict=True):
