@@ -3,8 +3,8 @@
     python benchmarks/sets/manual_pages.py OUT [--packages FOLDER] [--no-model]
 
 A query is a page; its feedback is what its author lists under SEE ALSO. Source: English manual pages of
-about 200 packages of Debian bookworm (each under its package's own licence), which `apt-get download`
-fetches (about 250 MB) and which are read without being installed.
+230 packages of Debian bookworm (each under its package's own licence), which `apt-get download`
+fetches (about 240 MB) and which are read without being installed.
 """
 
 from __future__ import annotations
