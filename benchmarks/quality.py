@@ -28,17 +28,17 @@ from typing import Any
 
 import numpy as np
 from quality_figures import at_equal_recall, ratio_interval, t_interval
-from quality_runs import Job, Result, explicit, identity, pool_of, prepare, run_all, run_piece
+from quality_runs import Job, Result, explicit, identity, path_of, pool_of, prepare, run_all, run_piece
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1_000
 BATCH = 128
 # Every setting by name, so that these stay what they are when the program's defaults move.
 NAMED = {
-    "reward": "eq7", "alpha": 0.0, "beta": 0.5, "gamma": 0.5, "draw": "labelled", "negative_share": 0.0,
-    "negatives": 5, "hard_negatives": 0, "list_size": 50, "window": 0.2, "temperature": 0.05,
+    "reward": "eq7", "alpha": 0.0, "gamma": 0.5, "draw": "states", "negative_share": 0.0,
+    "negatives": 5, "hard_negatives": 0, "list_size": 50, "window": "1,2", "temperature": 0.05,
     "sampling_temperature": 0.05, "support": None, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.0,
-    "max_grad_norm": 1.0, "patience": 4,
+    "max_grad_norm": 1.0, "patience": 0, "blends": 1,
 }  # fmt: skip
 # As published and this project's others; "steps" counts in units of --steps. Three epochs against ten.
 METHODS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "reinforce": NAMED | {"objective": "reinforce"},
     "v-pg": NAMED | {"objective": "v-pg"},
     "ca-pg": NAMED | {"objective": "ca-pg"},
-    "boundary": NAMED | {"objective": "pg-ret", "loss": "boundary"},
     "default": {"objective": "pg-ret"},
 }
 # An exact draw of lists from the whole catalog makes a step of these cost ten times another's.
@@ -121,7 +120,7 @@ def worth_on_validation(result: Result) -> tuple[float, float]:
     points = result["points"]
     base = points[0]["base_recall"]
     kept = result["chosen"] if result["chosen"]["recall"] >= base - 1e-12 else {"relevant_novel": 0.0}
-    place = at_equal_recall([(point["recall"], point["relevant_novel"]) for point in points], base)
+    place = at_equal_recall([(point["recall"], point["relevant_novel"]) for point in path_of(points)], base)
     return kept["relevant_novel"], 0.0 if place is None else place.gain
 
 
@@ -291,7 +290,10 @@ def table(
         "| base | – | – | " + " | ".join(f"{s.base['means'].get(c, 0):.3f}" for c in columns) + " | – |",
     ]
     for name, found in runs.items():
-        steps = [r["chosen"]["step"] if place == "at_chosen" else r[place]["step"] for r in found]
+        steps = [
+            r["chosen"]["step"] * r["chosen"]["share"] if place == "at_chosen" else r[place]["step"]
+            for r in found
+        ]
         cells = [spread([r[place]["means"][column] for r in found]) for column in columns]
         seconds = [r["seconds"]["train"] for r in found if "train" in r["seconds"]]
         took = f"{np.mean(seconds):.0f}" if seconds else "–"
@@ -358,8 +360,8 @@ def csv_rows(s: Setting, runs: dict[str, list[Result]]) -> list[list[Any]]:
                 continue
             rate = result["settings"]["learning_rate"]
             places = [
-                ("at_chosen", result["chosen"]["step"], result["at_chosen"]),
-                *(("along", int(step), figures) for step, figures in result.get("along", {}).items()),
+                ("at_chosen", result["chosen"]["step"] * result["chosen"]["share"], result["at_chosen"]),
+                *(("along", step, figures) for step, figures in result.get("along", {}).items()),
             ]
             if "at_equal_recall" in result:
                 places.append(

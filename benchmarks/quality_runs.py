@@ -30,6 +30,7 @@ from novelret import (
     train_model,
 )
 from novelret.artifacts import fingerprint_of, read_json, write_json
+from novelret.train.validation import Point
 
 Job = dict[str, Any]
 Result = dict[str, Any]
@@ -119,7 +120,7 @@ def run_piece(job: Job) -> Result:
         result["settings"] = asdict(config) | {"learning_rate": config.peak_learning_rate}
         if job["evaluate"]:
             began = time.perf_counter()
-            figures, count = _figures(job, config, work, result["chosen"]["step"])
+            figures, count = _figures(job, config, work, result)
             result |= figures
             took = time.perf_counter() - began
             result["seconds"] |= {"evaluate": round(took, 2), "checkpoints": count}
@@ -138,39 +139,51 @@ def _summary(result: Result) -> str:
     seconds = ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items())
     point = result["chosen"]
     return (
-        f"step {point['step']}, validation relevant novel {point['relevant_novel']:.3f}, recall "
+        f"{name_of(point)}, validation relevant novel {point['relevant_novel']:.3f}, recall "
         f"{point['recall']:.4f} ({point['base_recall']:.4f}); {seconds}"
     )
 
 
-def _figures(job: Job, config: TrainConfig, model: Path, chosen: int) -> tuple[Result, int]:
-    """Test figures at the chosen checkpoint and, where asked for, at equal recall along all of them."""
-    length = job["length"]
+def name_of(point: dict[str, Any]) -> str:
+    """The name of a validation point, as its folder has it."""
+    return Point(**point).name
+
+
+def path_of(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Validation points as one path: the checkpoints, then along the blends back to the start."""
+    blends = sorted((p for p in points if p["share"] < 1), key=lambda p: -p["share"])
+    return [p for p in points if p["share"] == 1] + (blends + points[:1] if blends else [])
+
+
+def _figures(job: Job, config: TrainConfig, model: Path, found: Result) -> tuple[Result, int]:
+    """Test figures at the chosen point and, where asked for, at equal recall along all of them."""
+    length, chosen = job["length"], name_of(found["chosen"])
     if job["evaluate"] == "along":
-        folders = {int(folder.name[5:]): folder for folder in (model / "checkpoints").iterdir()}
+        folders = {folder.name: folder for folder in (model / "checkpoints").iterdir()}
     else:
         folders = {chosen: model}
     is_deployed = config.init is None
     if is_deployed:
-        folders.pop(0, None)  # no step done: the deployed encoder itself
+        folders.pop("step-0", None)  # no step done: the deployed encoder itself
     index = Path(config.indexes[0])
-    found = _evaluate(config.data, index, job["judge"], length, folders, model.parent)
-    base = found.pop("base")
-    steps = {int(name): figures for name, figures in found.items()}
+    steps = _evaluate(config.data, index, job["judge"], length, folders, model.parent)
+    base = steps.pop("base")
     if is_deployed:
-        steps[0] = base
+        steps["step-0"] = base
     result: Result = {"base": _without_queries(base), "at_chosen": steps[chosen]}
     if job["evaluate"] == "along":
-        order = sorted(steps)
+        path = path_of(found["points"])
+        order = [name_of(point) for point in path]
+        at = [point["step"] * point["share"] for point in path]
         gain, recall = f"RelevantNovel@{length}", f"Recall@{length}"
         points = [(steps[step]["means"][recall], steps[step]["means"][gain]) for step in order]
         place = at_equal_recall(points, base["means"][recall])
         if place is None:  # nothing of it may be deployed
             place = Place(0.0, 0, 0, 0.0)
-            order, steps = [0], {0: base}
+            order, at, steps = ["step-0"], [0.0], {"step-0": base}
         result["at_equal_recall"] = _between(steps[order[place.first]], steps[order[place.second]], place)
-        result["at_equal_recall"]["step"] = order[place.first] + place.weight * (
-            order[place.second] - order[place.first]
+        result["at_equal_recall"]["step"] = at[place.first] + place.weight * (
+            at[place.second] - at[place.first]
         )
         result["along"] = {step: _without_queries(figures) for step, figures in steps.items()}
     return result, len(folders)
@@ -204,12 +217,12 @@ def tested(length: int) -> list[str]:
 
 
 def _evaluate(
-    data: str, index: Path, judge: str, length: int, models: dict[int, Path], work: Path
+    data: str, index: Path, judge: str, length: int, models: dict[str, Path], work: Path
 ) -> dict[str, Result]:
-    """Test figures by checkpoint's step, the deployed model's as "base"."""
+    """Test figures by the name of a point, the deployed model's as "base"."""
     report = work / f"report-{os.getpid()}"
     config = EvalConfig(
-        data=data, index=str(index), models=tuple(f"{step}={folder}" for step, folder in models.items()),
+        data=data, index=str(index), models=tuple(f"{name}={folder}" for name, folder in models.items()),
         judge=judge, missing="irrelevant", base_depth=length, k=cuts(length), device="cpu",
     )  # fmt: skip
     evaluation = evaluate_models(config, report, force=True)

@@ -86,7 +86,7 @@ def train(
     alpha: Annotated[float, typer.Option(help="Share of states drawn from the current policy.")] = 0.0,
     gamma: Annotated[
         float, typer.Option(help="Share of feedback pairs; the rest comes from the base model's novel ranks.")
-    ] = 0.3,
+    ] = 0.5,
     draw: Annotated[
         str,
         typer.Option(
@@ -105,7 +105,9 @@ def train(
         int, typer.Option(help="Top base items among the negatives of supervised-judged.")
     ] = 0,
     list_size: Annotated[int, typer.Option(help="K: items that a list objective draws per query.")] = 50,
-    window: Annotated[float, typer.Option(help="boundary contrasts with base ranks (1 ± window) L.")] = 0.8,
+    window: Annotated[
+        str, typer.Option(help="boundary contrasts with base ranks between these multiples of L.")
+    ] = "1,2",
     temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.03,
     sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,
     support: Annotated[
@@ -131,7 +133,11 @@ def train(
     max_recall_drop: Annotated[float, typer.Option(help="Relative recall a checkpoint may lose.")] = 0.01,
     patience: Annotated[
         int, typer.Option(help="Stop after so many validations in a row below the recall budget; 0: never.")
-    ] = 4,
+    ] = 0,
+    blends: Annotated[
+        int,
+        typer.Option(help="Parts of the line from start to last weights that are validated too; 1: none."),
+    ] = 10,
     keep: Annotated[int, typer.Option(help="Further checkpoints to save, the best first.")] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 forward passes.")] = "fp32",
@@ -173,9 +179,9 @@ def train(
         for name in names:
             table.add_column(name, justify="right")
         for point, is_best in zip(trained.points, pareto(trained.points), strict=True):
-            mark = " ←" if trained.chosen is not None and point.step == trained.chosen.step else ""
+            mark = " ←" if point is trained.chosen else ""
             table.add_row(
-                f"{point.step}{'*' if is_best else ''}{mark}",
+                f"{point.name}{'*' if is_best else ''}{mark}",
                 f"{point.novelty:.2f}",
                 f"{point.relevant_novel:.3f}",
                 f"{point.recall:.4f}",

@@ -83,9 +83,9 @@ def _results(config: TrainConfig, points: list[Point], chosen: Point | None) -> 
         "| --- | --- | --- | --- |",
     ]
     for point in points:
-        mark = " (kept)" if point.step == chosen.step else ""
+        mark = " (kept)" if point is chosen else ""
         lines.append(
-            f"| {point.step}{mark} | {point.novelty:.2f} | {point.relevant_novel:.3f} | {point.recall:.4f} |"
+            f"| {point.name}{mark} | {point.novelty:.2f} | {point.relevant_novel:.3f} | {point.recall:.4f} |"
         )
     return "\n".join(lines)
 

@@ -67,12 +67,13 @@ def load(
     return points, step
 
 
-def load_weights(tower: Tower, folder: Path, step: int) -> None:
-    """Put the weights of a saved step into the tower."""
+def load_weights(tower: Tower, folder: Path, step: int, share: float = 1.0) -> None:
+    """Put the weights of a saved step into the tower, or those at a share of the line from step 0 to it."""
     weights = load_file(folder / "resume" / f"weights-{step}.safetensors")
+    first = weights if share == 1 else load_file(folder / "resume" / "weights-0.safetensors")
     with torch.no_grad():
         for name, parameter in _trained(tower).items():
-            parameter.copy_(weights[name])
+            parameter.copy_(torch.lerp(first[name], weights[name], share))
 
 
 def _trained(tower: Tower) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class TrainConfig:
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         alpha: share of states drawn from the current policy over the whole catalog (PG-Ret, §4.3).
-        gamma: share of feedback pairs; the rest, β = 1 − α − γ, is drawn from the base model's ranks beyond L.
+        gamma: share of feedback pairs; the rest, β = 1 − α − γ, comes from the base model's ranks beyond L.
         draw: how base states are drawn: "queries" with all their labelled states of positive reward at once,
             "states" one such state a forward pass, "plain" any query and rank, labelled or not, as published.
         per_query: with draw="queries", most states a query.
@@ -66,7 +66,7 @@ class TrainConfig:
         negatives: M, the base model's top items that "aggressive" contrasts with.
         hard_negatives: the base model's top items added to the negatives of "supervised-judged".
         list_size: K, items that a list objective draws per query.
-        window: "boundary" contrasts with base ranks (1 − window)·L to (1 + window)·L.
+        window: "boundary" contrasts with base ranks between two multiples of L; "1,2": ranks L + 1 to 2L.
         temperature: τ of the loss.
         sampling_temperature: τ of the policy that states are drawn from.
         support: draw policy states from the index's top items only, so many for a query; by default exactly,
@@ -83,6 +83,8 @@ class TrainConfig:
         max_recall_drop: how much of the base's recall a checkpoint may lose, relative.
         patience: stop after so many validations in a row below the recall budget, if recall still falls; 0
             never stops early.
+        blends: the line from the starting weights to the last ones is validated at so many equal parts too,
+            and the best of all points is chosen; 1 validates trained checkpoints alone.
         keep: how many checkpoints to save besides the chosen one's weights, the best first.
         seed: decides every draw.
         precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
@@ -112,7 +114,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     alpha: float = 0.0
-    gamma: float = 0.3
+    gamma: float = 0.5
     draw: str = "queries"
     per_query: int = 32
     negative_share: float = 0.0
@@ -121,7 +123,7 @@ class TrainConfig:
     negatives: int = 5
     hard_negatives: int = 0
     list_size: int = 50
-    window: float = 0.8
+    window: str = "1,2"
     temperature: float = 0.03
     sampling_temperature: float = 0.05
     support: int | None = None
@@ -135,7 +137,8 @@ class TrainConfig:
     validation_fraction: float = 0.1
     eval_every: int | None = None
     max_recall_drop: float = 0.01
-    patience: int = 4
+    patience: int = 0
+    blends: int = 10
     keep: int = 0
     seed: int = 0
     precision: str = "fp32"
@@ -197,7 +200,7 @@ def _check_choices(config: TrainConfig) -> None:
 def _check_numbers(config: TrainConfig) -> None:
     sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
     optional = ("micro_batch", "eval_every", "support", "max_judgements")
-    for name in (*sizes, "log_every", *optional):
+    for name in (*sizes, "log_every", "blends", *optional):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{_flag(name)} {value}: must be at least 1")
@@ -211,8 +214,24 @@ def _check_numbers(config: TrainConfig) -> None:
         raise UserError(
             f"--alpha {config.alpha} --gamma {config.gamma}: neither may be below 0, nor their sum above 1"
         )
+    window_multiples(config.window)
     if not 0 <= config.validation_fraction < 1:
         raise UserError(f"--validation-fraction {config.validation_fraction}: must be from 0 to below 1")
+
+
+def window_multiples(window: str) -> tuple[float, float]:
+    """The two multiples of L that `window` names.
+
+    Raises:
+        UserError: it names something else.
+    """
+    try:
+        first, last = (float(part) for part in window.split(","))
+    except ValueError:
+        raise UserError(f"--window {window}: expected two multiples of L such as 1,2") from None
+    if not 0 <= first < last:
+        raise UserError(f"--window {window}: the first must be at least 0 and below the second")
+    return first, last
 
 
 def _check_sizes(config: TrainConfig, catalog_size: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from novelret.train.config import LIST_OBJECTIVES, TrainConfig
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig, window_multiples
 from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
@@ -227,5 +227,5 @@ def negative_ranks(config: TrainConfig) -> tuple[int, int]:
         return 0, 1
     if config.loss == "aggressive":
         return 0, config.negatives
-    half = max(1, round(config.window * config.base_depth))
-    return max(0, config.base_depth - half), min(config.base_depth + half, config.depth)
+    first, last = (round(multiple * config.base_depth) for multiple in window_multiples(config.window))
+    return min(first, config.depth - 1), min(max(last, first + 1), config.depth)

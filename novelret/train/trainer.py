@@ -56,7 +56,7 @@ from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.curves import curves
 from novelret.train.judging import Judging
 from novelret.train.log import check_wandb, read_log
-from novelret.train.loop import Run, run_steps
+from novelret.train.loop import Run, run_steps, validate_blends
 from novelret.train.matrix import open_matrix
 from novelret.train.policy import check_embeddings
 from novelret.train.processes import Processes, join
@@ -152,6 +152,7 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
             config, tower, material, validation, index, items, folder, processes, judging, report
         )  # fmt: skip
         points, steps = run_steps(run)
+        validate_blends(run, points, steps)
         spent = judging.finish() if judging is not None else None
         order = best_first(points, config.max_recall_drop)
         chosen = order[0] if order else None
@@ -209,10 +210,10 @@ def _write(
 ) -> None:
     """The finished artifact, from the checkpoints of the run."""
     config = run.config
-    _save_checkpoints(run.tower, folder, [point.step for point in order[: config.keep]])
+    _save_checkpoints(run.tower, folder, order[: config.keep])
     chosen = order[0] if order else None
     if chosen is not None:
-        checkpoint.load_weights(run.tower, folder, chosen.step)
+        checkpoint.load_weights(run.tower, folder, chosen.step, chosen.share)
     finished = run.tower.finished()
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
@@ -234,13 +235,13 @@ def _write(
     write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
 
 
-def _save_checkpoints(tower: Tower, folder: Path, steps: list[int]) -> None:
-    """Whole encoders of some steps; an adapter's frozen files lie once on disk, linked into each."""
+def _save_checkpoints(tower: Tower, folder: Path, points: list[Point]) -> None:
+    """Whole encoders of some points; an adapter's frozen files lie once on disk, linked into each."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that was killed here
     first: Path | None = None
-    for step in steps:
-        checkpoint.load_weights(tower, folder, step)
-        path = folder / "checkpoints" / f"step-{step}"
+    for point in points:
+        checkpoint.load_weights(tower, folder, point.step, point.share)
+        path = folder / "checkpoints" / point.name
         finished = tower.finished()
         trained = [place for place, module in enumerate(finished) if module is tower.module]
         if first is None or not trained:
@@ -267,9 +268,9 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
     }
     columns["within_budget"] = [keeps_budget(point, config.max_recall_drop) for point in points]
     columns["pareto"] = pareto(points)
-    columns["chosen"] = [point.step == chosen.step for point in points]
+    columns["chosen"] = [point is chosen for point in points]
     pq.write_table(pa.table(columns), folder / "frontier.parquet")
-    marks = [Mark(f"step {point.step}", point.recall, point.relevant_novel) for point in points]
+    marks = [Mark(point.name, point.recall, point.relevant_novel) for point in points]
     length = config.base_depth
     titles = (f"Recall@{length}", f"RelevantNovel@{length}")
     picture = scatter(marks, *titles, line_at=chosen.base_recall)
@@ -339,7 +340,7 @@ def _say_choice(
     if not keeps_budget(chosen, drop):
         report.warn(
             f"no checkpoint keeps recall within {drop:.1%} of the deployed {base_recall:.4f}; "
-            f"step {chosen.step} loses least"
+            f"{chosen.name} loses least"
         )
     elif chosen.step == 0:
         report.warn(
@@ -347,7 +348,7 @@ def _say_choice(
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
         )
-    last = points[-1]
+    last = [point for point in points if point.share == 1][-1]
     if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:
         report.warn(
             f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "
@@ -362,7 +363,7 @@ def _say_choice(
             "for it (--max-recall-drop)"
         )
     report.note(
-        f"chosen: step {chosen.step} of {config.steps}, on the held-back queries: novelty "
+        f"chosen: {chosen.name} of {config.steps}, on the held-back queries: novelty "
         f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}, recall {chosen.recall:.4f} "
         f"(deployed {base_recall:.4f})"
     )

@@ -46,6 +46,7 @@ class Point:
         judged_novel: share of the novel items that are judged at all.
         base_recall: the deployed model's recall on the same queries.
         recall_error: standard error of the mean difference between the two recalls.
+        share: weights lie at this share of the line from the start to those of the step; 1 for a checkpoint.
     """
 
     step: int
@@ -55,6 +56,12 @@ class Point:
     judged_novel: float
     base_recall: float
     recall_error: float
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables, charts and folders."""
+        return f"step-{self.step}" + ("" if self.share == 1 else f"-share-{self.share:g}")
 
 
 def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,13 +107,13 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, device
     return np.stack([np.asarray(figure, dtype=np.float64) for figure in figures], axis=1)
 
 
-def make_point(step: int, figures: np.ndarray) -> Point:
+def make_point(step: int, figures: np.ndarray, share: float = 1.0) -> Point:
     """The means of `measure`'s figures over all validation queries."""
     novelty, relevant_novel, judged, mean_recall, base_recall = figures.mean(axis=0).tolist()
     differences = figures[:, 3] - figures[:, 4]
     error = float(differences.std(ddof=1) / len(figures) ** 0.5) if len(figures) > 1 else 0.0
-    share = judged / novelty if novelty else 0.0
-    return Point(step, novelty, relevant_novel, mean_recall, share, base_recall, error)
+    judged_share = judged / novelty if novelty else 0.0
+    return Point(step, novelty, relevant_novel, mean_recall, judged_share, base_recall, error, share)
 
 
 def keeps_budget(point: Point, max_recall_drop: float) -> bool:
