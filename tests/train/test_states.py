@@ -47,7 +47,7 @@ def config(**changes):
 
 
 def test_shares_of_the_mixture(material):
-    batch = draw_batch(material, config(alpha=0.25, gamma=0.25), 3)
+    batch = draw_batch(material, config(alpha=0.25, gamma=0.25, draw="states"), 3)
     assert [(batch.sources == s).sum() for s in (FEEDBACK, BASE, POLICY)] == [6, 12, 6]
     assert (batch.items[batch.sources == POLICY] == -1).all()
     assert (batch.rewards[batch.sources == BASE] == 1).all()
@@ -55,11 +55,29 @@ def test_shares_of_the_mixture(material):
 
 
 def test_labelled_draws_are_novel_and_relevant_or_as_asked(material):
-    batch = draw_batch(material, config(gamma=0.0, negative_share=0.25), 0)
+    batch = draw_batch(material, config(gamma=0.0, draw="states", negative_share=0.25), 0)
     assert (batch.rewards > 0).sum() == 18
     assert (batch.rewards < 0).sum() == 6
     for q, i, r in zip(batch.queries, batch.items, batch.rewards, strict=True):
         assert (i in material.base_rows[q, :L]) == (r < 0)
+
+
+def test_a_drawn_query_brings_all_its_positive_states_in_one_pass(material):
+    batch = draw_batch(material, config(gamma=0.25, per_query=4), 1)
+    assert batch.passes[0] == 0
+    assert np.unique(batch.passes).tolist() == list(range(24))
+    assert (batch.passes[: 24 // 4] == np.arange(6)).all()  # feedback: one pair a pass
+    for number in range(6, 24):
+        here = batch.passes == number
+        (query,) = set(batch.queries[here].tolist())
+        known = set(material.positives[material.positives[:, 0] == query][:, 1].tolist())
+        drawn = batch.items[here].tolist()
+        assert set(drawn) <= known
+        assert len(set(drawn)) == len(drawn) == min(4, len(known))
+    assert batch.queries_of(np.array([7, 23])).tolist() == [
+        batch.queries[batch.passes == 7][0], batch.queries[batch.passes == 23][0],
+    ]  # fmt: skip
+    assert batch.states_of(np.array([0, 7])).tolist() == [0, *np.flatnonzero(batch.passes == 7)]
 
 
 def test_plain_draws_are_the_ranks_beyond_l_and_may_be_unknown(material):
@@ -99,11 +117,10 @@ def gradient(material, settings, size):
         rewards = np.where(policy, 1, batch.rewards).astype(np.float32)
         batch = dataclasses.replace(batch, items=items, rewards=rewards)
     table = QUERIES.double().requires_grad_()  # what V-PG leaves of Z cancels badly in float32
-    for start in range(0, len(batch.queries), size):
-        here = np.arange(start, min(start + size, len(batch.queries)))
-        part = batch_loss(
-            table[torch.from_numpy(batch.queries[here])], here, batch, material, settings, MATRIX, 2
-        )
+    for start in range(0, settings.batch_size, size):
+        here = np.arange(start, min(start + size, settings.batch_size))
+        embeddings = table[torch.from_numpy(batch.queries_of(here))]
+        part = batch_loss(embeddings, here, batch, material, settings, MATRIX, 2)
         if part.loss.requires_grad:
             part.loss.backward()
     return table.grad
@@ -118,6 +135,8 @@ OBJECTIVES = [
         for loss in ("conservative", "aggressive", "boundary", "inclusion")
     ),
     {"objective": "pg-ret", "alpha": 0.25, "gamma": 0.5},
+    {"objective": "pg-ret", "draw": "states"},
+    {"objective": "supervised-judged", "draw": "states"},
     {"objective": "pg-ret", "reward": "eq6", "draw": "plain", "negative_share": 0.3},
     *({"objective": name} for name in LIST_OBJECTIVES),
 ]
@@ -136,7 +155,7 @@ def test_supervised_loss_is_written_out(material):
     settings = config(objective="supervised", batch_size=6)
     batch = draw_batch(material, settings, 0)
     scores = (
-        QUERIES[torch.from_numpy(batch.queries)] @ torch.from_numpy(ITEMS[batch.items]).T / 0.05
+        QUERIES[torch.from_numpy(batch.queries)] @ torch.from_numpy(ITEMS[batch.items]).T / 0.03
     ).numpy()
     liked = {q: set(material.split.feedback_items[material.split.feedback_queries == q]) for q in range(Q)}
     expected = 0.0
@@ -165,7 +184,10 @@ def test_bad_settings_each_have_their_line():
         ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"negatives": 91}, "--negatives 91: the catalog holds 90 items"),
         ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
-        ({"alpha": 0.3}, "must sum to 1"),
+        ({"alpha": 0.6}, "--alpha 0.6 --gamma 0.5: neither may be below 0, nor their sum above 1"),
+        ({"window": "1"}, "--window 1: expected two multiples of L"),
+        ({"window": "2,1"}, "--window 2,1: the first must be at least 0 and below the second"),
+        ({"per_query": 0}, "--per-query 0: must be at least 1"),
         ({"depth": L}, "must exceed --base-depth"),
         ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
         ({"steps": 0}, "--steps 0: must be at least 1"),

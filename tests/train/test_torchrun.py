@@ -84,7 +84,8 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), name
         exact = {name: one[name] for name in one if name.startswith(("rewarded/", "unknown/"))}
         assert exact == {name: two[name] for name in exact}
-    assert [point["step"] for point in both["points"]] == [0, 3, 6]
+    assert [point["step"] for point in both["points"]] == [0, 3, 6, *[6] * 9]
+    assert [point["share"] for point in both["points"][3:]] == pytest.approx(np.arange(1, 10) / 10)
     for one, two in zip(alone["points"], both["points"], strict=True):
         assert two["recall"] == pytest.approx(one["recall"], abs=0.02)
     files = sorted((tmp_path / "alone").rglob("*.safetensors"))

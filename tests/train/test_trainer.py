@@ -181,7 +181,7 @@ def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_pa
     monkeypatch.setattr(loop, "measure", falls)
     budget = ("--max-recall-drop", 0, "--patience", 2, "--eval-every", 1, "--steps", 30)
     found, err = train(capsys, command, tmp_path / "model", *ADAPTER, *budget)
-    assert [p["step"] for p in found["points"]] == [0, 1, 2]
+    assert [p["step"] for p in found["points"] if p["share"] == 1] == [0, 1, 2]
     assert "stopped at step 2: recall left the budget 2 validations ago" in err
     assert json.loads((tmp_path / "model" / "manifest.json").read_text())["facts"]["steps"] == 2
     assert found["chosen"]["step"] == 0
@@ -192,19 +192,36 @@ def test_kept_checkpoints_load_and_the_frontier_lists_all(command, world, index_
     points = [Point(**p) for p in found["points"]]
     best = best_first(points, 1.0)
     folders = {path.name for path in (tmp_path / "model" / "checkpoints").iterdir()}
-    assert folders == {f"step-{p.step}" for p in best[:2]}
+    assert folders == {p.name for p in best[:2]}
     rows = pq.read_table(tmp_path / "model" / "frontier.parquet").to_pylist()
-    assert [row["step"] for row in rows] == [0, 4, 8, 12]
-    assert [row["step"] for row in rows if row["chosen"]] == [best[0].step]
+    assert [(row["step"], row["share"]) for row in rows] == [
+        *((step, 1.0) for step in (0, 4, 8, 12)), *((12, part / 10) for part in range(1, 10)),
+    ]  # fmt: skip
+    assert [Point(**{name: row[name] for name in vars(best[0])}) for row in rows if row["chosen"]] == best[:1]
     assert [row["pareto"] for row in rows] == pareto(points)
-    same, second = (
-        SentenceTransformer(str(tmp_path / "model" / "checkpoints" / f"step-{p.step}")) for p in best[:2]
-    )
+    same, second = (SentenceTransformer(str(tmp_path / "model" / "checkpoints" / p.name)) for p in best[:2])
     chosen = SentenceTransformer(str(tmp_path / "model"))
     query = ["buy red sofa"]
     assert np.allclose(same.encode(query), chosen.encode(query), atol=1e-6)
     assert not np.allclose(second.encode(query), chosen.encode(query), atol=1e-6)
     assert (tmp_path / "model" / "curves.svg").read_text().startswith("<svg")
+
+
+def test_blends_lie_on_the_line_from_the_start_to_the_end(command, capsys, tmp_path):
+    train(capsys, command, tmp_path / "model", *ADAPTER, "--keep", 20, "--blends", 4)
+    folders = tmp_path / "model" / "checkpoints"
+
+    def matrix(name):
+        (path,) = [path for path in (folders / name).glob("*_Dense/model.safetensors")]
+        (found,) = load_file(path).values()
+        return found
+
+    assert {path.name for path in folders.iterdir()} == {
+        *(f"step-{step}" for step in (0, 4, 8, 12)), *(f"step-12-share-{s}" for s in (0.25, 0.5, 0.75)),
+    }  # fmt: skip
+    assert matrix("step-0").abs().max() == 0
+    for share in (0.25, 0.5, 0.75):
+        assert np.allclose(matrix(f"step-12-share-{share}"), share * matrix("step-12"), atol=1e-7)
 
 
 def test_few_held_back_queries_are_said_to_measure_recall_badly(command, capsys, tmp_path):
