@@ -64,8 +64,8 @@ def label(
         typer.Option(
             "--from",
             help="base-novel (the default), base-top, feedback, random, model:PATH, pairs:QRELS, or "
-            "yes:LABELS, the pairs that LABELS call relevant, to be asked about again with another --judge or "
-            "--prompt; repeatable.",
+            "yes:LABELS, the pairs that LABELS call relevant, to be asked about again with another --judge "
+            "or --prompt; repeatable.",
         ),
     ] = None,
     base_depth: Annotated[int, typer.Option(help="L: the deployed list's length.")] = 50,

@@ -243,7 +243,9 @@ def _warn_of_same_answers(config: LabelConfig, asked: dict[str, str], report: Re
     for source in _confirmed(config):
         before = read_manifest(Path(source.removeprefix("yes:")), "labels")
         same = all(before.inputs.get(name) == value for name, value in asked.items())
-        same = same and all(before.config.get(name) == getattr(config, name) for name in ("answer", "threshold"))
+        same = same and all(
+            before.config.get(name) == getattr(config, name) for name in ("answer", "threshold")
+        )
         # Files and weights are the same by what they hold, wherever they lie.
         if same and ("prompt" not in asked or same_judge(before.config["judge"], config.judge)):
             report.warn(
