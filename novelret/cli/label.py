@@ -43,7 +43,7 @@ EXAMPLES = """
       --threshold 0.6 --out runs/free-labels
 
   novelret label --data my-data --split train --index runs/index --judge openai:gpt-4o --from yes:runs/labels
-      --out runs/confirmed   (then: novelret train --labels runs/labels --labels runs/confirmed …)
+      --prompt query-keyword --out runs/confirmed
 """
 
 
