@@ -41,6 +41,9 @@ EXAMPLES = """
 
   novelret label --data my-data --split train --index runs/index --judge cross-encoder:BAAI/bge-reranker-v2-m3
       --threshold 0.6 --out runs/free-labels
+
+  novelret label --data my-data --split train --index runs/index --judge openai:gpt-4o --from yes:runs/labels
+      --prompt query-keyword --out runs/confirmed
 """
 
 
@@ -60,7 +63,9 @@ def label(
         list[str] | None,
         typer.Option(
             "--from",
-            help="base-novel (the default), base-top, feedback, random, model:PATH, pairs:QRELS; repeatable.",
+            help="base-novel (the default), base-top, feedback, random, model:PATH, pairs:QRELS, or "
+            "yes:LABELS, the pairs that LABELS call relevant, to be asked about again with another --judge "
+            "or --prompt; repeatable.",
         ),
     ] = None,
     base_depth: Annotated[int, typer.Option(help="L: the deployed list's length.")] = 50,

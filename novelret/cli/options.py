@@ -31,9 +31,9 @@ def reporter(quiet: bool) -> Reporter:
     return Reporter(quiet=quiet, console=error_console()) if is_first_process() else Reporter()
 
 
-def joined(indexes: list[Path]) -> str | tuple[str, ...]:
-    """One INDEX or several, as the settings hold them."""
-    return str(indexes[0]) if len(indexes) == 1 else tuple(map(str, indexes))
+def joined(folders: list[Path]) -> str | tuple[str, ...]:
+    """One INDEX or LABELS or several, as the settings hold them."""
+    return str(folders[0]) if len(folders) == 1 else tuple(map(str, folders))
 
 
 def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Console], None]) -> None:
@@ -81,7 +81,8 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
         )
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
     for key in repeated & given.keys():
-        given[key] = given[key] if isinstance(given[key], list) else [given[key]]
+        if given[key] is not None:
+            given[key] = given[key] if isinstance(given[key], list) else [given[key]]
     context.default_map = {
         **(context.default_map or {}),
         **{str(names[key]): value for key, value in given.items()},

@@ -39,6 +39,9 @@ EXAMPLES = """
   novelret train --data my-data --index runs/index --labels runs/labels --alpha 0.25
       --judge openai:gpt-4o-mini --max-cost 20 --out runs/pg-ret
 
+  novelret train --data my-data --index runs/index --labels runs/labels --labels runs/confirmed
+      --out runs/pg-ret
+
   torchrun --nproc-per-node 4 -m novelret train --data my-data --index runs/index --labels runs/labels
       --tune lora --precision bf16 --out runs/pg-ret
 """
@@ -56,7 +59,12 @@ def train(
             "expected-threshold, pl-rank, swap."
         ),
     ] = "pg-ret",
-    labels: Annotated[Path | None, typer.Option(help="LABELS made by `novelret label`.")] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="LABELS made by `novelret label`; repeatable: where several judged a pair, the last counts."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="The feedback to train on.")] = "train",
     loss: Annotated[
         str, typer.Option(help="pg-ret's form: conservative, aggressive, boundary or inclusion.")
@@ -165,6 +173,7 @@ def train(
         if name in TrainConfig.__dataclass_fields__
     }
     values["index"] = joined(index)
+    values["labels"] = joined(labels) if labels else None
     settings = TrainConfig(**values)
     trained = train_model(settings, out, force=force, report=reporter(quiet))
     result = {

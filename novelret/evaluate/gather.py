@@ -29,7 +29,7 @@ from novelret.index import (
     pooled_lists,
 )
 from novelret.label.candidates import Candidates
-from novelret.label.judge import split_judge
+from novelret.label.judge import same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig
 from novelret.label.table import LabelTable, make_table
@@ -177,10 +177,9 @@ def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Report
     if config.judge is None or config.judge.startswith("file:"):
         return
     if (Path(path) / "manifest.json").is_file():
-        trained_by = read_manifest(Path(path), "model").facts.get("judge")
-        if str(trained_by).replace("openai-batch:", "openai:") == config.judge.replace(
-            "openai-batch:", "openai:"
-        ):
+        facts = read_manifest(Path(path), "model").facts
+        trained_by = facts.get("judges", [facts.get("judge")])  # models of before know one judge
+        if any(same_judge(str(judge), config.judge) for judge in trained_by):
             report.warn(
                 f"{name} was trained on labels of {config.judge}, which now judges it; "
                 "another, stronger judge would be fairer"

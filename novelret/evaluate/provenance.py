@@ -33,8 +33,8 @@ def commands(evaluation: Evaluation) -> list[str]:
             continue
         settings = read_manifest(Path(path), "model").config
         trained.append(f"{_line('train', settings, _train_defaults())} --out {shlex.quote(path)}")
-        if settings.get("labels"):
-            labels[str(settings["labels"])] = None
+        given = settings.get("labels") or []
+        labels |= dict.fromkeys([given] if isinstance(given, str) else given)
     for folder in labels:
         if (Path(folder) / MANIFEST).is_file():
             settings = read_manifest(Path(folder), "labels").config

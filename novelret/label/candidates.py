@@ -11,9 +11,11 @@ from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned
+from novelret.label.labels import open_labels
+from novelret.label.table import RELEVANT
 from novelret.progress import Reporter
 
-SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH", "pairs:QRELS")
+SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH", "pairs:QRELS", "yes:LABELS")
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ def gather_candidates(
     base-novel: the deployed ranks base_depth + 1 to depth. base-top: ranks 1 to base_depth. model:PATH:
     another model's top base_depth. feedback: the split's pairs. random: per_query items of the catalog.
     pairs:QRELS: the pairs a file names, whatever their scores; for holding a judge against people.
+    yes:LABELS: the pairs that an earlier labelling calls relevant; for asking about these a second time.
 
     Raises:
-        UserError: unknown source, or depths that do not fit the catalog.
+        UserError: unknown source, depths that do not fit the catalog, or LABELS of another index.
     """
     if depth <= base_depth and "base-novel" in sources:
         raise UserError(f"--depth {depth}: must exceed --base-depth {base_depth}; novel items lie beyond it")
@@ -71,6 +74,8 @@ def gather_candidates(
             queries, items = split.feedback_queries, split.feedback_items
         elif source.startswith("pairs:"):
             queries, items = _named_pairs(Path(source.removeprefix("pairs:")), index, split, report)
+        elif source.startswith("yes:"):
+            queries, items = _pairs_called_relevant(Path(source.removeprefix("yes:")), index, split, report)
         else:
             queries, items = _pairs(
                 _lists(index, split, source, base_depth, depth, per_query, rng, device, report)
@@ -128,6 +133,33 @@ def _named_pairs(path: Path, index: Index, split: Split, report: Reporter) -> tu
             "not in the catalog; they are left out"
         )
     return queries[known], items[known]
+
+
+def _pairs_called_relevant(
+    folder: Path, index: Index, split: Split, report: Reporter
+) -> tuple[np.ndarray, np.ndarray]:
+    """(query rows, catalog rows) of the pairs that a LABELS folder calls relevant, of the split's queries."""
+    labels = open_labels(folder, index)
+    table = labels.table(split.query_ids, index.catalog)
+    yes = table.verdicts == RELEVANT
+    found, all_of_them = int(yes.sum()), int(labels.manifest.facts["verdicts"].get("relevant", 0))
+    if found == 0:
+        why = (
+            f"it was labelled with --data {labels.manifest.config['data']} "
+            f"--split {labels.manifest.config['split']}"
+            if all_of_them
+            else "there is no yes to ask about again"
+        )
+        raise UserError(
+            f"--from yes:{folder}: calls no pair of the {len(split):,} queries of split {split.name} "
+            f"relevant; {why}"
+        )
+    if found < all_of_them:
+        report.warn(
+            f"--from yes:{folder}: {all_of_them - found:,} pairs that it calls relevant are not of this "
+            "split's queries; they are left out"
+        )
+    return table.query_rows[yes], table.item_rows[yes]
 
 
 def _pairs(lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

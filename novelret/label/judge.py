@@ -73,6 +73,11 @@ def split_judge(judge: str) -> tuple[str, str]:
     return kind, name
 
 
+def same_judge(one: str, other: str) -> bool:
+    """Whether two judges, as given to --judge, are one; a batch is only another way to ask it."""
+    return one.replace("openai-batch:", "openai:") == other.replace("openai-batch:", "openai:")
+
+
 def make_judge(config: LabelConfig, *, sends: bool = True) -> Judge:
     """The judge of a configuration.
 

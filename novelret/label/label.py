@@ -16,6 +16,7 @@ from novelret.artifacts import (
     fingerprint_file,
     fingerprint_of,
     open_output,
+    read_manifest,
     write_config,
     write_manifest,
 )
@@ -24,7 +25,7 @@ from novelret.errors import UserError
 from novelret.index import Index, open_index
 from novelret.label.asking import Plan, ask_and_write, plan_asking
 from novelret.label.candidates import Candidates, gather_candidates
-from novelret.label.judge import Judge, make_judge, split_judge
+from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
 from novelret.label.store import default_store
@@ -109,14 +110,11 @@ def build_labels(
     _check(config)
     check_output(out, force=force)
     kind, name = split_judge(config.judge)
-    judge = None
-    if kind == "file":
-        inputs = {"judgements": fingerprint_file(Path(name))}
-    else:
-        judge = make_judge(config, sends=not config.reparse)
-        inputs = {"prompt" if kind.startswith("openai") else "model": judge.fingerprint}
+    judge = None if kind == "file" else make_judge(config, sends=not config.reparse)
+    asked = _asked(config, judge)
     index, split, candidates = _prepare(config, report)
-    inputs |= {"index": index.manifest.fingerprint, "split": split.fingerprint}
+    _warn_of_same_answers(config, asked, report)
+    inputs = asked | {"index": index.manifest.fingerprint, "split": split.fingerprint} | _confirmed(config)
     identity = fingerprint_of(asdict(config), inputs)
     with open_output(out, identity, force=force) as folder:
         path = folder / "judgements.parquet"
@@ -153,8 +151,9 @@ def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
     report = report or Reporter()
     _check(config)
     check_plan(config.judge)
-    make_judge(config, sends=False)  # a bad prompt or price is said before anything is searched
+    judge = make_judge(config, sends=False)  # a bad prompt or price is said before anything is searched
     index, split, candidates = _prepare(config, report)
+    _warn_of_same_answers(config, _asked(config, judge), report)
     return plan_candidates(config, index, split, candidates, report)
 
 
@@ -220,6 +219,39 @@ def _prepare(config: LabelConfig, report: Reporter) -> tuple[Index, Split, Candi
     given = ", ".join(f"{n:,} from {source}" for source, n in candidates.counts().items())
     report.note(f"candidates: {given}; {len(split):,} queries")
     return index, split, candidates
+
+
+def _asked(config: LabelConfig, judge: Judge | None) -> dict[str, str]:
+    """What decides the judge's answers beside its name, as it goes into the manifest; None is a file."""
+    kind, name = split_judge(config.judge)
+    if judge is None:
+        return {"judgements": fingerprint_file(Path(name))}
+    return {"prompt" if kind.startswith("openai") else "model": judge.fingerprint}
+
+
+def _confirmed(config: LabelConfig) -> dict[str, str]:
+    """Each yes:LABELS source → its fingerprint."""
+    return {
+        source: read_manifest(Path(source.removeprefix("yes:")), "labels").fingerprint
+        for source in config.sources
+        if source.startswith("yes:")
+    }
+
+
+def _warn_of_same_answers(config: LabelConfig, asked: dict[str, str], report: Reporter) -> None:
+    """Say so where a yes would be held against itself: same judge, same question, read the same way."""
+    for source in _confirmed(config):
+        before = read_manifest(Path(source.removeprefix("yes:")), "labels")
+        same = all(before.inputs.get(name) == value for name, value in asked.items())
+        same = same and all(
+            before.config.get(name) == getattr(config, name) for name in ("answer", "threshold")
+        )
+        # Files and weights are the same by what they hold, wherever they lie.
+        if same and ("prompt" not in asked or same_judge(before.config["judge"], config.judge)):
+            report.warn(
+                f"--from {source}: {config.judge} has been asked these very questions before; the same "
+                "answers come again, at no cost, and nothing is learned: pass another --judge or --prompt"
+            )
 
 
 def _label_from_file(

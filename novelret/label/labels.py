@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,10 @@ from novelret.data.catalog import Catalog
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
-from novelret.label.candidates import Candidates
-from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, sort_table
+from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, join_tables, sort_table
+
+if TYPE_CHECKING:
+    from novelret.label.candidates import Candidates
 
 SCHEMA = pa.schema(
     [
@@ -102,6 +104,30 @@ def open_labels(folder: Path, *indexes: Index) -> Labels:
             f"{indexes[0].folder}; pass the index it belongs to, or label again"
         )
     return Labels(folder, manifest)
+
+
+def join_labels(several: list[Labels], query_ids: list[str], catalog: Catalog) -> LabelTable:
+    """The usable verdicts of several LABELS together; the last one's count where more hold a pair.
+
+    Raises:
+        UserError: one of them asked again about the yeses of one that comes later, which would undo it.
+    """
+    for place, labels in enumerate(several):
+        for later in several[place + 1 :]:
+            if later.manifest.fingerprint in confirmed_by(labels.manifest).values():
+                raise UserError(
+                    f"--labels {labels.folder} asked again about the yeses of {later.folder}, but comes "
+                    f"before it, so that the first answers would count; give --labels {labels.folder} last"
+                )
+    table = several[0].table(query_ids, catalog)
+    for labels in several[1:]:
+        table = join_tables(table, labels.table(query_ids, catalog))
+    return table
+
+
+def confirmed_by(manifest: Manifest) -> dict[str, str]:
+    """The LABELS whose yeses were asked about again, as given to --from → their fingerprints."""
+    return {name: value for name, value in manifest.inputs.items() if name.startswith("yes:")}
 
 
 def judgement_rows(

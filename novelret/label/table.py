@@ -121,9 +121,8 @@ def join_tables(older: LabelTable, newer: LabelTable) -> LabelTable:
                 for table in (older, newer)
             ]
         )
-    return make_table(
-        np.concatenate([older.query_rows, newer.query_rows]),
-        np.concatenate([older.item_rows, newer.item_rows]),
+    return sort_table(
+        np.concatenate([older.keys, newer.keys]),
         np.concatenate([older.verdicts, newer.verdicts]),
         older.catalog_size,
         older.missing,

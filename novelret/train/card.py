@@ -46,14 +46,16 @@ against the index it was trained with.
 def model_card(
     config: TrainConfig,
     index: Index,
-    judge: str | None,
+    judges: list[str],
     points: list[Point],
     chosen: Point | None,
     version: str,
 ) -> str:
-    """The card's text, in Markdown."""
+    """The card's text, in Markdown; `judges` are those of the config's LABELS, in their order."""
     made = index.manifest.config
-    labels = "none" if config.labels is None else f"{config.labels} (judge: {judge})"
+    labels = ", ".join(
+        f"{folder} (judge: {judge})" for folder, judge in zip(config.label_folders, judges, strict=True)
+    )
     return _TEMPLATE.format(
         version=version,
         depth=config.base_depth,
@@ -67,7 +69,7 @@ def model_card(
         items=len(index),
         dimension=index.dimension,
         encoder=made["query_model"] or made["model"],
-        labels=labels,
+        labels=labels or "none",
         settings=_settings(config),
     )
 

@@ -35,7 +35,8 @@ class TrainConfig:
         index: INDEX folder; or several of the same catalog, whose top-L lists are pooled into one T_L
             (Definition 1 for several deployed models). The first is the one that is finetuned against.
         split: the feedback to train on.
-        labels: LABELS folder; every objective but plain `supervised` needs it.
+        labels: LABELS folder; every objective but plain `supervised` needs it. Or several: where more than
+            one judged a pair, the last one's verdict counts.
         objective: "supervised", "supervised-judged", "pg-ret", or one that credits lists drawn from the
             policy: "reinforce" (item-wise), "v-pg", "v-pg-swr", "ca-pg" (published plug-in), "ca-pg-loo"
             (with leave-one-out baseline), "ca-pg-swr", "gumbel-threshold", "expected-threshold", "pl-rank",
@@ -98,7 +99,7 @@ class TrainConfig:
     data: str
     index: str | tuple[str, ...]
     split: str = "train"
-    labels: str | None = None
+    labels: str | tuple[str, ...] | None = None
     objective: str = "pg-ret"
     loss: str = "boundary"
     reward: str = "eq7"
@@ -154,6 +155,11 @@ class TrainConfig:
         return (self.index,) if isinstance(self.index, str) else tuple(self.index)
 
     @property
+    def label_folders(self) -> tuple[str, ...]:
+        """All LABELS folders, the last word last."""
+        return (self.labels,) if isinstance(self.labels, str) else tuple(self.labels or ())
+
+    @property
     def beta(self) -> float:
         """Share of states drawn from the base model's ranks beyond L."""
         return round(1 - self.alpha - self.gamma, 9)
@@ -178,7 +184,7 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_sizes(config, catalog_size)
-    if config.objective != "supervised" and config.labels is None and config.judge is None:
+    if config.objective != "supervised" and not config.label_folders and config.judge is None:
         raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
     if config.judge is not None and (config.objective != "pg-ret" or not config.alpha > 0):
         raise UserError(

@@ -47,7 +47,7 @@ from novelret.index import (
 )
 from novelret.label.judge import split_judge
 from novelret.label.judges.endpoint import check_key
-from novelret.label.labels import open_labels
+from novelret.label.labels import join_labels, open_labels
 from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
 from novelret.train import checkpoint
@@ -159,7 +159,7 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
         if processes.is_first:
             if chosen is not None:
                 _say_choice(chosen, points, len(validation_rows), config, report)
-            _write(run, folder, inputs, labels.judge, points, order, steps, spent)
+            _write(run, folder, inputs, labels.judges, points, order, steps, spent)
         return points, chosen
 
     if processes.is_first:
@@ -202,7 +202,7 @@ def _write(
     run: Run,
     folder: Path,
     inputs: dict[str, str],
-    judge: str | None,
+    judges: list[str],
     points: list[Point],
     order: list[Point],
     steps: int,
@@ -218,7 +218,7 @@ def _write(
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
     write_json(folder / "validation.json", [asdict(point) for point in points])
-    card = model_card(config, run.index, judge, points, chosen, version("novelret"))
+    card = model_card(config, run.index, judges, points, chosen, version("novelret"))
     (folder / "README.md").write_text(card, encoding="utf-8")
     picture = curves(read_log(folder), points, config.max_recall_drop)
     (folder / "curves.svg").write_text(picture, encoding="utf-8")
@@ -228,7 +228,7 @@ def _write(
     facts = {
         "steps": steps,
         "chosen": None if chosen is None else asdict(chosen),
-        "judge": judge if config.judge is None else config.judge,
+        "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
         "asked": spent,
     }
     fingerprint = encode.fingerprint_encoder(finished)
@@ -280,16 +280,18 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
 @dataclass(frozen=True)
 class _Labels:
     table: LabelTable
-    judge: str | None
+    judges: list[str]
 
 
 def _load_labels(config: TrainConfig, indexes: list[Index], split: Split, inputs: dict[str, str]) -> _Labels:
-    if config.labels is None:
+    if not config.label_folders:
         none = np.empty(0, dtype=np.int64)
-        return _Labels(make_table(none, none, none.astype(np.int8), len(indexes[0])), None)
-    labels = open_labels(Path(config.labels), *indexes)
-    inputs["labels"] = labels.manifest.fingerprint
-    return _Labels(labels.table(split.query_ids, indexes[0].catalog), str(labels.manifest.config["judge"]))
+        return _Labels(make_table(none, none, none.astype(np.int8), len(indexes[0])), [])
+    several = [open_labels(Path(folder), *indexes) for folder in config.label_folders]
+    for n, labels in enumerate(several, 1):
+        inputs["labels" if n == 1 else f"labels {n}"] = labels.manifest.fingerprint
+    table = join_labels(several, split.query_ids, indexes[0].catalog)
+    return _Labels(table, [labels.judge for labels in several])
 
 
 def _rows_of(labels: _Labels, rows: np.ndarray, n_queries: int) -> LabelTable:
