@@ -25,15 +25,34 @@ from novelret import LabelConfig, TrainConfig, build_labels, train_model
 from novelret.artifacts import write_json
 
 # Eq. 6 differs from Eq. 7 only where states are drawn that the judge calls irrelevant.
-EQ6 = {"reward": "eq6", "draw": "labelled", "negative_share": 0.5}
-# Ways to learn from a judge that errs, compared under label noise.
-REMEDIES: list[tuple[str, dict[str, Any]]] = [("Eq. 7", {"reward": "eq7"}), ("Eq. 6", EQ6)]
-FALSE_POSITIVES, MISSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2), (0.0, 0.2, 0.4)
+EQ6 = {"reward": "eq6", "negative_share": 0.5, "trust": False}
+# Ways to learn from a judge that errs: settings, and whether its yeses are asked about a second time.
+REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
+    ("Eq. 7, as judged", {"trust": False}, False),
+    ("Eq. 6, as judged", EQ6, False),
+    ("Eq. 7, trust", {}, False),
+    ("Eq. 7, yeses asked twice", {"trust": False}, True),
+    ("Eq. 7, trust, asked twice", {}, True),
+]
+FALSE_POSITIVES, MISSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2), (0.2, 0.4)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
-MIXTURES = (
-    (0, 0.25, 0.75), (0, 0.5, 0.5), (0, 0.75, 0.25), (0, 1, 0), (0.25, 0.25, 0.5), (0.25, 0.5, 0.25),
-    (0.5, 0, 0.5),
-)  # fmt: skip
+# α and γ; β is the rest.
+MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5), (0.5, 0.5))
+ALL_STATES = {"draw": "queries", "blends": 10}
+# The default without one of its parts, and other methods with those that are not theirs alone.
+PARTS: list[tuple[str, dict[str, Any]]] = [
+    ("default", {}),
+    ("one state a pass", {"draw": "states"}),
+    ("no blends", {"blends": 1}),
+    ("loss temperature 0.05", {"temperature": 0.05}),
+    ("the list's top 5 as negatives", {"loss": "aggressive"}),
+    ("the top item alone, no margin", {"loss": "conservative"}),
+    ("inclusion probability, K = L", {"loss": "inclusion"}),
+    ("supervised-judged, all states, blends", METHODS["supervised-judged"] | ALL_STATES),
+    ("supervised, blends", METHODS["supervised"] | {"blends": 10}),
+    ("conservative as published, blends", METHODS["conservative"] | {"blends": 10}),
+    ("aggressive as published, blends", METHODS["aggressive"] | {"blends": 10}),
+]
 SHOWN = ("RelevantNovel@50", "Novelty@50", "Recall@50", "Precision@10", "MergedDensity")
 
 
@@ -61,18 +80,23 @@ class Variant:
 
 
 def noise() -> Iterator[Variant]:
-    for name, settings in REMEDIES:
+    for name, settings, twice in REMEDIES:
         for share in FALSE_POSITIVES:
-            yield Variant(f"{name}, false positives", f"{share:g}", settings, _noisy(share, 0.0))
+            yield Variant(name, f"{share:g} / 0", settings, _noisy(share, 0.0, twice))
         for share in MISSES:
-            yield Variant(f"{name}, misses", f"{share:g}", settings, _noisy(0.0, share))
-            yield Variant(f"{name}, misses, 2 % false positives", f"{share:g}", settings, _noisy(0.02, share))
+            yield Variant(name, f"0.02 / {share:g}", settings, _noisy(0.02, share, twice))
 
 
-def _noisy(false_positives: float, misses: float) -> dict[str, Any] | None:
+def _noisy(false_positives: float, misses: float, twice: bool) -> dict[str, Any] | None:
+    """Two answers err independently of each other, the best case for asking twice."""
     if not false_positives and not misses:
         return None
-    return {"kind": "noise", "false_positives": false_positives, "misses": misses}
+    return {"kind": "noise", "false_positives": false_positives, "misses": misses, "twice": twice}
+
+
+def parts() -> Iterator[Variant]:
+    for name, settings in PARTS:
+        yield Variant("parts", name, settings)
 
 
 def bought() -> Iterator[Variant]:
@@ -87,22 +111,22 @@ def negatives() -> Iterator[Variant]:
 
 
 def window() -> Iterator[Variant]:
-    for share in (0.1, 0.2, 0.5, 0.9):
-        yield Variant(OURS, f"{share:g}", {"window": share})
+    for multiples in ("0,1", "0.2,1.8", "0.5,1.5", "0.8,1.2", "1,1.5", "1,2", "1,4", "2,4"):
+        yield Variant(OURS, multiples, {"window": multiples})
 
 
 def temperature() -> Iterator[Variant]:
-    for tau in (0.02, 0.05, 0.1):
+    for tau in (0.02, 0.03, 0.05, 0.1):
         yield Variant("of the loss", f"{tau:g}", {"temperature": tau})
     for tau in (0.02, 0.05, 0.1, 0.2):
-        mixture = {"alpha": 0.25, "beta": 0.25, "gamma": 0.5}
+        mixture = {"alpha": 0.25, "gamma": 0.5}
         yield Variant("of the draw, α = 0.25", f"{tau:g}", mixture | {"sampling_temperature": tau})
 
 
 def mixture() -> Iterator[Variant]:
-    for alpha, beta, gamma in MIXTURES:
-        shares = {"alpha": float(alpha), "beta": float(beta), "gamma": float(gamma)}
-        yield Variant("α / β / γ", f"{alpha:g} / {beta:g} / {gamma:g}", shares)
+    for alpha, gamma in MIXTURES:
+        shares = {"alpha": float(alpha), "gamma": float(gamma)}
+        yield Variant("α / β / γ", f"{alpha:g} / {1 - alpha - gamma:g} / {gamma:g}", shares)
 
 
 def tune() -> Iterator[Variant]:
@@ -118,16 +142,17 @@ def start() -> Iterator[Variant]:
 
 
 def unknown() -> Iterator[Variant]:
-    for name, settings in (("Eq. 7", {"reward": "eq7"}), ("Eq. 6", EQ6)):
+    for name, settings in (("Eq. 7", {}), ("Eq. 6", EQ6)):
         yield Variant(name, "irrelevant", settings)
         yield Variant(name, "left out", settings, {"kind": "unknown"})
 
 
 ABLATIONS: dict[str, tuple[Callable[[], Iterator[Variant]], str]] = {
-    "noise": (noise, "share of pairs judged wrongly"),
+    "parts": (parts, "what differs"),
+    "noise": (noise, "false positives / misses"),
     "labels": (bought, "labels bought"),
     "M": (negatives, "M, the base's top items contrasted with"),
-    "window": (window, "window around rank L"),
+    "window": (window, "base ranks contrasted with, in multiples of L"),
     "temperature": (temperature, "temperature"),
     "mixture": (mixture, "shares of policy, base and feedback states"),
     "start": (start, "start from"),
@@ -230,7 +255,10 @@ def write_judgements(true: Path, out: Path, make: dict[str, Any], seed: int = 0)
     pairs = pq.read_table(true, columns=["query_id", "item_id", "verdict"])
     relevant = pairs["verdict"].to_numpy() > 0
     if make["kind"] == "noise":
-        said = flip_verdicts(relevant, make["false_positives"], make["misses"], seed)
+        rates = make["false_positives"], make["misses"]
+        said = flip_verdicts(relevant, *rates, seed)
+        if make["twice"]:  # only what was called relevant is asked about again
+            said &= flip_verdicts(relevant, *rates, seed + 1)
         kept = said
     elif make["kind"] == "bought":
         said = relevant
