@@ -116,11 +116,15 @@ def test_bought_labels_are_whole_queries_with_both_verdicts(true_labels: Path, t
 
 
 def test_noisy_and_incomplete_judgement_files(true_labels: Path, tmp_path: Path) -> None:
-    make = {"kind": "noise", "false_positives": 0.1, "misses": 0.5}
+    make = {"kind": "noise", "false_positives": 0.1, "misses": 0.5, "twice": False}
     quality_ablations.write_judgements(true_labels, tmp_path / "noisy.tsv", make)
     items = [item for _, item, _ in listed(tmp_path / "noisy.tsv")]
     assert 100 < items.count("i0") < 200
     assert 200 < len(items) - items.count("i0") < 340
+    quality_ablations.write_judgements(true_labels, tmp_path / "twice.tsv", make | {"twice": True})
+    items = [item for _, item, _ in listed(tmp_path / "twice.tsv")]
+    assert 40 < items.count("i0") < 110  # a quarter of 300
+    assert 10 < len(items) - items.count("i0") < 50  # a hundredth of 2,700
     quality_ablations.write_judgements(true_labels, tmp_path / "known.tsv", {"kind": "unknown"})
     assert listed(tmp_path / "known.tsv") == [(f"q{n}", "i0", 1.0) for n in range(300)]
 
@@ -128,8 +132,8 @@ def test_noisy_and_incomplete_judgement_files(true_labels: Path, tmp_path: Path)
 def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
     def tuned(recall: float, gain: float, chosen: int) -> dict:
         points = [
-            {"step": 0, "recall": 0.5, "relevant_novel": 0.0, "base_recall": 0.5},
-            {"step": 9, "recall": recall, "relevant_novel": gain, "base_recall": 0.5},
+            {"step": 0, "share": 1, "recall": 0.5, "relevant_novel": 0.0, "base_recall": 0.5},
+            {"step": 9, "share": 1, "recall": recall, "relevant_novel": gain, "base_recall": 0.5},
         ]
         return {"error": None, "points": points, "chosen": points[chosen]}
 
@@ -137,8 +141,17 @@ def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
     within, beyond = tuned(0.51, 0.1, 1), tuned(0.1, 9.0, 0)
     assert worth(within) > worth(beyond) > worth({"error": "the loss is nan"})
     rises_then_falls = tuned(0.4, 2.0, 0)
-    rises_then_falls["points"].insert(1, {"recall": 0.6, "relevant_novel": 1.0, "base_recall": 0.5})
+    rises_then_falls["points"].insert(
+        1, {"step": 5, "share": 1, "recall": 0.6, "relevant_novel": 1.0, "base_recall": 0.5}
+    )
     assert worth(rises_then_falls) == (0.0, pytest.approx(1.5))
+
+
+def test_a_path_goes_along_the_checkpoints_and_back_along_the_blends() -> None:
+    points = [{"step": s, "share": a} for s, a in ((0, 1), (5, 1), (9, 1), (9, 0.2), (9, 0.6))]
+    path = [(point["step"], point["share"]) for point in quality_runs.path_of(points)]
+    assert path == [(0, 1), (5, 1), (9, 1), (9, 0.6), (9, 0.2), (0, 1)]
+    assert quality_runs.path_of(points[:3]) == points[:3]
 
 
 def test_published_methods_do_not_move_with_the_defaults() -> None:
