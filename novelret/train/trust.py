@@ -1,9 +1,9 @@
 """How far each yes of the judge is to be believed, estimated from its answers alone.
 
 A judge that wrongly calls one irrelevant item in fifty relevant can give more wrong yeses than right ones, as
-nearly all novel items are irrelevant. Wrong yeses fall anywhere; right ones fall where the deployed score, the
-query's other yeses and its feedback suggest them. So what the judge says yes to, whatever the features φ of
-a pair, is its rate of false positives, the floor:
+nearly all novel items are irrelevant. Wrong yeses fall anywhere; right ones where the deployed score, the
+query's other yeses and its feedback suggest them. So the share that the judge says yes to whatever the
+features φ of a pair is its rate of false positives, the floor:
 
     P(yes | φ) = floor + (1 − floor) · p,    p = σ(w·φ + b),    P(right | yes, φ) = p / P(yes | φ)
 
@@ -244,9 +244,7 @@ class _Context:
             absent = (references < 0)[:, None, :]
             if others:
                 absent = absent | (references[:, None, :] == rows[:, :, None])
-            similar = similar.masked_fill(
-                torch.from_numpy(np.broadcast_to(absent, similar.shape)), -torch.inf
-            )
+            similar = similar.masked_fill(torch.from_numpy(absent), -torch.inf)
             best = torch.topk(similar, min(most, similar.shape[2]), dim=2).values.double()
             there = torch.isfinite(best)
             mean = best.masked_fill(~there, 0.0).sum(dim=2) / there.sum(dim=2)
@@ -281,7 +279,7 @@ def _groups(queries: np.ndarray, dimension: int) -> Iterator[np.ndarray]:
 
 
 def _some_of(states: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Items of queries in ascending (query, item) states, at most _REFERENCES evenly: (b, M) int64, −1 padded."""
+    """Items of queries in ascending (query, item) states, at most _REFERENCES: (b, M) int64, −1 padded."""
     first, last = (np.searchsorted(states[:, 0], queries, side) for side in ("left", "right"))
     count = last - first
     width = min(_REFERENCES, int(count.max(initial=0)))
@@ -346,9 +344,9 @@ def _maximise(x: Tensor, yes: Tensor, weight: Tensor, floor: float | None) -> tu
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = 1e-6 * (weights**2).sum() - likelihood()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     with torch.no_grad():
         return float(likelihood()), [part.detach() for part in parameters]
