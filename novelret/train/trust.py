@@ -70,15 +70,14 @@ def weigh_labels(
     """
     estimate = estimate_trust(material, query_embeddings, item_embeddings, seed)
     # Sums may differ in the last digit between machines.
-    shared = np.append(estimate.weights.astype(np.float64), estimate.floor)
-    *weights, floor = processes.from_first(shared)
-    trust = np.array(weights, dtype=np.float32)
+    shared = processes.from_first(np.append(estimate.weights.astype(np.float64), estimate.floor))
+    trust, floor = shared[:-1].astype(np.float32), float(shared[-1])
     if floor > _NOTABLE:
         report.note(
             f"the judge seems to call {floor:.1%} of irrelevant items relevant: of its {len(trust)} novel "
             f"yeses {trust.mean():.0%} are believed, and each weighs as far as it is (--no-trust: all alike)"
         )
-    return replace(material, trust=trust, floor=float(floor))
+    return replace(material, trust=trust, floor=floor)
 
 
 @dataclass(frozen=True)
