@@ -1,12 +1,14 @@
 """Whether a judge's wrong yeses are told from its right ones, and what that does to the loss."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from novelret.cli import main
 from novelret.data.split import make_split
 from novelret.label.table import make_table
 from novelret.progress import Reporter
@@ -230,3 +232,31 @@ def test_labels_that_come_later_are_believed_and_older_ones_keep_their_trust(wei
     assert grown.trust[is_new].tolist() == [1]
     assert np.array_equal(grown.trust[~is_new], weighed.trust)
     assert grown.floor == weighed.floor
+
+
+def test_train_estimates_trust_unless_told_not_to(world, index_folder, tmp_path, monkeypatch, capsys):
+    labels = tmp_path / "labels"
+    command = ["--data", world, "--index", index_folder, "--base-depth", 3, "--depth", 12, "--quiet"]
+    judge = ["--judge", f"file:{world}/judgements.tsv", "--missing", "irrelevant", "--out", labels]
+    assert main([str(part) for part in ["label", *command, *judge]]) == 0
+    asked = []
+
+    def half(material, queries, items, seed):
+        # One row a training query, of the encoder that made the lists.
+        nearest = (queries @ np.asarray(items).T).argmax(axis=1)
+        asked.append((nearest == material.base_rows[:, 0]).mean())
+        return trust.Trust(np.linspace(0, 1, len(material.positives), dtype=np.float32), 0.25)
+
+    monkeypatch.setattr(trust, "estimate_trust", half)
+    facts, weights = [], []
+    for flag in ("--trust", "--no-trust"):
+        out = tmp_path / flag
+        more = ["--labels", labels, "--tune", "adapter", "--steps", 4, flag, "--out", out, "--device", "cpu"]
+        assert main([str(part) for part in ["train", *command, *more, "--validation-fraction", 0]]) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        facts.append((manifest["facts"]["false_positive_rate"], manifest["facts"]["mean_trust"]))
+        weights.append(manifest["fingerprint"])
+    assert facts == [(0.25, pytest.approx(0.5)), (0.0, 1.0)]
+    assert len(asked) == 1
+    assert asked[0] > 0.4  # but for queries whose own item, which is left out, is nearest
+    assert weights[0] != weights[1]
