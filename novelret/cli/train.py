@@ -70,6 +70,14 @@ def train(
         str, typer.Option(help="pg-ret's form: conservative, aggressive, boundary or inclusion.")
     ] = "boundary",
     reward: Annotated[str, typer.Option(help="eq6, eq7, graded, or your own as module:function.")] = "eq7",
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust/--no-trust",
+            help="Weigh each novel yes of the judge by the probability that it is right. Assumes that wrong "
+            "yeses fall anywhere, right ones where scores, other yeses and feedback suggest them.",
+        ),
+    ] = True,
     tune: Annotated[
         str, typer.Option(help="full query encoder, lora, or a residual adapter behind it.")
     ] = "full",

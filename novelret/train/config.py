@@ -44,6 +44,8 @@ class TrainConfig:
         loss: how PG-Ret estimates the action's probability: "conservative", "aggressive", "boundary"
             or "inclusion".
         reward: "eq6", "eq7", "graded" or "module:function".
+        trust: weigh each novel item that the judge calls relevant by the probability that it is, estimated
+            from the labels alone (see `trust`); a judge that says no wrong yes is believed throughout.
         tune: "full" query encoder, "lora" on its linear layers, or "adapter", a residual linear map behind
             the frozen one.
         lora_rank: rank of the LoRA matrices.
@@ -103,6 +105,7 @@ class TrainConfig:
     objective: str = "pg-ret"
     loss: str = "boundary"
     reward: str = "eq7"
+    trust: bool = True
     tune: str = "full"
     lora_rank: int = 16
     init: str | None = None

@@ -45,8 +45,8 @@ def list_losses(
     replacement = config.objective == "reinforce"
     drawn = items.draw(embeddings, k + threshold_based, key, tau, excluded, replacement=replacement)
     logits = _logits(embeddings, items, drawn.rows, tau)
-    rewards = _rewards(material, queries, drawn.rows)
-    credit = torch.from_numpy(np.nan_to_num(rewards)).to(embeddings.device)
+    rewards, trust = _rewards(material, queries, drawn.rows)
+    credit = torch.from_numpy(np.nan_to_num(rewards) * trust).to(embeddings.device)
     if threshold_based:
         assert drawn.perturbed is not None
         kappa = drawn.perturbed[:, k]
@@ -82,10 +82,11 @@ def _logits(embeddings: Tensor, items: ItemMatrix, rows: Tensor, temperature: fl
     return torch.einsum("bd,bnd->bn", embeddings, items.rows(rows, embeddings)) / temperature
 
 
-def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> np.ndarray:
+def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of drawn items, NaN where unknown, and how far each is to be believed."""
     drawn = rows.cpu().numpy()
-    repeated = np.repeat(queries, drawn.shape[1])
-    return material.rewards(repeated, drawn.ravel()).reshape(drawn.shape)
+    pairs = np.repeat(queries, drawn.shape[1]), drawn.ravel()
+    return material.rewards(*pairs).reshape(drawn.shape), material.trust_of(*pairs).reshape(drawn.shape)
 
 
 def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:

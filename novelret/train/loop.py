@@ -216,7 +216,7 @@ def _draw_from_policy(
     items, rewards = batch.items.copy(), batch.rewards.copy()
     items[order] = rows
     rewards[order] = run.material.rewards(batch.queries[order], items[order])
-    return replace(batch, items=items, rewards=rewards)
+    return replace(batch, items=items, rewards=rewards, trust=run.material.trust_of(batch.queries, items))
 
 
 def _embed(run: Run, queries: np.ndarray) -> torch.Tensor:

@@ -7,7 +7,7 @@ was, and every process of a distributed run knows the whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class Material:
         positives: (P, 2) int64 labelled states (query row, item row) with reward > 0, ascending.
         negatives: (P', 2) int64 labelled states with reward < 0, ascending.
         promising: (F,) int64 queries that have a positive state, ascending.
+        trust: (P,) float32, P(truly relevant) of each positive state, 1 where nothing says otherwise.
+        floor: the judge's estimated share of wrong yeses among irrelevant items (see `trust`).
     """
 
     split: Split
@@ -48,6 +50,8 @@ class Material:
     positives: np.ndarray
     negatives: np.ndarray
     promising: np.ndarray
+    trust: np.ndarray
+    floor: float = 0.0
 
     def in_base(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether each item is in its query's T_L; bool, one per pair."""
@@ -64,6 +68,20 @@ class Material:
         table = self.labels if labels is None else labels
         return _rewards(table, self.reward, query_rows, item_rows, self.in_base(query_rows, item_rows))
 
+    def trust_of(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
+        """How far each pair's reward is to be believed, float32, one per pair; 1 but for positive states."""
+        found = np.ones(len(query_rows), dtype=np.float32)
+        if len(self.positives):
+            wanted = query_rows * self.labels.catalog_size + item_rows
+            place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+            known = (self._keys[place] == wanted) & (item_rows >= 0)
+            found[known] = self.trust[place[known]]
+        return found
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return self.positives[:, 0] * self.labels.catalog_size + self.positives[:, 1]
+
     def known_relevant(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether items are feedback of their query or judged relevant to it; bool, broadcast shape."""
         judged = self.labels.lookup(query_rows, item_rows) == 1
@@ -74,7 +92,8 @@ class Material:
         rows = np.concatenate([_items_of(part, queries) for part in (self.positives, self.negatives)], axis=1)
         rewards = np.zeros(rows.shape, dtype=np.float32)
         query, column = np.nonzero(rows >= 0)
-        rewards[query, column] = self.rewards(queries[query], rows[query, column])
+        pairs = queries[query], rows[query, column]
+        rewards[query, column] = self.rewards(*pairs) * self.trust_of(*pairs)
         return rows, rewards
 
 
@@ -98,6 +117,7 @@ class Batch:
         sources: (S,) int8, FEEDBACK, BASE or POLICY.
         rewards: (S,) float32; NaN where the label is unknown.
         passes: (S,) int64, the state's forward pass, ascending from 0 to batch_size − 1.
+        trust: (S,) float32, how far the reward is to be believed: the state's weight in the loss.
     """
 
     queries: np.ndarray
@@ -105,6 +125,7 @@ class Batch:
     sources: np.ndarray
     rewards: np.ndarray
     passes: np.ndarray
+    trust: np.ndarray
 
     def queries_of(self, passes: np.ndarray) -> np.ndarray:
         """The query rows that forward passes are over."""
@@ -130,7 +151,9 @@ def gather_material(
     """
     none = np.empty((0, 2), dtype=np.int64)
     pool = base_rows[:, :base_depth] if pool is None else pool
-    material = Material(split, base_rows, base_depth, pool, labels, reward, none, none, none[:, 0])
+    material = Material(
+        split, base_rows, base_depth, pool, labels, reward, none, none, none[:, 0], np.ones(0)
+    )
     positives, negatives = [none], [none]
     for start in range(0, len(labels), _CHUNK):
         states = np.stack(np.divmod(labels.keys[start : start + _CHUNK], labels.catalog_size), axis=1)
@@ -139,13 +162,17 @@ def gather_material(
         negatives.append(states[rewards < 0])
     found = np.concatenate(positives)
     return replace(
-        material, positives=found, negatives=np.concatenate(negatives), promising=np.unique(found[:, 0])
+        material,
+        positives=found,
+        negatives=np.concatenate(negatives),
+        promising=np.unique(found[:, 0]),
+        trust=np.ones(len(found), dtype=np.float32),
     )
 
 
 def with_more_labels(material: Material, more: LabelTable) -> Material:
-    """The same material with further labels, which count over older ones."""
-    return gather_material(
+    """The same material with further labels, which count over older ones and are believed."""
+    grown = gather_material(
         material.split,
         material.base_rows,
         material.base_depth,
@@ -153,6 +180,7 @@ def with_more_labels(material: Material, more: LabelTable) -> Material:
         material.reward,
         material.pool,
     )
+    return replace(grown, trust=material.trust_of(*grown.positives.T), floor=material.floor)
 
 
 def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
@@ -177,7 +205,7 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     rewards = np.full(len(queries), np.nan, dtype=np.float32)
     known = items >= 0
     rewards[known] = material.rewards(queries[known], items[known])
-    return Batch(queries, items, sources, rewards, np.cumsum(starts) - 1)
+    return Batch(queries, items, sources, rewards, np.cumsum(starts) - 1, material.trust_of(queries, items))
 
 
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

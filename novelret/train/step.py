@@ -130,7 +130,11 @@ def _known_mean(rewards: np.ndarray) -> np.ndarray:
 
 
 def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Each kind of example is averaged, then weighted by its share of the mixture; no reward, no weight."""
+    """Each kind of example is averaged, then weighted by its share of the mixture; no reward, no weight.
+
+    States count as far as they are believed. A list objective credits many items a state, each by its own
+    trust (see `list_step`).
+    """
     if infonce.all():
         return np.full(len(batch.queries), 1 / len(batch.queries), dtype=np.float32)
     rewarded = ~infonce
@@ -138,7 +142,8 @@ def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarr
         rewarded &= ~np.isnan(batch.rewards)
     weights = np.zeros(len(batch.queries), dtype=np.float32)
     weights[infonce] = config.gamma / max(1, infonce.sum())
-    weights[rewarded] = (1 - config.gamma) / max(1, rewarded.sum())
+    trust = np.ones_like(weights) if config.objective in LIST_OBJECTIVES else batch.trust
+    weights[rewarded] = (1 - config.gamma) * trust[rewarded] / max(1.0, float(trust[rewarded].sum()))
     return weights
 
 

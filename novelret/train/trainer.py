@@ -63,6 +63,7 @@ from novelret.train.processes import Processes, join
 from novelret.train.rewards import load_reward
 from novelret.train.states import Material, gather_material
 from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
+from novelret.train.trust import weigh_labels
 from novelret.train.validation import Point, Validation, best_first, hold_back, keeps_budget, pareto
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
@@ -138,6 +139,9 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
     tower = _make_tower(config, model, whole, train_rows, mine, index, device, report)
     if processes.is_first:
         processes.wait()
+    if config.trust and not config.objective.startswith("supervised") and len(material.labels):
+        embeddings = base_query_embeddings(index, whole, device=device, report=report)[train_rows]
+        material = weigh_labels(material, embeddings, index.embeddings, config.seed, processes, report)
     validation = None
     if len(validation_rows):
         table = _rows_of(labels, mine, len(whole))
@@ -230,6 +234,8 @@ def _write(
         "chosen": None if chosen is None else asdict(chosen),
         "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
         "asked": spent,
+        "false_positive_rate": run.material.floor,
+        "mean_trust": float(run.material.trust.mean()) if len(run.material.trust) else None,
     }
     fingerprint = encode.fingerprint_encoder(finished)
     write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
