@@ -15,7 +15,7 @@ from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
 from novelret.train.objectives.supervised import in_batch_infonce
 from novelret.train.sampler import Key
-from novelret.train.states import FEEDBACK, Batch, Material
+from novelret.train.states import BASE, FEEDBACK, POLICY, Batch, Material
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ def _known_mean(rewards: np.ndarray) -> np.ndarray:
 def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarray:
     """Each kind of example is averaged, then weighted by its share of the mixture; no reward, no weight.
 
-    States count as far as they are believed. A list objective credits many items a state, each by its own
-    trust (see `list_step`).
+    Base and policy states share what is not γ by the passes that found a reward, so that queries with many
+    judged items do not drown the policy's draws. States count as far as they are believed; a list objective
+    credits many items a state, each by its own trust (see `list_step`).
     """
     if infonce.all():
         return np.full(len(batch.queries), 1 / len(batch.queries), dtype=np.float32)
@@ -143,7 +144,11 @@ def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarr
     weights = np.zeros(len(batch.queries), dtype=np.float32)
     weights[infonce] = config.gamma / max(1, infonce.sum())
     trust = np.ones_like(weights) if config.objective in LIST_OBJECTIVES else batch.trust
-    weights[rewarded] = (1 - config.gamma) * trust[rewarded] / max(1.0, float(trust[rewarded].sum()))
+    passes = max(1, len(np.unique(batch.passes[rewarded])))
+    for source in (BASE, POLICY):
+        of_source = rewarded & (batch.sources == source)
+        share = (1 - config.gamma) * len(np.unique(batch.passes[of_source])) / passes
+        weights[of_source] = share * trust[of_source] / max(1.0, float(trust[of_source].sum()))
     return weights
 
 

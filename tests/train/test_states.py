@@ -168,6 +168,23 @@ def test_supervised_loss_is_written_out(material):
     assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
 
 
+def test_shares_are_kept_however_many_items_a_query_brings(material):
+    settings = config(alpha=0.25, gamma=0.5, temperature=1.0)
+    batch = draw_batch(material, settings, 2)
+    drawn = batch.items < 0
+    batch = dataclasses.replace(
+        batch, items=np.where(drawn, 7, batch.items), rewards=np.where(drawn, 1.0, batch.rewards).astype("f4")
+    )
+    parts = []
+    for source in (BASE, POLICY):
+        other = np.isin(batch.sources, (BASE, POLICY)) & (batch.sources != source)
+        alone = dataclasses.replace(batch, rewards=np.where(other, np.nan, batch.rewards).astype("f4"))
+        embeddings = QUERIES[torch.from_numpy(batch.queries_of(np.arange(24)))]
+        parts.append(batch_loss(embeddings, np.arange(24), alone, material, settings, MATRIX, 2).states)
+    whole = batch_loss(embeddings, np.arange(24), batch, material, settings, MATRIX, 2).states
+    assert whole == pytest.approx(sum(parts) / 2, rel=1e-5)  # six passes each
+
+
 def test_rewarded_items_of_queries(material):
     rows, rewards = material.rewarded_of(np.array([3, 0]))
     for place, q in enumerate((3, 0)):
