@@ -37,7 +37,7 @@ REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
 FALSE_POSITIVES, MISSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2), (0.2, 0.4)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
-MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5), (0.5, 0.5))
+MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5))
 ALL_STATES = {"draw": "queries", "blends": 10}
 # The default without one of its parts, and other methods with those that are not theirs alone.
 PARTS: list[tuple[str, dict[str, Any]]] = [
@@ -82,7 +82,8 @@ class Variant:
 def noise() -> Iterator[Variant]:
     for name, settings, twice in REMEDIES:
         for share in FALSE_POSITIVES:
-            yield Variant(name, f"{share:g} / 0", settings, _noisy(share, 0.0, twice))
+            if share or not twice:  # asked again about what is right, a judge says the same
+                yield Variant(name, f"{share:g} / 0", settings, _noisy(share, 0.0, twice))
         for share in MISSES:
             yield Variant(name, f"0.02 / {share:g}", settings, _noisy(0.02, share, twice))
 
@@ -111,14 +112,14 @@ def negatives() -> Iterator[Variant]:
 
 
 def window() -> Iterator[Variant]:
-    for multiples in ("0,1", "0.2,1.8", "0.5,1.5", "0.8,1.2", "1,1.5", "1,2", "1,4", "2,4"):
+    for multiples in ("0,1", "0.2,1.8", "0.8,1.2", "1,2", "1,4", "2,4"):
         yield Variant(OURS, multiples, {"window": multiples})
 
 
 def temperature() -> Iterator[Variant]:
     for tau in (0.02, 0.03, 0.05, 0.1):
         yield Variant("of the loss", f"{tau:g}", {"temperature": tau})
-    for tau in (0.02, 0.05, 0.1, 0.2):
+    for tau in (0.03, 0.1):
         mixture = {"alpha": 0.25, "gamma": 0.5}
         yield Variant("of the draw, α = 0.25", f"{tau:g}", mixture | {"sampling_temperature": tau})
 
