@@ -104,7 +104,7 @@ def test_a_model_trained_before_serves_the_new_items(world, trained, capsys, tmp
         "--model",
         f"new={trained / 'model'}",
         "--k",
-        5,
+        10,
         "--base-depth",
         3,
         "buy black sofa",

@@ -63,6 +63,9 @@ def test_every_key_is_an_option_and_every_value_fits(name):
         assert set(options) <= set(flags), set(options) - set(flags)
         arguments = []
         for key, value in options.items():
+            if isinstance(value, bool):
+                arguments.append(f"--{key}" if value else f"--no-{key}")
+                continue
             for one in value if isinstance(value, list) else [value]:
                 arguments += [f"--{key}", str(one)]
         with command.make_context(stage, arguments):  # raises where a value is not of the option's type
