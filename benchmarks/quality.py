@@ -134,8 +134,9 @@ def choose_rates(
     best: dict[tuple[str, int, str], tuple[tuple[float, float], float]] = {}
     for (s, m, rate), result in zip(keys, results, strict=True):
         key = (s.name, s.length, m)
-        best[key] = max(best.get(key, ((-2.0, -2.0), 0.0)), (worth_on_validation(result), rate))
-    return {key: rate for key, (_, rate) in best.items()}
+        # Where nothing separates two rates, the gentler one.
+        best[key] = max(best.get(key, ((-2.0, -2.0), 0.0)), (worth_on_validation(result), -rate))
+    return {key: -rate for key, (_, rate) in best.items()}
 
 
 def main() -> None:
