@@ -36,8 +36,8 @@ def contrastive(
 ) -> Tensor:
     """π̂ = exp(s(q,z)/τ) / (exp(s(q,z)/τ) + Σ_m exp(s(q,m)/τ)): aggressive and boundary (PG-Ret, §4.3).
 
-    Aggressive takes the base model's top M as negatives; boundary takes the items around rank L, since
-    z only has to displace those to be retrieved.
+    Aggressive takes the base model's top M as negatives; boundary takes the items just beyond
+    rank L: z is retrieved once it outranks those, and need not push out what the list holds.
 
     Args:
         score: (S,) s(q,z).
