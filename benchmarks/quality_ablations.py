@@ -1,6 +1,6 @@
 """Ablations of the quality benchmark: the default with one setting varied, at its own learning rate.
 
-Each writes OUT/ablation-NAME.md, .csv and .svg (pip install matplotlib). Labels that a variant needs are made
+Each writes OUT/ablation-SET-NAME.md, .csv and .svg (pip install matplotlib). Labels that a variant needs are made
 from the true ones by a seeded draw; figures are always measured against the truth.
 """
 
@@ -312,12 +312,18 @@ def report(
                     rows.append([variant.series, variant.x, place, seed, metric, value])
     text = "\n".join(lines) + "\n"
     print("\n" + text, flush=True)
-    (out / f"ablation-{name}.md").write_text(text, encoding="utf-8")
-    with (out / f"ablation-{name}.csv").open("w", newline="", encoding="utf-8") as file:
+    (out / f"ablation-{setting.name}-{name}.md").write_text(text, encoding="utf-8")
+    with (out / f"ablation-{setting.name}-{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["series", "x", "place", "seed", "metric", "value"])
         writer.writerows(rows)
-    draw(title, variants, found, setting.base["means"]["Recall@50"], out / f"ablation-{name}.svg")
+    draw(
+        title,
+        variants,
+        found,
+        setting.base["means"]["Recall@50"],
+        out / f"ablation-{setting.name}-{name}.svg",
+    )
 
 
 def draw(
