@@ -1,7 +1,7 @@
 """Ablations of the quality benchmark: the default with one setting varied, at its own learning rate.
 
-Each writes OUT/ablation-SET-NAME.md, .csv and .svg (pip install matplotlib). Labels that a variant needs are made
-from the true ones by a seeded draw; figures are always measured against the truth.
+Each writes OUT/ablation-SET-NAME.md, .csv and .svg (pip install matplotlib). Labels that a variant needs are
+made from the true ones by a seeded draw; figures are always measured against the truth.
 """
 
 from __future__ import annotations
