@@ -338,9 +338,10 @@ def draw(
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
     ticks = list(dict.fromkeys(variant.x for variant in variants))
     markers = "osv^Dx*P"
+    line = "-" if all(tick[0].isdigit() for tick in ticks) else ""  # names have no order
     panels = (
         ("at_equal_recall", "RelevantNovel@50", "at equal recall"),
         ("at_chosen", "Recall@50", "at the chosen checkpoint"),
@@ -357,9 +358,10 @@ def draw(
                 x, mean, half = zip(*points, strict=True)
                 axis.errorbar(
                     x, mean, yerr=np.nan_to_num(half), marker=markers[number % len(markers)], capsize=3,
-                    label=series,
+                    label=series, linestyle=line,
                 )  # fmt: skip
-        axis.set_xticks(range(len(ticks)), ticks, rotation=20 if len(ticks) > 5 else 0)
+        slanted = {"rotation": 50, "ha": "right", "fontsize": 8} if len(ticks) > 5 else {}
+        axis.set_xticks(range(len(ticks)), ticks, **slanted)
         suffix = where if place == wished else "at the chosen checkpoint"
         axis.set(xlabel=title, ylabel=f"{metric}, {suffix}")
     axes[1].axhline(base_recall, linestyle="--", color="grey", label="deployed")
