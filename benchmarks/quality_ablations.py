@@ -34,7 +34,7 @@ REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
     ("Eq. 7, yeses asked twice", {"trust": False}, True),
     ("Eq. 7, trust, asked twice", {}, True),
 ]
-FALSE_POSITIVES, MISSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2), (0.2, 0.4)
+FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.4,)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
 MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5))
