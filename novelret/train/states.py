@@ -89,7 +89,7 @@ class Material:
 
     def rewarded_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labelled items of queries with a reward: (b, M) rows, −1 padded, and their rewards, 0 padded."""
-        rows = np.concatenate([_items_of(part, queries) for part in (self.positives, self.negatives)], axis=1)
+        rows = np.concatenate([items_of(part, queries) for part in (self.positives, self.negatives)], axis=1)
         rewards = np.zeros(rows.shape, dtype=np.float32)
         query, column = np.nonzero(rows >= 0)
         pairs = queries[query], rows[query, column]
@@ -97,10 +97,15 @@ class Material:
         return rows, rewards
 
 
-def _items_of(states: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The items that ascending (query, item) states name for each query: (b, M) rows, −1 padded."""
+def items_of(states: np.ndarray, queries: np.ndarray, most: int | None = None) -> np.ndarray:
+    """The items that ascending (query, item) states name for each query: (b, M) rows, −1 padded.
+
+    Of a query with more than `most`, so many at even distances.
+    """
     first, last = (np.searchsorted(states[:, 0], queries, side) for side in ("left", "right"))
-    places = first[:, None] + np.arange(max(0, int((last - first).max(initial=0))))[None]
+    count = last - first
+    width = int(count.max(initial=0)) if most is None else min(most, int(count.max(initial=0)))
+    places = first[:, None] + np.arange(width)[None] * np.maximum(count, width)[:, None] // max(1, width)
     inside = places < last[:, None]
     rows = np.full(places.shape, -1, dtype=np.int64)
     rows[inside] = states[places[inside], 1]
@@ -234,7 +239,7 @@ def _draw_queries(material: Material, config: TrainConfig, step: int, count: int
     _check_positives(material)
     chosen = shuffled(len(material.promising), count, step, (config.seed, BASE, 1))
     queries = material.promising[chosen]
-    rows = _items_of(material.positives, queries)
+    rows = items_of(material.positives, queries)
     generator = np.random.default_rng((config.seed, BASE, 2, step))
     order = np.where(rows >= 0, generator.random(rows.shape), 2.0).argsort(axis=1)[:, : config.per_query]
     rows = np.take_along_axis(rows, order, axis=1)

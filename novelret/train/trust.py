@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from novelret.label.table import IRRELEVANT, RELEVANT
 from novelret.progress import Reporter
 from novelret.train.processes import Processes
-from novelret.train.states import Material
+from novelret.train.states import Material, items_of
 
 _MOST = 100_000
 """Yeses, and noes, that the model is fitted on; of more, a sample stands for the rest."""
@@ -232,7 +232,7 @@ class _Context:
         found = np.full(len(pairs), np.nan)
         for group in _groups(pairs[:, 0], self.items.shape[1]):
             queries, inside = pairs[group[:, 0], 0], group >= 0
-            references = _some_of(of, queries)
+            references = items_of(of, queries, _REFERENCES)
             if references.shape[1] == 0:
                 continue
             rows = np.where(inside, pairs[group, 1], 0)
@@ -275,18 +275,6 @@ def _groups(queries: np.ndarray, dimension: int) -> Iterator[np.ndarray]:
         column = np.arange(int(count.max()))[None]
         inside = column < count
         yield np.where(inside, order[np.where(inside, first + column, 0)], -1)
-
-
-def _some_of(states: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Items of queries in ascending (query, item) states, at most _REFERENCES: (b, M) int64, −1 padded."""
-    first, last = (np.searchsorted(states[:, 0], queries, side) for side in ("left", "right"))
-    count = last - first
-    width = min(_REFERENCES, int(count.max(initial=0)))
-    places = first[:, None] + np.arange(width)[None] * np.maximum(count, width)[:, None] // max(1, width)
-    inside = places < last[:, None]
-    rows = np.full(places.shape, -1, dtype=np.int64)
-    rows[inside] = states[places[inside], 1]
-    return rows
 
 
 @dataclass(frozen=True)
