@@ -296,10 +296,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.peak_learning_rate * scale[config.schedule]
 
 
-def _validate(run: Run, points: list[Point], step: int) -> None:
+def _validate(run: Run, points: list[Point], step: int, share: float = 1.0) -> None:
     assert run.validation is not None
     figures = measure(run.validation, run.tower.embed_validation(), run.index, run.processes.device)
-    points.append(make_point(step, run.processes.concatenate(figures)))
+    points.append(make_point(step, run.processes.concatenate(figures), share))
 
 
 def validate_blends(run: Run, points: list[Point], step: int) -> None:
@@ -314,8 +314,7 @@ def validate_blends(run: Run, points: list[Point], step: int) -> None:
         for part in range(1, run.config.blends):
             share = part / run.config.blends
             checkpoint.load_weights(run.tower, run.folder, step, share)
-            figures = measure(run.validation, run.tower.embed_validation(), run.index, run.processes.device)
-            points.append(make_point(step, run.processes.concatenate(figures), share))
+            _validate(run, points, step, share)
             advance(1)
 
 

@@ -203,7 +203,7 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     n_policy, n_base = round(alpha * config.batch_size), round(beta * config.batch_size)
     parts = [_draw_feedback(material, config, step, config.batch_size - n_policy - n_base)]
     if n_base:
-        parts += _DRAWS[config.draw](material, config, step, n_base)
+        parts += _draw_base(material, config, step, n_base)
     if n_policy:
         parts.append(_draw_policy(material, config, step, n_policy))
     queries, items, sources, starts = (np.concatenate(columns) for columns in zip(*parts, strict=True))
@@ -229,14 +229,22 @@ def _draw_feedback(material: Material, config: TrainConfig, step: int, count: in
     return _states(split.feedback_queries[chosen], split.feedback_items[chosen], FEEDBACK)
 
 
-def _draw_queries(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+def _draw_base(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+    """States among the deployed model's ranks beyond L, as `draw` says."""
+    if config.draw == "plain":
+        return [_draw_plain(material, config, step, count)]
+    negatives = _draw_negatives(material, config, step, count)
+    count -= sum(len(part[0]) for part in negatives)
+    _check_positives(material)
+    draw = _draw_queries if config.draw == "queries" else _draw_states
+    return [draw(material, config, step, count), *negatives]
+
+
+def _draw_queries(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     """Queries with a positive state, each with all of these states, or `per_query` of them at random.
 
     A forward pass of the query encoder is what a step costs, and it serves any number of items.
     """
-    negatives = _draw_negatives(material, config, step, count)
-    count -= sum(len(part[0]) for part in negatives)
-    _check_positives(material)
     chosen = shuffled(len(material.promising), count, step, (config.seed, BASE, 1))
     queries = material.promising[chosen]
     rows = items_of(material.positives, queries)
@@ -244,17 +252,14 @@ def _draw_queries(material: Material, config: TrainConfig, step: int, count: int
     order = np.where(rows >= 0, generator.random(rows.shape), 2.0).argsort(axis=1)[:, : config.per_query]
     rows = np.take_along_axis(rows, order, axis=1)
     place, column = np.nonzero(rows >= 0)
-    return [_states(queries[place], rows[place, column], BASE, column == 0), *negatives]
+    return _states(queries[place], rows[place, column], BASE, column == 0)
 
 
-def _draw_states(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+def _draw_states(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     """One labelled state for each forward pass."""
-    negatives = _draw_negatives(material, config, step, count)
-    count -= sum(len(part[0]) for part in negatives)
-    _check_positives(material)
     positives = material.positives
     chosen = positives[shuffled(len(positives), count, step, (config.seed, BASE, 1))]
-    return [_states(chosen[:, 0], chosen[:, 1], BASE), *negatives]
+    return _states(chosen[:, 0], chosen[:, 1], BASE)
 
 
 def _draw_negatives(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
@@ -273,15 +278,12 @@ def _check_positives(material: Material) -> None:
         )
 
 
-def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:
+def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     """Any query and any rank beyond L, as published."""
     generator = np.random.default_rng((config.seed, BASE, step))
     queries = generator.integers(len(material.split), size=count)
     ranks = generator.integers(material.base_depth, material.base_rows.shape[1], size=count)
-    return [_states(queries, material.base_rows[queries, ranks], BASE)]
-
-
-_DRAWS = {"queries": _draw_queries, "states": _draw_states, "plain": _draw_plain}
+    return _states(queries, material.base_rows[queries, ranks], BASE)
 
 
 def _draw_policy(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
