@@ -38,6 +38,7 @@ FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.4,)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
 MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5))
+TUNED = ("supervised", "supervised-judged", "conservative")
 ALL_STATES = {"draw": "queries", "blends": 10}
 # The default without one of its parts, and other methods with those that are not theirs alone.
 PARTS: list[tuple[str, dict[str, Any]]] = [
@@ -131,10 +132,10 @@ def mixture() -> Iterator[Variant]:
 
 
 def tune() -> Iterator[Variant]:
-    """Whole encoders cost a transformer's pass forward and back: a tenth of the steps, one checkpoint."""
-    yield Variant("all steps", "adapter", {"tune": "adapter"}, evaluate="chosen")
-    for name in ("adapter", "lora", "full"):
-        yield Variant("a tenth of the steps", name, {"tune": name, "steps": 0.1}, evaluate="chosen")
+    """Whole encoders cost a transformer's pass forward and back: a quarter of the steps, one checkpoint."""
+    for method, settings in ((OURS, {}), *((name, METHODS[name]) for name in TUNED)):
+        for name in ("adapter", "lora", "full"):
+            yield Variant(method, name, settings | {"tune": name, "steps": 0.25}, evaluate="chosen")
 
 
 def start() -> Iterator[Variant]:

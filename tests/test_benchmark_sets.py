@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 SETS = Path(__file__).parents[1] / "benchmarks" / "sets"
 
@@ -60,7 +63,7 @@ BARE = ".SH NAME\nMPI_Send \\-\\- sends\n.SH SEE ALSO\n.ft R\n.sp\nMPI_Recv and 
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(SETS))
     yield importlib.import_module
-    for name in ("layout", "roff", "wordnet", "manual_pages"):
+    for name in ("layout", "roff", "shown", "wordnet", "manual_pages"):
         sys.modules.pop(name, None)
 
 
@@ -161,3 +164,28 @@ def test_layout_is_the_same_each_time(load, tmp_path):
     assert rows[0] == "query-id\tcorpus-id\tscore"
     assert len(rows) == 1 + 20 * 3
     assert len([json.loads(row) for row in (tmp_path / "one" / "corpus.jsonl").open()]) == 80
+
+
+def test_shown_feedback_is_what_the_deployed_list_holds(load, world, encoder, index_folder, tmp_path):
+    shown = load("shown")
+    data = tmp_path / "data"
+    shutil.copytree(world, data)
+    (data / "deployed_model").symlink_to(encoder)
+    whole = {tuple(row.split()[:2]) for row in (data / "qrels/train.tsv").read_text().splitlines()[1:]}
+
+    # Cosine similarities by sentence-transformers itself; the third best is the last one shown.
+    model = SentenceTransformer(str(encoder), device="cpu")
+    items = [json.loads(line) for line in (data / "corpus.jsonl").open()]
+    queries = [json.loads(line) for line in (data / "queries.jsonl").open()]
+    scores = model.encode([q["text"] for q in queries]) @ model.encode([i["text"] for i in items]).T
+    best = np.argsort(-scores, axis=1)[:, :3]
+    lists = {q["_id"]: {items[row]["_id"] for row in rows} for q, rows in zip(queries, best, strict=True)}
+    expected = {(query, item) for query, item in whole if item in lists[query]}
+    assert 0 < len(expected) < len(whole)
+
+    shown.write(data, tmp_path / "out", shown.shown_feedback(data, index_folder, 3))
+    rows = (tmp_path / "out/qrels/train.tsv").read_text().splitlines()[1:]
+    assert {tuple(row.split()[:2]) for row in rows} == expected
+    for name in ("corpus.jsonl", "judgements.tsv", "qrels/test.tsv"):
+        assert (tmp_path / "out" / name).read_bytes() == (data / name).read_bytes()
+    assert (tmp_path / "out/deployed_model/modules.json").is_file()

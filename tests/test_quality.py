@@ -137,7 +137,9 @@ def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
         ]
         return {"error": None, "points": points, "chosen": points[chosen]}
 
-    worth = quality.worth_on_validation
+    def worth(result: dict, max_recall_drop: float = 0.0) -> tuple[float, float]:
+        return quality.worth_on_validation(result, max_recall_drop)
+
     within, beyond = tuned(0.51, 0.1, 1), tuned(0.1, 9.0, 0)
     assert worth(within) > worth(beyond) > worth({"error": "the loss is nan"})
     rises_then_falls = tuned(0.4, 2.0, 0)
@@ -145,6 +147,8 @@ def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
         1, {"step": 5, "share": 1, "recall": 0.6, "relevant_novel": 1.0, "base_recall": 0.5}
     )
     assert worth(rises_then_falls) == (0.0, pytest.approx(1.5))
+    lost_within_budget = tuned(0.46, 3.0, 1)
+    assert worth(lost_within_budget, 0.0) < worth(within) < worth(lost_within_budget, 0.1)
 
 
 def test_a_path_goes_along_the_checkpoints_and_back_along_the_blends() -> None:

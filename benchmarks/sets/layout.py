@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -78,8 +79,8 @@ def write(
     queries = sorted(query for members in splits.values() for query in members)
     _lines(out / "queries.jsonl", (json.dumps({"_id": q, "text": items[q]}) for q in queries))
     for name in SPLITS:
-        _lines(out / "qrels" / f"{name}.tsv", _qrels(splits[name], feedback))
-    _lines(out / "judgements.tsv", _qrels([*splits["train"], *splits["test"]], relevant))
+        write_qrels(out / "qrels" / f"{name}.tsv", splits[name], feedback)
+    write_qrels(out / "judgements.tsv", [*splits["train"], *splits["test"]], relevant)
 
     rows = [
         "| split | queries | feedback pairs | relevant per query: mean | median |",
@@ -97,11 +98,10 @@ def write(
     print(table)
 
 
-def _qrels(queries: Iterable[str], pairs: Mapping[str, Sequence[str]]) -> Iterable[str]:
-    yield "query-id\tcorpus-id\tscore"
-    for query in queries:
-        for item in sorted(pairs[query]):
-            yield f"{query}\t{item}\t1"
+def write_qrels(path: Path, queries: Iterable[str], pairs: Mapping[str, Sequence[str]]) -> None:
+    """Write the pairs of the queries given as BEIR's qrels, all of grade 1."""
+    rows = (f"{query}\t{item}\t1" for query in queries for item in sorted(pairs[query]))
+    _lines(path, itertools.chain(["query-id\tcorpus-id\tscore"], rows))
 
 
 def _lines(path: Path, lines: Iterable[str]) -> None:

@@ -52,6 +52,7 @@ from novelret.label.table import LabelTable, make_table
 from novelret.progress import Reporter
 from novelret.train import checkpoint
 from novelret.train.card import model_card
+from novelret.train.choice import say_choice
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.curves import curves
 from novelret.train.judging import Judging
@@ -162,7 +163,7 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
         chosen = order[0] if order else None
         if processes.is_first:
             if chosen is not None:
-                _say_choice(chosen, points, len(validation_rows), config, report)
+                say_choice(chosen, points, len(validation_rows), config, report)
             _write(run, folder, inputs, labels.judges, points, order, steps, spent)
         return points, chosen
 
@@ -339,39 +340,3 @@ def _make_tower(
     else:
         embeddings = base_query_embeddings(index, whole, device=device, report=report)
     return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device)
-
-
-def _say_choice(
-    chosen: Point, points: list[Point], n_queries: int, config: TrainConfig, report: Reporter
-) -> None:
-    base_recall, drop = chosen.base_recall, config.max_recall_drop
-    if not keeps_budget(chosen, drop):
-        report.warn(
-            f"no checkpoint keeps recall within {drop:.1%} of the deployed {base_recall:.4f}; "
-            f"{chosen.name} loses least"
-        )
-    elif chosen.step == 0:
-        report.warn(
-            f"every later checkpoint loses more than {drop:.1%} of the deployed recall "
-            f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
-            "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
-        )
-    last = [point for point in points if point.share == 1][-1]
-    if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:
-        report.warn(
-            f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "
-            f"{last.judged_novel:.0%}, and what is not judged counts as not relevant: the comparison favours "
-            "the start. Train from the deployed encoder (without --init) on all labels, or label more"
-        )
-    noise = 1.96 * chosen.recall_error
-    if noise > drop * base_recall and chosen.recall - noise < base_recall * (1 - drop):
-        report.warn(
-            f"{n_queries} held-back queries measure the change of recall to ± {noise:.4f}, coarser than the "
-            f"budget ({drop:.1%}, {drop * base_recall:.4f}): hold back more (--validation-fraction) or allow "
-            "for it (--max-recall-drop)"
-        )
-    report.note(
-        f"chosen: {chosen.name} of {config.steps}, on the held-back queries: novelty "
-        f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}, recall {chosen.recall:.4f} "
-        f"(deployed {base_recall:.4f})"
-    )

@@ -1,0 +1,61 @@
+"""What a training says of the point it chose: the figures, and every reason to doubt them."""
+
+from __future__ import annotations
+
+from novelret.progress import Reporter
+from novelret.train.config import TrainConfig
+from novelret.train.validation import Point, keeps_budget
+
+# Feedback gathered from the deployed lists alone lies in them, so that their recall of it is 1.
+LOGGED_RECALL, LOGGED_DROP = 0.97, 0.1
+
+
+def say_choice(
+    chosen: Point, points: list[Point], n_queries: int, config: TrainConfig, report: Reporter
+) -> None:
+    """Report the chosen point, and warn of what makes the choice doubtful.
+
+    Args:
+        chosen: the point whose weights are saved.
+        points: every validated point, the start first.
+        n_queries: held-back queries behind them.
+        config: of the run.
+        report: where it is said.
+    """
+    base_recall, drop = chosen.base_recall, config.max_recall_drop
+    if not keeps_budget(chosen, drop):
+        report.warn(
+            f"no checkpoint keeps recall within {drop:.1%} of the deployed {base_recall:.4f}; "
+            f"{chosen.name} loses least"
+        )
+    elif chosen.step == 0:
+        report.warn(
+            f"every later checkpoint loses more than {drop:.1%} of the deployed recall "
+            f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
+            "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
+        )
+    if base_recall >= LOGGED_RECALL and drop < LOGGED_DROP:
+        report.warn(
+            f"the deployed top {config.base_depth} holds {base_recall:.1%} of the held-back feedback, as it "
+            "does where feedback is a log of what it showed: every change then looks like a loss of recall. "
+            f"Allow for it (--max-recall-drop {LOGGED_DROP:g}), or add feedback from other sources"
+        )
+    last = [point for point in points if point.share == 1][-1]
+    if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:
+        report.warn(
+            f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "
+            f"{last.judged_novel:.0%}, and what is not judged counts as not relevant: the comparison favours "
+            "the start. Train from the deployed encoder (without --init) on all labels, or label more"
+        )
+    noise = 1.96 * chosen.recall_error
+    if noise > drop * base_recall and chosen.recall - noise < base_recall * (1 - drop):
+        report.warn(
+            f"{n_queries} held-back queries measure the change of recall to ± {noise:.4f}, coarser than the "
+            f"budget ({drop:.1%}, {drop * base_recall:.4f}): hold back more (--validation-fraction) or allow "
+            "for it (--max-recall-drop)"
+        )
+    report.note(
+        f"chosen: {chosen.name} of {config.steps}, on the held-back queries: novelty "
+        f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}, recall {chosen.recall:.4f} "
+        f"(deployed {base_recall:.4f})"
+    )

@@ -1,0 +1,45 @@
+"""What a training says of its choice: each doubt where it applies, and nowhere else."""
+
+from dataclasses import replace
+
+from novelret.progress import Reporter
+from novelret.train.choice import say_choice
+from novelret.train.config import TrainConfig
+from novelret.train.validation import Point
+
+START = Point(0, 0.0, 0.0, 0.60, 0.0, 0.60, 0.0)
+GOOD = Point(40, 9.0, 2.0, 0.62, 1.0, 0.60, 0.001)
+
+
+def warnings_of(chosen: Point, *points: Point, drop: float = 0.01) -> list[str]:
+    report = Reporter()
+    config = TrainConfig(data="d", index="i", labels="l", max_recall_drop=drop)
+    say_choice(chosen, list(points), 100, config, report)
+    return report.warnings
+
+
+def test_a_clear_choice_has_no_warning() -> None:
+    assert warnings_of(GOOD, START, GOOD) == []
+
+
+def test_a_log_of_what_was_shown_is_recognised_until_the_budget_allows_for_it() -> None:
+    start, good = (replace(point, base_recall=1.0, recall=0.95) for point in (START, GOOD))
+    assert any("log of what it showed" in text for text in warnings_of(good, start, good))
+    assert not any("log" in text for text in warnings_of(good, start, good, drop=0.1))
+
+
+def test_the_start_chosen_over_labelled_and_unlabelled_points() -> None:
+    worse = replace(GOOD, recall=0.5)
+    (said,) = warnings_of(START, START, worse)
+    assert "the saved encoder is the one it started from" in said
+    # A start with novel items of its own (--init), judged better than what followed.
+    start = replace(START, novelty=5.0, judged_novel=1.0)
+    said = warnings_of(start, start, replace(worse, judged_novel=0.5))
+    assert any("favours the start" in text for text in said)
+
+
+def test_no_point_within_the_budget_and_too_few_queries() -> None:
+    broken = replace(GOOD, recall=0.5, recall_error=0.05)
+    said = warnings_of(broken, replace(START, recall=0.4), broken)
+    assert any("no checkpoint keeps recall" in text for text in said)
+    assert any("coarser than the budget" in text for text in said)
