@@ -105,56 +105,47 @@ def train_model(
         return _train(config, out, processes, force=force, report=report)
 
 
+@dataclass(frozen=True)
+class _Labels:
+    table: LabelTable
+    judges: list[str]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a training is made from, checked one against another; `fingerprints` by the name of each."""
+
+    indexes: list[Index]
+    split: Split
+    labels: _Labels
+    model: encode.SentenceTransformer
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a process trains with; `held_back` counts the validation queries of all processes."""
+
+    material: Material
+    validation: Validation | None
+    tower: Tower
+    held_back: int
+
+
 def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool, report: Reporter) -> Trained:
-    indexes = open_deployed(config.indexes, config.data)
-    index, device = indexes[0], processes.device
-    check_config(config, len(index))
-    whole = load_split(
-        config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
-    )
-    inputs = {"index": index.manifest.fingerprint, "split": whole.fingerprint}
-    inputs |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
-    labels = _load_labels(config, indexes, whole, inputs)
-    model = load_finetuned(config.init, index, device) if config.init else index.query_encoder(device)
-    if config.init:
-        inputs["init"] = encode.fingerprint_encoder(model)
-    check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
-    settings = _identity(config, inputs)
-    if not processes.is_first:
-        processes.wait()  # the first one searches, the others read what it found
-    lists, _ = base_lists(index, whole, min(config.depth, len(index)), device=device, report=report)
-    pool = pooled_lists(indexes, whole, config.base_depth, device=device, report=report)
-    train_rows, validation_rows = hold_back(whole, config.validation_fraction, config.seed)
-    material = gather_material(
-        whole.subset(train_rows),
-        lists[train_rows],
-        config.base_depth,
-        # Plain supervised training must not see judgements, not even to mask false negatives;
-        # on the held-back queries they still measure what a checkpoint is worth.
-        _rows_of(labels, train_rows[:0] if config.objective == "supervised" else train_rows, len(whole)),
-        load_reward(config.reward),
-        pool[train_rows],
-    )
-    _check_rewards(config, material)
-    mine = np.array_split(validation_rows, processes.size)[processes.rank]
-    tower = _make_tower(config, model, whole, train_rows, mine, index, device, report)
-    if processes.is_first:
-        processes.wait()
-    if config.trust and not config.objective.startswith("supervised") and len(material.labels):
-        embeddings = base_query_embeddings(index, whole, device=device, report=report)[train_rows]
-        material = weigh_labels(material, embeddings, index.embeddings, config.seed, processes, report)
-    validation = None
-    if len(validation_rows):
-        table = _rows_of(labels, mine, len(whole))
-        validation = Validation(whole.subset(mine), lists[mine, : config.base_depth], pool[mine], table)
-    items = open_matrix(index.embeddings, device)
+    inputs = _open_inputs(config, processes.device)
+    index = inputs.indexes[0]
+    settings = _identity(config, inputs.fingerprints)
+    prepared = _prepare(config, inputs, processes, report)
+    items = open_matrix(index.embeddings, processes.device)
 
     def run_in(folder: Path) -> tuple[list[Point], Point | None]:
         judging = None
         if config.judge is not None:
-            judging = Judging(config, index, material.split, folder, processes, report)
+            judging = Judging(config, index, prepared.material.split, folder, processes, report)
         run = Run(
-            config, tower, material, validation, index, items, folder, processes, judging, report
+            config, prepared.tower, prepared.material, prepared.validation, index, items, folder, processes,
+            judging, report,
         )  # fmt: skip
         points, steps = run_steps(run)
         validate_blends(run, points, steps)
@@ -163,8 +154,8 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
         chosen = order[0] if order else None
         if processes.is_first:
             if chosen is not None:
-                say_choice(chosen, points, len(validation_rows), config, report)
-            _write(run, folder, inputs, labels.judges, points, order, steps, spent)
+                say_choice(chosen, points, prepared.held_back, config, report)
+            _write(run, folder, inputs, points, order, steps, spent)
         return points, chosen
 
     if processes.is_first:
@@ -176,6 +167,56 @@ def _train(config: TrainConfig, out: Path, processes: Processes, *, force: bool,
         points, chosen = run_in(out.with_name(out.name + ".partial"))
     processes.wait()
     return Trained(out, chosen, points)
+
+
+def _open_inputs(config: TrainConfig, device: str) -> _Inputs:
+    indexes = open_deployed(config.indexes, config.data)
+    index = indexes[0]
+    check_config(config, len(index))
+    split = load_split(
+        config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
+    )
+    fingerprints = {"index": index.manifest.fingerprint, "split": split.fingerprint}
+    fingerprints |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
+    labels = _load_labels(config, indexes, split, fingerprints)
+    model = load_finetuned(config.init, index, device) if config.init else index.query_encoder(device)
+    if config.init:
+        fingerprints["init"] = encode.fingerprint_encoder(model)
+    check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
+    return _Inputs(indexes, split, labels, model, fingerprints)
+
+
+def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report: Reporter) -> _Prepared:
+    index, whole, device = inputs.indexes[0], inputs.split, processes.device
+    if not processes.is_first:
+        processes.wait()  # the first one searches, the others read what it found
+    lists, _ = base_lists(index, whole, min(config.depth, len(index)), device=device, report=report)
+    pool = pooled_lists(inputs.indexes, whole, config.base_depth, device=device, report=report)
+    train_rows, validation_rows = hold_back(whole, config.validation_fraction, config.seed)
+    # Plain supervised training must not see judgements, not even to mask false negatives;
+    # on the held-back queries they still measure what a checkpoint is worth.
+    labelled = train_rows[:0] if config.objective == "supervised" else train_rows
+    material = gather_material(
+        whole.subset(train_rows),
+        lists[train_rows],
+        config.base_depth,
+        _rows_of(inputs.labels, labelled, len(whole)),
+        load_reward(config.reward),
+        pool[train_rows],
+    )
+    _check_rewards(config, material)
+    mine = np.array_split(validation_rows, processes.size)[processes.rank]
+    tower = _make_tower(config, inputs.model, whole, train_rows, mine, index, device, report)
+    if processes.is_first:
+        processes.wait()
+    if config.trust and not config.objective.startswith("supervised") and len(material.labels):
+        embeddings = base_query_embeddings(index, whole, device=device, report=report)[train_rows]
+        material = weigh_labels(material, embeddings, index.embeddings, config.seed, processes, report)
+    validation = None
+    if len(validation_rows):
+        table = _rows_of(inputs.labels, mine, len(whole))
+        validation = Validation(whole.subset(mine), lists[mine, : config.base_depth], pool[mine], table)
+    return _Prepared(material, validation, tower, len(validation_rows))
 
 
 def _check_judge(judge: str) -> None:
@@ -206,15 +247,14 @@ def _check_rewards(config: TrainConfig, material: Material) -> None:
 def _write(
     run: Run,
     folder: Path,
-    inputs: dict[str, str],
-    judges: list[str],
+    inputs: _Inputs,
     points: list[Point],
     order: list[Point],
     steps: int,
     spent: dict[str, Any] | None,
 ) -> None:
     """The finished artifact, from the checkpoints of the run."""
-    config = run.config
+    config, judges = run.config, inputs.labels.judges
     _save_checkpoints(run.tower, folder, order[: config.keep])
     chosen = order[0] if order else None
     if chosen is not None:
@@ -239,7 +279,7 @@ def _write(
         "mean_trust": float(run.material.trust.mean()) if len(run.material.trust) else None,
     }
     fingerprint = encode.fingerprint_encoder(finished)
-    write_manifest(folder, Manifest("model", asdict(config), inputs, fingerprint, facts))
+    write_manifest(folder, Manifest("model", asdict(config), inputs.fingerprints, fingerprint, facts))
 
 
 def _save_checkpoints(tower: Tower, folder: Path, points: list[Point]) -> None:
@@ -282,12 +322,6 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
     titles = (f"Recall@{length}", f"RelevantNovel@{length}")
     picture = scatter(marks, *titles, line_at=chosen.base_recall)
     (folder / "frontier.svg").write_text(picture, encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _Labels:
-    table: LabelTable
-    judges: list[str]
 
 
 def _load_labels(config: TrainConfig, indexes: list[Index], split: Split, inputs: dict[str, str]) -> _Labels:
