@@ -1,7 +1,7 @@
 """The quality benchmark: every method from the same start, on the same labels, tuned alike, at equal recall.
 
     python benchmarks/quality.py OUT --data NAME=FOLDER [--data …] [--methods …] [--seeds 5] [--jobs 2]
-        [--L 50,200] [--max-recall-drop 0] [--ablations noise,labels,…]
+        [--L 50,200] [--max-recall-drop 0] [--recall-of known] [--ablations noise,labels,…]
 
 FOLDER is in BEIR's layout with qrels/train.tsv and qrels/test.tsv, judgements.tsv and deployed_model/ inside.
 Of every method a residual adapter on the deployed query encoder is tuned, with the same number of queries
@@ -28,7 +28,18 @@ from typing import Any
 
 import numpy as np
 from quality_figures import at_equal_recall, ratio_interval, t_interval
-from quality_runs import Job, Result, explicit, identity, path_of, pool_of, prepare, run_all, run_piece
+from quality_runs import (
+    Job,
+    Result,
+    explicit,
+    identity,
+    labels_folder,
+    path_of,
+    pool_of,
+    prepare,
+    run_all,
+    run_piece,
+)
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1_000
@@ -68,7 +79,7 @@ class Setting:
     def __init__(self, options: argparse.Namespace, name: str, data: str, length: int, depth: int) -> None:
         self.options, self.name, self.data, self.length, self.depth = options, name, data, length, depth
         self.folder = options.out / name
-        self.labels = self.folder / f"labels-{length}-{depth}"
+        self.labels = labels_folder(self.folder, length, depth, options.recall_of)
         self.along = length == options.lengths[0][0]
         self.judge = f"file:{Path(data) / 'judgements.tsv'}"
         self.base: Result = {}
@@ -82,7 +93,7 @@ class Setting:
             "steps": steps, "batch_size": BATCH, "learning_rate": rate, "seed": seed,
             "base_depth": self.length, "depth": self.depth, "validation_fraction": 0.2,
             "eval_every": max(1, steps // 10), "max_recall_drop": self.options.max_recall_drop,
-            "log_every": 100,
+            "recall_of": self.options.recall_of, "log_every": 100,
         }  # fmt: skip
 
     def job(self, method: str, settings: dict[str, Any], seed: int, rate: float | None, evaluate: Any) -> Job:
@@ -158,6 +169,7 @@ def main() -> None:
         default=0.0,
         help="recall a chosen checkpoint may lose, relative",
     )
+    parser.add_argument("--recall-of", default="feedback", help="what that recall counts; or known")
     parser.add_argument("--ablations", default="", help="comma-separated, on the first data set; or 'all'")
     parser.add_argument("--ablation-seeds", type=int, default=3)
     parser.add_argument("--keep-models", action="store_true")
@@ -188,11 +200,11 @@ def prepared(pool: ProcessPoolExecutor, options: argparse.Namespace, named: dict
     """Every data set at every L, indexed and labelled."""
     for name in named:
         (options.out / name / "runs").mkdir(parents=True, exist_ok=True)
-    sizes = "-".join(f"{length}-{depth}" for length, depth in options.lengths)
+    sizes = "-".join([*(f"{length}-{depth}" for length, depth in options.lengths), options.recall_of])
     jobs = [
         {
             "path": str(options.out / name / f"base-{sizes}.json"), "name": name, "data": data,
-            "folder": str(options.out / name), "lengths": options.lengths,
+            "folder": str(options.out / name), "lengths": options.lengths, "recall_of": options.recall_of,
         }
         for name, data in named.items()
     ]  # fmt: skip

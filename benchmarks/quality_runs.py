@@ -36,6 +36,15 @@ Job = dict[str, Any]
 Result = dict[str, Any]
 
 
+# The recall of what is known counts what the deployed lists hold as well.
+SOURCES = {"feedback": ("base-novel",), "known": ("base-novel", "base-top")}
+
+
+def labels_folder(folder: Path, length: int, depth: int, recall_of: str) -> Path:
+    """Where the labels of a set lie."""
+    return folder / f"labels-{length}-{depth}{'-top' if recall_of == 'known' else ''}"
+
+
 def pool_of(jobs: int) -> ProcessPoolExecutor:
     """Worker processes of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited; read when a worker imports its libraries
@@ -79,12 +88,12 @@ def prepare(job: Job) -> Result:
         build_index(IndexConfig(data, str(Path(data) / "deployed_model"), device="cpu"), index)
     base = {}
     for length, depth in job["lengths"]:
-        labels = folder / f"labels-{length}-{depth}"
+        labels = labels_folder(folder, length, depth, job["recall_of"])
         if not labels.is_dir():
             build_labels(
                 LabelConfig(
                     data, str(index), judge, base_depth=length, depth=depth, missing="irrelevant",
-                    device="cpu",
+                    sources=SOURCES[job["recall_of"]], device="cpu",
                 ),
                 labels,
             )  # fmt: skip

@@ -147,6 +147,9 @@ def train(
         int | None, typer.Option(help="Steps between validations. (default: steps / 10)")
     ] = None,
     max_recall_drop: Annotated[float, typer.Option(help="Relative recall a checkpoint may lose.")] = 0.01,
+    recall_of: Annotated[
+        str, typer.Option(help="What that recall counts: feedback, or known (feedback and relevant labels).")
+    ] = "feedback",
     patience: Annotated[
         int, typer.Option(help="Stop after so many validations in a row below the recall budget; 0: never.")
     ] = 0,

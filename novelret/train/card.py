@@ -80,8 +80,9 @@ def _results(config: TrainConfig, points: list[Point], chosen: Point | None) -> 
             "No queries were held back (`--validation-fraction 0`): the weights are those of the last step."
         )
     length = config.base_depth
+    of_known = " of what is known to be relevant" if config.recall_of == "known" else ""
     lines = [
-        f"| step | Novelty@{length} | RelevantNovel@{length} | Recall@{length} |",
+        f"| step | Novelty@{length} | RelevantNovel@{length} | Recall@{length}{of_known} |",
         "| --- | --- | --- | --- |",
     ]
     for point in points:

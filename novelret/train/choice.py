@@ -7,7 +7,7 @@ from novelret.train.config import TrainConfig
 from novelret.train.validation import Point, keeps_budget
 
 # Feedback gathered from the deployed lists alone lies in them, so that their recall of it is 1.
-LOGGED_RECALL, LOGGED_DROP = 0.97, 0.1
+LOGGED_RECALL = 0.97
 
 
 def say_choice(
@@ -34,11 +34,12 @@ def say_choice(
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
         )
-    if base_recall >= LOGGED_RECALL and drop < LOGGED_DROP:
+    if base_recall >= LOGGED_RECALL and config.recall_of == "feedback":
         report.warn(
             f"the deployed top {config.base_depth} holds {base_recall:.1%} of the held-back feedback, as it "
             "does where feedback is a log of what it showed: every change then looks like a loss of recall. "
-            f"Allow for it (--max-recall-drop {LOGGED_DROP:g}), or add feedback from other sources"
+            "Count what is judged relevant too (--recall-of known, best with labels --from base-top), or "
+            "allow for it (--max-recall-drop)"
         )
     last = [point for point in points if point.share == 1][-1]
     if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:

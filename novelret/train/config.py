@@ -22,6 +22,7 @@ OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
 TUNES = ("full", "lora", "adapter")
 DRAWS = ("queries", "states", "plain")
+RECALLS = ("feedback", "known")
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3}
 
@@ -84,6 +85,8 @@ class TrainConfig:
         validation_fraction: share of the split's queries held back to choose the checkpoint.
         eval_every: steps between validations; by default a tenth of all steps.
         max_recall_drop: how much of the base's recall a checkpoint may lose, relative.
+        recall_of: what that recall counts: "feedback", or what is "known" to be relevant: feedback and what
+            the labels call relevant. For feedback that is a log of what the deployed model itself showed.
         patience: stop after so many validations in a row below the recall budget, if recall still falls; 0
             never stops early.
         blends: the line from the starting weights to the last ones is validated at so many equal parts too,
@@ -141,6 +144,7 @@ class TrainConfig:
     validation_fraction: float = 0.1
     eval_every: int | None = None
     max_recall_drop: float = 0.01
+    recall_of: str = "feedback"
     patience: int = 0
     blends: int = 10
     keep: int = 0
@@ -189,6 +193,8 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     _check_sizes(config, catalog_size)
     if config.objective != "supervised" and not config.label_folders and config.judge is None:
         raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
+    if config.recall_of == "known" and not config.label_folders:
+        raise UserError("--recall-of known counts what labels call relevant: it needs --labels")
     if config.judge is not None and (config.objective != "pg-ret" or not config.alpha > 0):
         raise UserError(
             "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"
@@ -203,6 +209,7 @@ def _check_choices(config: TrainConfig) -> None:
     _one_of("--tune", config.tune, TUNES)
     _one_of("--schedule", config.schedule, SCHEDULES)
     _one_of("--draw", config.draw, DRAWS)
+    _one_of("--recall-of", config.recall_of, RECALLS)
     _one_of("--precision", config.precision, ("fp32", "bf16", "fp16"))
 
 

@@ -65,7 +65,15 @@ from novelret.train.rewards import load_reward
 from novelret.train.states import Material, gather_material
 from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
 from novelret.train.trust import weigh_labels
-from novelret.train.validation import Point, Validation, best_first, hold_back, keeps_budget, pareto
+from novelret.train.validation import (
+    Point,
+    Validation,
+    best_first,
+    hold_back,
+    keeps_budget,
+    known_pairs,
+    pareto,
+)
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
 _NOT_IDENTITY_OF_JUDGE = ("max_judgements", "max_cost", "price")
@@ -215,7 +223,9 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
     validation = None
     if len(validation_rows):
         table = _rows_of(inputs.labels, mine, len(whole))
-        validation = Validation(whole.subset(mine), lists[mine, : config.base_depth], pool[mine], table)
+        split = whole.subset(mine)
+        known = known_pairs(split, table, config.recall_of)
+        validation = Validation(split, known, lists[mine, : config.base_depth], pool[mine], table)
     return _Prepared(material, validation, tower, len(validation_rows))
 
 

@@ -23,12 +23,14 @@ class Validation:
 
     Attributes:
         split: the held-back queries with their feedback.
+        known: (P,) query rows and (P,) catalog rows of the pairs whose recall is measured.
         base_rows: (V, L) int64, the lists of the deployed model that is finetuned against.
         pool: (V, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
         labels: verdicts by (validation query row, catalog row).
     """
 
     split: Split
+    known: tuple[np.ndarray, np.ndarray]
     base_rows: np.ndarray
     pool: np.ndarray
     labels: LabelTable
@@ -42,7 +44,7 @@ class Point:
         step: optimizer steps taken.
         novelty: mean number of items in the top L that the deployed top L does not hold (Definition 1).
         relevant_novel: mean number of those that are judged relevant.
-        recall: mean per-query share of held-out feedback in the top L.
+        recall: mean per-query share of what is known to be relevant (`known_pairs`) in the top L.
         judged_novel: share of the novel items that are judged at all.
         base_recall: the deployed model's recall on the same queries.
         recall_error: standard error of the mean difference between the two recalls.
@@ -82,6 +84,19 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
     return np.sort(order[count:]), np.sort(order[:count])
 
 
+def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) query rows and (P,) catalog rows of the pairs whose recall is measured.
+
+    Feedback that is a log of what the deployed model showed lies in its lists alone, and any other list seems
+    to lose recall. "known" therefore adds what the labels call relevant, of whatever rank.
+    """
+    if recall_of == "feedback":
+        return split.feedback_queries, split.feedback_items
+    feedback = split.feedback_queries.astype(np.int64) * labels.catalog_size + split.feedback_items
+    keys = np.union1d(feedback, labels.keys[labels.verdicts == RELEVANT])
+    return keys // labels.catalog_size, keys % labels.catalog_size
+
+
 def measure(validation: Validation, embeddings: np.ndarray, index: Index, device: str) -> np.ndarray:
     """Search the validation queries and compare with the deployed lists.
 
@@ -96,13 +111,12 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, device
     rows, _ = index.search(embeddings, depth, split.excluded, device=device)
     new = novel(rows, validation.pool, depth)
     verdicts = validation.labels.lookup(np.arange(len(split))[:, None], rows)
-    feedback = (split.feedback_queries, split.feedback_items)
     figures = (
         new.sum(axis=1),
         (new & (verdicts == RELEVANT)).sum(axis=1),
         (new & (verdicts != UNKNOWN)).sum(axis=1),
-        recall(rows, *feedback, depth),
-        recall(validation.base_rows, *feedback, depth),
+        recall(rows, *validation.known, depth),
+        recall(validation.base_rows, *validation.known, depth),
     )
     return np.stack([np.asarray(figure, dtype=np.float64) for figure in figures], axis=1)
 

@@ -11,9 +11,9 @@ START = Point(0, 0.0, 0.0, 0.60, 0.0, 0.60, 0.0)
 GOOD = Point(40, 9.0, 2.0, 0.62, 1.0, 0.60, 0.001)
 
 
-def warnings_of(chosen: Point, *points: Point, drop: float = 0.01) -> list[str]:
+def warnings_of(chosen: Point, *points: Point, recall_of: str = "feedback") -> list[str]:
     report = Reporter()
-    config = TrainConfig(data="d", index="i", labels="l", max_recall_drop=drop)
+    config = TrainConfig(data="d", index="i", labels="l", recall_of=recall_of)
     say_choice(chosen, list(points), 100, config, report)
     return report.warnings
 
@@ -22,10 +22,12 @@ def test_a_clear_choice_has_no_warning() -> None:
     assert warnings_of(GOOD, START, GOOD) == []
 
 
-def test_a_log_of_what_was_shown_is_recognised_until_the_budget_allows_for_it() -> None:
-    start, good = (replace(point, base_recall=1.0, recall=0.95) for point in (START, GOOD))
-    assert any("log of what it showed" in text for text in warnings_of(good, start, good))
-    assert not any("log" in text for text in warnings_of(good, start, good, drop=0.1))
+def test_a_log_of_what_was_shown_is_recognised() -> None:
+    start, good = (replace(point, base_recall=1.0, recall=1.0) for point in (START, GOOD))
+    (said,) = warnings_of(good, start, good)
+    assert "log of what it showed" in said
+    assert "--recall-of known" in said
+    assert warnings_of(good, start, good, recall_of="known") == []
 
 
 def test_the_start_chosen_over_labelled_and_unlabelled_points() -> None:

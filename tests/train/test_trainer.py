@@ -22,12 +22,23 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from novelret.cli import main
+from novelret.data.split import make_split
 from novelret.index import open_index, pooled_lists
+from novelret.label.table import make_table
 from novelret.progress import Reporter
 from novelret.train import checkpoint, loop
 from novelret.train.config import TrainConfig
 from novelret.train.panel import training_panel
-from novelret.train.validation import Point, best_first, keeps_budget, left_for_good, pareto
+from novelret.train.validation import (
+    Point,
+    Validation,
+    best_first,
+    keeps_budget,
+    known_pairs,
+    left_for_good,
+    measure,
+    pareto,
+)
 from tests.conftest import make_encoder
 from tests.loopback import LoopbackJudge
 
@@ -158,6 +169,54 @@ def test_the_best_within_the_budget_comes_first_and_the_rest_by_recall():
     assert [keeps_budget(p, 0.01) for p in points] == [True, True, False, True, False]
     # The Pareto set by its definition: nobody is at least as good in both and better in one.
     assert pareto(points) == [False, False, False, True, True]
+
+
+def test_recall_of_what_is_known_counts_relevant_labels_beside_feedback():
+    nobody = np.full((2, 1), -1)
+    split = make_split("train", ["a", "b"], ["a", "b"], np.array([0, 0, 1]), np.array([3, 8, 5]), nobody)
+    # Query a: 3 (fed back too) and 7 are judged relevant, 9 is not; query b: nothing more is known.
+    pairs = np.array([[0, 3], [0, 7], [0, 9]]).T
+    labels = make_table(*pairs, np.array([1, 1, 0], dtype=np.int8), 10)
+    queries, items = known_pairs(split, labels, "known")
+    assert list(zip(queries, items, strict=True)) == [(0, 3), (0, 7), (0, 8), (1, 5)]
+    of_feedback = known_pairs(split, labels, "feedback")
+    assert np.array_equal(of_feedback, (split.feedback_queries, split.feedback_items))
+
+    class Search:
+        def search(self, *_, **__):
+            return np.array([[7, 9], [4, 5]]), None
+
+    deployed = np.array([[3, 8], [0, 1]])
+    for known, expected in ((of_feedback, [[0, 1], [1, 0]]), ((queries, items), [[1 / 3, 2 / 3], [1, 0]])):
+        validation = Validation(split, known, deployed, deployed, labels)
+        figures = measure(validation, np.zeros((2, 2)), Search(), "cpu")
+        assert figures[:, 3:] == pytest.approx(np.array(expected))
+        assert figures[:, :3].tolist() == [[2, 1, 2], [2, 0, 0]]
+
+
+def test_recall_of_needs_labels_and_a_known_name(command, world, index_folder, capsys, tmp_path):
+    unlabelled = ["train", "--data", world, "--index", index_folder, "--objective", "supervised", *SHORT]
+    for start, recall_of, said in (
+        (command, "clicks", "--recall-of clicks"),
+        (unlabelled, "known", "it needs --labels"),
+    ):
+        code, _, err = run(capsys, *start, "--recall-of", recall_of, "--out", tmp_path / "model")
+        assert code == 2
+        assert said in err
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_recall_of_what_is_known_takes_the_labels_of_a_run(
+    command, labels, index_folder, capsys, tmp_path
+):
+    points = {}
+    for recall_of in ("feedback", "known"):
+        found, _ = train(capsys, command, tmp_path / recall_of, *ADAPTER, "--recall-of", recall_of)
+        points[recall_of] = found["points"]
+    # What is beyond the deployed top 3 and judged relevant is missed by the deployed lists.
+    assert points["known"][0]["base_recall"] < points["feedback"][0]["base_recall"]
+    same = [[p["relevant_novel"] for p in points[name]] for name in points]
+    assert same[0] == same[1]  # the training itself is the same
 
 
 def test_early_stop_needs_a_broken_budget_and_a_falling_recall():
