@@ -38,7 +38,7 @@ FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.4,)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
 MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5))
-TUNED = ("supervised", "supervised-judged", "conservative")
+TUNED = ("supervised", "conservative")
 ALL_STATES = {"draw": "queries", "blends": 10}
 # The default without one of its parts, and other methods with those that are not theirs alone.
 PARTS: list[tuple[str, dict[str, Any]]] = [
