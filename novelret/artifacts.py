@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from novelret.errors import UserError
@@ -68,6 +69,15 @@ def fingerprint_strings(strings: Iterator[str] | list[str]) -> str:
         data = string.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
+    return digest.hexdigest()
+
+
+def fingerprint_array(array: np.ndarray) -> str:
+    """Hash of an array's type, shape and values, the same on every machine."""
+    values = np.ascontiguousarray(array)
+    values = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    digest = hashlib.blake2b(f"{values.dtype.str} {values.shape}".encode(), digest_size=16)
+    digest.update(values.data)
     return digest.hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from novelret.artifacts import (
     Manifest,
+    fingerprint_array,
     fingerprint_of,
     fingerprint_strings,
     open_output,
@@ -78,3 +80,13 @@ def test_fingerprints_tell_apart_what_differs():
     assert fingerprint_strings(["ab", "c"]) != fingerprint_strings(["a", "bc"])
     assert fingerprint_of({"a": 1, "b": 2}) == fingerprint_of({"b": 2, "a": 1})
     assert fingerprint_of(1) != fingerprint_of("1")
+
+
+def test_an_array_is_known_by_its_values_shape_and_type():
+    array = np.arange(12, dtype=np.int64).reshape(3, 4)
+    same = (array.astype(">i8"), np.asfortranarray(array), np.hstack([array, array])[:, :4])
+    assert {fingerprint_array(other) for other in same} == {fingerprint_array(array)}
+    changed = array.copy()
+    changed[2, 3] = 0
+    different = (changed, array.astype(np.int32), array.reshape(4, 3), array[:2], array[:0])
+    assert len({fingerprint_array(other) for other in (array, *different)}) == 6

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from novelret.artifacts import fingerprint_of, fingerprint_strings
+from novelret.artifacts import fingerprint_array, fingerprint_of, fingerprint_strings
 from novelret.data.catalog import Catalog, read_id
 from novelret.data.source import read_excluded, read_part, read_qrels
 from novelret.errors import UserError
@@ -62,15 +63,19 @@ def make_split(
     excluded: np.ndarray,
 ) -> Split:
     """Put a split together: sort its feedback, drop repeated pairs, fingerprint it."""
-    pairs = np.unique(np.stack([feedback_queries, feedback_items], axis=1), axis=0)
+    width = int(feedback_items.max(initial=0)) + 1
+    keys = np.sort(feedback_queries * np.int64(width) + feedback_items)  # faster than np.unique, which hashes
+    keys = keys[np.diff(keys, prepend=-1) > 0]
+    queries, items = keys // width, keys % width
     fingerprint = fingerprint_of(
         name,
         fingerprint_strings(query_ids),
         fingerprint_strings(query_texts),
-        pairs.tolist(),
-        excluded.tolist(),
+        fingerprint_array(queries),
+        fingerprint_array(items),
+        fingerprint_array(excluded),
     )
-    return Split(name, query_ids, query_texts, pairs[:, 0].copy(), pairs[:, 1].copy(), excluded, fingerprint)
+    return Split(name, query_ids, query_texts, queries, items, excluded, fingerprint)
 
 
 def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids: bool = True) -> Split:
@@ -87,35 +92,31 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
         UserError: a qrels line names an unknown query or item, a query has no text, an id occurs
             twice, or no pair with a positive score is left.
     """
-    wheres: list[str] = []
-    queries: list[str] = []
-    items: list[str] = []
-    for where, query_id, item_id, score in read_qrels(data, split):
-        if score > 0 and not (ignore_identical_ids and query_id == item_id):
-            wheres.append(where)
-            queries.append(query_id)
-            items.append(item_id)
-    if not queries:
+    named = _read_pairs(data, split, ignore_identical_ids=ignore_identical_ids)
+    if not named.queries:
         raise UserError(f"{data}: no {split} pairs left; qrels/{split} holds no line with a score above 0")
-    texts = load_queries(data, set(queries))
+    texts = load_queries(data, named.queries)
     row_of = {query_id: row for row, query_id in enumerate(texts)}
-    for where, query_id in zip(wheres, queries, strict=True):
+    for query_id, where in zip(named.queries, named.query_at, strict=True):
         if query_id not in row_of:
             raise UserError(f"{where}: query id {query_id!r} is not in the queries file")
-    item_rows = catalog.rows_of(items)
+    item_ids = list(named.items)
+    item_rows = catalog.rows_of(item_ids)
     missing = np.flatnonzero(item_rows < 0)
     if len(missing):
         first = int(missing[0])
+        lines = np.isin(named.item_numbers, missing).sum()
         raise UserError(
-            f"{wheres[first]}: item id {items[first]!r} is not in the catalog ({len(missing)} such lines)"
+            f"{named.item_at[first]}: item id {item_ids[first]!r} is not in the catalog ({lines} such lines)"
         )
+    query_rows = np.array([row_of[query_id] for query_id in named.queries], dtype=np.int64)
     ids = list(texts)
     return make_split(
         split,
         ids,
         list(texts.values()),
-        np.array([row_of[q] for q in queries], dtype=np.int64),
-        item_rows,
+        query_rows[np.asarray(named.query_numbers)],
+        item_rows[np.asarray(named.item_numbers)],
         np.concatenate(
             [
                 own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids),
@@ -124,6 +125,36 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
             axis=1,
         ),
     )
+
+
+@dataclass
+class _Pairs:
+    """Pairs of ids as numbers, in the order the ids first came: eight bytes each, however long the ids are.
+
+    `query_at` and `item_at` say where each id was first named.
+    """
+
+    queries: dict[str, int] = field(default_factory=dict)
+    items: dict[str, int] = field(default_factory=dict)
+    query_at: list[str] = field(default_factory=list)
+    item_at: list[str] = field(default_factory=list)
+    query_numbers: array[int] = field(default_factory=lambda: array("q"))
+    item_numbers: array[int] = field(default_factory=lambda: array("q"))
+
+
+def _read_pairs(data: str, split: str, *, ignore_identical_ids: bool) -> _Pairs:
+    pairs = _Pairs()
+    for where, query_id, item_id, score in read_qrels(data, split):
+        if score > 0 and not (ignore_identical_ids and query_id == item_id):
+            query = pairs.queries.setdefault(query_id, len(pairs.queries))
+            item = pairs.items.setdefault(item_id, len(pairs.items))
+            pairs.query_numbers.append(query)
+            pairs.item_numbers.append(item)
+            if query == len(pairs.query_at):
+                pairs.query_at.append(where)
+            if item == len(pairs.item_at):
+                pairs.item_at.append(where)
+    return pairs
 
 
 def _excluded_rows(data: str, split: str, row_of: dict[str, int], catalog: Catalog) -> np.ndarray:

@@ -95,6 +95,18 @@ def test_identical_ids_are_left_out_unless_asked_for(data, tmp_path):
     assert (split.feedback_items.tolist(), split.excluded.tolist()) == ([1, 2], [[-1]])
 
 
+def test_pairs_are_sorted_single_and_count_every_bad_line(data, tmp_path):
+    qrels = data / "qrels" / "train.tsv"
+    rows = ["q02\ti30\t1", "q00\ti07\t1", "q02\ti04\t2", "q00\ti07\t1", "q02\ti01\t0"]
+    qrels.write_text("\n".join(rows) + "\n")
+    split = load_split(str(data), "train", catalog_of(data, tmp_path))
+    assert split.query_ids == ["q00", "q02"]
+    assert list(zip(split.feedback_queries, split.feedback_items, strict=True)) == [(0, 7), (1, 4), (1, 30)]
+    qrels.write_text("\n".join([*rows, "q00\tnone\t1", "q02\tnone\t1", "q02\tnothing\t1"]) + "\n")
+    with pytest.raises(UserError, match=r"train\.tsv:6: item id 'none' .* \(3 such lines\)"):
+        load_split(str(data), "train", catalog_of(data, tmp_path))
+
+
 def test_subset_renumbers_queries(data, tmp_path):
     split = load_split(str(data), "train", catalog_of(data, tmp_path))
     part = split.subset(np.array([1, 3]))
