@@ -125,15 +125,26 @@ class Setting:
         return json.loads((self.folder / "index" / "manifest.json").read_text())["fingerprint"] + labels
 
 
-def worth_on_validation(result: Result, max_recall_drop: float) -> tuple[float, float]:
-    """What a learning rate is chosen by: the chosen checkpoint, else the frontier at the recall budget."""
+def worth_on_validation(result: Result, max_recall_drop: float) -> tuple[float, float, float]:
+    """What a learning rate is chosen by: relevant novel items within the recall budget.
+
+    Those of the chosen checkpoint; of equal ones, those of the frontier where the budget ends; where nothing
+    keeps the budget, those of the frontier where a tenth more of the recall is lost.
+    """
     if result["error"]:
-        return (-1.0, -1.0)
+        return (-1.0, -1.0, -1.0)
     points = result["points"]
-    base = points[0]["base_recall"] * (1 - max_recall_drop)
-    kept = result["chosen"] if result["chosen"]["recall"] >= base - 1e-12 else {"relevant_novel": 0.0}
-    place = at_equal_recall([(point["recall"], point["relevant_novel"]) for point in path_of(points)], base)
-    return kept["relevant_novel"], 0.0 if place is None else place.gain
+    base = points[0]["base_recall"]
+    budget = base * (1 - max_recall_drop)
+    path = [(point["recall"], point["relevant_novel"]) for point in path_of(points)]
+
+    def frontier(recall: float) -> float:
+        place = at_equal_recall(path, recall)
+        return 0.0 if place is None else place.gain
+
+    kept = result["chosen"]["recall"] >= budget - 1e-12
+    chosen = result["chosen"]["relevant_novel"] if kept else 0.0
+    return chosen, frontier(budget), frontier(budget - 0.1 * base)
 
 
 def choose_rates(
@@ -143,12 +154,12 @@ def choose_rates(
     keys = [(s, m, rate) for s in settings for m in s.measured(methods) for rate in s.options.rates]
     jobs = [s.job(m, METHODS[m], TUNING_SEED, rate, None) for s, m, rate in keys]
     results = run_all(pool, run_piece, jobs, "learning rates")
-    best: dict[tuple[str, int, str], tuple[tuple[float, float], float]] = {}
+    best: dict[tuple[str, int, str], tuple[tuple[float, ...], float]] = {}
     for (s, m, rate), result in zip(keys, results, strict=True):
         key = (s.name, s.length, m)
         worth = worth_on_validation(result, s.options.max_recall_drop)
         # Where nothing separates two rates, the gentler one.
-        best[key] = max(best.get(key, ((-2.0, -2.0), 0.0)), (worth, -rate))
+        best[key] = max(best.get(key, ((-2.0,), 0.0)), (worth, -rate))
     return {key: -rate for key, (_, rate) in best.items()}
 
 

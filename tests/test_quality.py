@@ -137,7 +137,7 @@ def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
         ]
         return {"error": None, "points": points, "chosen": points[chosen]}
 
-    def worth(result: dict, max_recall_drop: float = 0.0) -> tuple[float, float]:
+    def worth(result: dict, max_recall_drop: float = 0.0) -> tuple[float, float, float]:
         return quality.worth_on_validation(result, max_recall_drop)
 
     within, beyond = tuned(0.51, 0.1, 1), tuned(0.1, 9.0, 0)
@@ -146,7 +146,11 @@ def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
     rises_then_falls["points"].insert(
         1, {"step": 5, "share": 1, "recall": 0.6, "relevant_novel": 1.0, "base_recall": 0.5}
     )
-    assert worth(rises_then_falls) == (0.0, pytest.approx(1.5))
+    assert worth(rises_then_falls)[:2] == (0.0, pytest.approx(1.5))
+    # Neither keeps the budget: the one that has more where a tenth of the recall is lost.
+    slow, fast = tuned(0.4, 1.0, 0), tuned(0.3, 8.0, 0)
+    assert worth(slow) == (0.0, 0.0, pytest.approx(0.5))
+    assert worth(fast) == (0.0, 0.0, pytest.approx(2.0))
     lost_within_budget = tuned(0.46, 3.0, 1)
     assert worth(lost_within_budget, 0.0) < worth(within) < worth(lost_within_budget, 0.1)
 
