@@ -49,7 +49,7 @@ NAMED = {
     "reward": "eq7", "alpha": 0.0, "gamma": 0.5, "draw": "states", "negative_share": 0.0,
     "negatives": 5, "hard_negatives": 0, "list_size": 50, "window": "1,2", "temperature": 0.05,
     "sampling_temperature": 0.05, "support": None, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.0,
-    "max_grad_norm": 1.0, "patience": 0, "blends": 1,
+    "max_grad_norm": 1.0, "patience": 0, "blends": 1, "trust": False,
 }  # fmt: skip
 # As published and this project's others; "steps" counts in units of --steps. Three epochs against ten.
 METHODS: dict[str, dict[str, Any]] = {
@@ -368,12 +368,18 @@ def ratios(s: Setting, runs: dict[str, list[Result]], place: str) -> str:
     if not others:
         return ""
 
-    def figures(name: str, metric: str) -> np.ndarray:
-        return np.array([result[place]["per_query"][metric] for result in runs[name]])
+    def figures(other: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """(seeds, queries) of the default and of the other method, for the seeds that both finished."""
+        ours, theirs = ({run["train"]["seed"]: run for run in runs[name]} for name in (OURS, other))
+        both = sorted(ours.keys() & theirs.keys())
+        values = [[of[seed][place]["per_query"][metric] for seed in both] for of in (ours, theirs)]
+        return np.array(values[0]), np.array(values[1])
 
-    differences = np.stack(
-        [figures(OURS, m).mean(axis=0) - figures(n, m).mean(axis=0) for n in others for m in tested], axis=1
-    )
+    def difference(other: str, metric: str) -> np.ndarray:
+        ours, theirs = figures(other, metric)
+        return np.asarray(ours.mean(axis=0) - theirs.mean(axis=0))
+
+    differences = np.stack([difference(name, m) for name in others for m in tested], axis=1)
     p = holm(randomization_tests(differences).reshape(len(others), len(tested)))
     lines = [
         "| other | "
@@ -386,9 +392,7 @@ def ratios(s: Setting, runs: dict[str, list[Result]], place: str) -> str:
     for row, name in enumerate(others):
         cells = []
         for metric in metrics:
-            ours, theirs = figures(OURS, metric), figures(name, metric)
-            count = min(len(ours), len(theirs))
-            ratio, low, high = ratio_interval(ours[:count], theirs[:count])
+            ratio, low, high = ratio_interval(*figures(name, metric))
             cells.append(f"{ratio:.2f} ({low:.2f} to {high:.2f})")
         means = np.nanmean(differences, axis=0).reshape(len(others), len(tested))[row]
         cells += [f"{mean:+.3f} ({value:.4f})" for mean, value in zip(means, p[row], strict=True)]

@@ -237,10 +237,12 @@ def _buckets(evaluation: Evaluation) -> Table:
 
 
 def _frontier_line(evaluation: Evaluation) -> str:
+    from novelret.evaluate.breakdown import gained_items
+
     frontier = evaluation.frontier
     budget = f"recall within {frontier.max_recall_drop:.1%} of base"
     if frontier.selected is None:
-        return f"selected: [bold]none[/]: no model brings novel items and keeps {budget}"
+        return f"selected: [bold]none[/]: no model brings {gained_items(evaluation)} and keeps {budget}"
     point = next(point for point in frontier.points if point.model == frontier.selected)
     gain = point.novelty if point.relevant_novel is None else point.relevant_novel
     name = "Novelty" if point.relevant_novel is None else "RelevantNovel"

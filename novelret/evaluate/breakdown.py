@@ -42,6 +42,11 @@ def gain_metric(evaluation: Evaluation) -> str:
     return f"{'RelevantNovel' if evaluation.judge else 'Novelty'}@{max(evaluation.config.k)}"
 
 
+def gained_items(evaluation: Evaluation) -> str:
+    """What that metric counts, in words."""
+    return "relevant novel items" if evaluation.judge else "novel items"
+
+
 def spread(evaluation: Evaluation, model: str) -> list[tuple[str, float]]:
     """Shares of queries by how many items a model brings them (see `gain_metric`): (label, share)."""
     counts = evaluation.per_query[model][gain_metric(evaluation)]

@@ -13,6 +13,7 @@ from novelret.artifacts import MANIFEST
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
+from novelret.evaluate.config import BASE
 from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
 from novelret.label.judges.file import file_table
@@ -158,9 +159,11 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
 def _named(model: str) -> tuple[str, str]:
     """Name and path of "NAME=MODEL" or of a bare path."""
     name, separator, path = model.partition("=")
-    if name == "base" and separator:
-        raise UserError(f"--model {model}: 'base' is the deployed model; choose another name")
-    return (name, path) if separator else (Path(model).name, model)
+    if not separator or Path(model).exists():
+        name, path = Path(model).resolve().name, model
+    if name == BASE:
+        raise UserError(f"--model {model}: {BASE!r} is the deployed model; give another name, as NAME=PATH")
+    return name, path
 
 
 def _check_depths(index: Index, k: int, base_depth: int) -> None:

@@ -118,6 +118,8 @@ def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:
             raise UserError(f"{option} {value}: expected NAME=PATH")
         if "/" in name or name.startswith("."):
             raise UserError(f"{option} {value}: the name {name!r} cannot be a file name")
+        if any(letter.isspace() for letter in name):
+            raise UserError(f"{option} {value}: the name {name!r} holds a space, which run files cannot")
         if name in named:
             raise UserError(f"{option} {value}: the name {name!r} is given twice")
         named[name] = path

@@ -92,7 +92,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Intervals of every mean; p-values against the base, corrected over the models compared."""
+    """Intervals of every mean; p-values against the base, corrected over the models compared.
+
+    What no query has a figure for has no interval, and no p-value where a model and the base share none.
+    """
     names = list(per_query[BASE])
     figures = {model: np.stack([of[name] for name in names], axis=1) for model, of in per_query.items()}
     others = [model for model in figures if model != BASE]
@@ -101,18 +104,22 @@ def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, di
     low, high = (
         end.reshape(shape) for end in bootstrap_intervals(np.concatenate([*figures.values()], axis=1))
     )
-    p_values = np.empty((0, len(names)))
+    p_values, shared = np.empty((0, len(names))), np.empty((0, len(names)), dtype=bool)
     if others:
         differences = np.concatenate([figures[model] - figures[BASE] for model in others], axis=1)
         p_values = randomization_tests(differences).reshape(shape)
+        shared = (~np.isnan(differences)).any(axis=0).reshape(shape)
     corrected = holm(p_values)
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for place, model in enumerate(figures):
         ends = zip(names, low[place].tolist(), high[place].tolist(), strict=True)
-        result[model] = {name: {"low": start, "high": end} for name, start, end in ends}
+        result[model] = {
+            name: {} if math.isnan(start) else {"low": start, "high": end} for name, start, end in ends
+        }
     for place, model in enumerate(others):
-        for name, p, p_holm in zip(names, p_values[place].tolist(), corrected[place].tolist(), strict=True):
-            result[model][name] |= {"p": p, "p_holm": p_holm}
+        for column in np.flatnonzero(shared[place]):
+            found = {"p": float(p_values[place, column]), "p_holm": float(corrected[place, column])}
+            result[model][names[column]] |= found
     return result
 
 

@@ -7,7 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from novelret.evaluate.breakdown import Group, by_length, by_overlap, gain_metric, recall_spread, spread
+from novelret.evaluate.breakdown import (
+    Group,
+    by_length,
+    by_overlap,
+    gain_metric,
+    gained_items,
+    recall_spread,
+    spread,
+)
 from novelret.evaluate.chart import Mark, scatter
 from novelret.evaluate.provenance import commands
 from novelret.evaluate.side_by_side import side_by_side
@@ -107,7 +115,7 @@ def _decision(evaluation: Evaluation) -> str:
         return ""
     budget = f"recall within {frontier.max_recall_drop:.1%} of the deployed model's"
     if frontier.selected is None:
-        return f"<p class='lead'>No model brings novel items and keeps {budget}.</p>"
+        return f"<p class='lead'>No model brings {gained_items(evaluation)} and keeps {budget}.</p>"
     metric = gain_metric(evaluation)
     value = evaluation.means[frontier.selected][metric]
     change = next(p.recall_change for p in frontier.points if p.model == frontier.selected)

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-_CHUNK = 500  # resamples at a time: memory stays flat
+_CHUNK, _CELLS = 500, 1 << 24  # resamples at a time, and resamples × queries: memory stays flat
 
 
 def bootstrap_intervals(
@@ -31,9 +31,10 @@ def bootstrap_intervals(
     filled = np.nan_to_num(values)
     rng = np.random.default_rng(seed)
     means = []
-    for start in range(0, samples, _CHUNK):
+    chunk = _chunk(len(values))
+    for start in range(0, samples, chunk):
         # How often each query is drawn: one matrix product instead of a gather.
-        size = min(_CHUNK, samples - start)
+        size = min(chunk, samples - start)
         counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=size).astype(float)
         with np.errstate(invalid="ignore", divide="ignore"):
             means.append((counts @ filled) / (counts @ known))
@@ -61,12 +62,17 @@ def randomization_tests(differences: np.ndarray, *, samples: int = 10_000, seed:
     seen = np.abs(filled.sum(axis=0, dtype=np.float64))
     rng = np.random.default_rng(seed)
     as_extreme = np.zeros(differences.shape[1])
-    for start in range(0, samples, _CHUNK):
-        size = min(_CHUNK, samples - start)
+    chunk = _chunk(len(differences))
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
         signs = rng.integers(0, 2, size=(size, len(differences)), dtype=np.int8).astype(np.float32) * 2 - 1
         # float32 sums of thousands of figures agree to about six digits; ties must count as extreme.
         as_extreme += (np.abs(signs @ filled) >= seen * (1 - 1e-5)).sum(axis=0)
     return (as_extreme + 1) / (samples + 1)
+
+
+def _chunk(queries: int) -> int:
+    return min(_CHUNK, max(1, _CELLS // max(1, queries)))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from novelret.errors import UserError
@@ -63,6 +65,7 @@ class TrainConfig:
         gamma: share of feedback pairs; the rest, β = 1 − α − γ, comes from the base model's ranks beyond L.
         draw: how base states are drawn: "queries" with all their labelled states of positive reward at once,
             "states" one such state a forward pass, "plain" any query and rank, labelled or not, as published.
+            List objectives draw their lists for queries with such states, with "plain" for any query.
         per_query: with draw="queries", most states a query.
         negative_share: but for draw="plain", share of base states with reward < 0 where there are any.
         base_depth: L, the deployed list's length: items beyond it are novel.
@@ -216,23 +219,25 @@ def _check_choices(config: TrainConfig) -> None:
 def _check_numbers(config: TrainConfig) -> None:
     sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
     optional = ("micro_batch", "eval_every", "support", "max_judgements")
-    for name in (*sizes, "log_every", "blends", *optional):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{_flag(name)} {value}: must be at least 1")
-    for name in ("patience", "keep", "hard_negatives"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be at least 0")
-    for name in ("temperature", "sampling_temperature", "peak_learning_rate"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be above 0")
-    if min(config.alpha, config.gamma, config.beta) < 0:
+    positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
+    rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        ((*sizes, "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),
+        (("patience", "keep", "hard_negatives", "weight_decay"), lambda value: value >= 0, "at least 0"),
+        (positive, lambda value: value > 0, "above 0"),
+        (("max_recall_drop", "negative_share", "warmup"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+        (("validation_fraction",), lambda value: 0 <= value < 1, "from 0 to below 1"),
+        (("seed",), lambda value: 0 <= value < 1 << 32, f"from 0 to {(1 << 32) - 1}"),
+    )
+    for names, holds, says in rules:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{_flag(name)} {value}: must be {says}")
+    if not min(config.alpha, config.gamma, config.beta) >= 0:
         raise UserError(
             f"--alpha {config.alpha} --gamma {config.gamma}: neither may be below 0, nor their sum above 1"
         )
     window_multiples(config.window)
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(f"--validation-fraction {config.validation_fraction}: must be from 0 to below 1")
 
 
 def window_multiples(window: str) -> tuple[float, float]:
@@ -245,7 +250,7 @@ def window_multiples(window: str) -> tuple[float, float]:
         first, last = (float(part) for part in window.split(","))
     except ValueError:
         raise UserError(f"--window {window}: expected two multiples of L such as 1,2") from None
-    if not 0 <= first < last:
+    if not 0 <= first < last < math.inf:
         raise UserError(f"--window {window}: the first must be at least 0 and below the second")
     return first, last
 

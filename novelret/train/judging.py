@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from novelret.artifacts import read_json, write_json
@@ -24,7 +25,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.judge import make_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig
-from novelret.label.labels import read_table
+from novelret.label.labels import judgement_rows, read_table
 from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
@@ -148,16 +149,19 @@ class Judging:
     def _judge(self, step: int, queries: np.ndarray, items: np.ndarray) -> LabelTable:
         if len(queries) == 0:
             return self._empty()
+        path = self.folder / f"step-{step:08d}.parquet"
+        candidates = Candidates(queries, items, np.zeros(len(queries), dtype=np.int16), ("policy",))
         if self.file is not None:
             verdicts, grades = self.file.lookup(queries, items), self.file.lookup_grades(queries, items)
+            columns = {"verdict": pa.array(verdicts), "grade": pa.array(grades)}
+            every = np.arange(len(queries))
+            pq.write_table(judgement_rows(self.index, self.split, candidates, every, columns), path)
             return make_table(queries, items, verdicts, len(self.index), grades=grades)
-        candidates = Candidates(queries, items, np.zeros(len(queries), dtype=np.int16), ("policy",))
         settings = replace(
             self.settings,
             max_requests=_left(self.max_requests, self.spent["requests"]),
             max_cost=_left(self.max_cost, self.spent["cost"]),
         )
-        path = self.folder / f"step-{step:08d}.parquet"
         quiet = Reporter()
         facts = ask_and_write(
             self.model or make_judge(settings),

@@ -89,7 +89,8 @@ def _start_wandb(project: str | None, settings: Line) -> Any:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop the lines after the step that the run goes on from."""
+    """Drop the lines after the step that the run goes on from, and a last one that a kill cut short."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        whole = [line for line in lines if line.endswith("\n")]
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")

@@ -276,6 +276,8 @@ def _step(
             "Lower --learning-rate or raise --temperature"
         )
     processes.sum_gradients(parameters)
+    if all(parameter.grad is None for parameter in parameters):  # no state of the batch had a reward
+        return batch, total, 0.0
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     for group in optimizer.param_groups:

@@ -200,7 +200,8 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     if config.objective in LIST_OBJECTIVES:
         # Every draw of a list objective comes from the policy itself.
         alpha, beta = alpha + beta, 0.0
-    n_policy, n_base = round(alpha * config.batch_size), round(beta * config.batch_size)
+    n_policy = round(alpha * config.batch_size)
+    n_base = min(round(beta * config.batch_size), config.batch_size - n_policy)
     parts = [_draw_feedback(material, config, step, config.batch_size - n_policy - n_base)]
     if n_base:
         parts += _draw_base(material, config, step, n_base)

@@ -117,9 +117,10 @@ def batch_loss(
 
 def _is_pair(batch: Batch, config: TrainConfig) -> np.ndarray:
     """Which examples are (query, relevant item) pairs for InfoNCE rather than states to be rewarded."""
-    if config.objective.startswith("supervised"):
-        return np.ones(len(batch.queries), dtype=bool)
-    return batch.sources == FEEDBACK
+    is_feedback: np.ndarray = batch.sources == FEEDBACK
+    if config.objective == "supervised-judged":
+        return is_feedback | (batch.rewards > 0)
+    return is_feedback
 
 
 def _known_mean(rewards: np.ndarray) -> np.ndarray:
@@ -136,8 +137,8 @@ def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarr
     judged items do not drown the policy's draws. States count as far as they are believed; a list objective
     credits many items a state, each by its own trust (see `list_step`).
     """
-    if infonce.all():
-        return np.full(len(batch.queries), 1 / len(batch.queries), dtype=np.float32)
+    if config.objective.startswith("supervised"):
+        return _pair_weights(batch, infonce, config)
     rewarded = ~infonce
     if config.objective not in LIST_OBJECTIVES:
         rewarded &= ~np.isnan(batch.rewards)
@@ -149,6 +150,18 @@ def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarr
         of_source = rewarded & (batch.sources == source)
         share = (1 - config.gamma) * len(np.unique(batch.passes[of_source])) / passes
         weights[of_source] = share * trust[of_source] / max(1.0, float(trust[of_source].sum()))
+    return weights
+
+
+def _pair_weights(batch: Batch, pairs: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Feedback pairs weigh γ in all and judged pairs the rest; one kind alone weighs 1."""
+    of_feedback = batch.sources == FEEDBACK
+    judged = pairs & ~of_feedback
+    gamma = config.gamma if judged.any() else 1.0
+    gamma = gamma if of_feedback.any() else 0.0
+    weights = np.zeros(len(pairs), dtype=np.float32)
+    weights[of_feedback] = gamma / max(1, of_feedback.sum())
+    weights[judged] = (1 - gamma) / max(1, judged.sum())
     return weights
 
 
@@ -189,7 +202,8 @@ def _state_losses(
     queries, chosen = batch.queries[states], batch.items[states]
     reward = torch.from_numpy(batch.rewards[states]).to(embeddings.device)
     if config.loss == "inclusion":
-        return _inclusion_losses(embeddings, queries, chosen, reward, material, config, items)
+        passes = batch.passes[states]
+        return _inclusion_losses(embeddings, queries, passes, chosen, reward, material, config, items)
     first, last = negative_ranks(config)
     # States of one query share its negatives: gathered and scored once.
     _, leader, group = np.unique(batch.passes[states], return_index=True, return_inverse=True)
@@ -213,6 +227,7 @@ def _state_losses(
 def _inclusion_losses(
     embeddings: Tensor,
     queries: np.ndarray,
+    passes: np.ndarray,
     chosen: np.ndarray,
     reward: Tensor,
     material: Material,
@@ -220,9 +235,11 @@ def _inclusion_losses(
     items: ItemMatrix,
 ) -> Tensor:
     """Against the current policy's K-th item other than z, whose score moves too: the list's boundary."""
-    excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
     k = config.base_depth
-    best = items.top_k(embeddings, k + 1, excluded)
+    # States of one query share its list: one search each.
+    _, leader, group = np.unique(passes, return_index=True, return_inverse=True)
+    excluded = torch.from_numpy(material.split.excluded[queries[leader]]).to(embeddings.device)
+    best = items.top_k(embeddings[torch.from_numpy(leader)], k + 1, excluded)[torch.from_numpy(group)]
     own = torch.from_numpy(chosen).to(best.device)
     inside = (best[:, :k] == own[:, None]).any(dim=1)
     threshold_rows = torch.where(inside, best[:, k], best[:, k - 1])

@@ -41,6 +41,9 @@ _RATIO = 10.8
 _NOTABLE = 0.001
 """The floor from which on the user is told."""
 
+_CLEAN = 0.98
+"""The share of yeses believed from which on all are."""
+
 _REFERENCES = 256
 """Of a query's yeses or feedback, how many a pair is compared with."""
 
@@ -72,6 +75,8 @@ def weigh_labels(
     # Sums may differ in the last digit between machines.
     shared = processes.from_first(np.append(estimate.weights.astype(np.float64), estimate.floor))
     trust, floor = shared[:-1].astype(np.float32), float(shared[-1])
+    if trust.mean() > _CLEAN:  # so few are in doubt that doubting them is more noise than help
+        return replace(material, trust=np.ones_like(trust), floor=floor)
     if floor > _NOTABLE:
         report.note(
             f"the judge seems to call {floor:.1%} of irrelevant items relevant: of its {len(trust)} novel "

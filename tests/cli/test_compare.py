@@ -101,6 +101,8 @@ def test_bad_input_has_one_line_each(common, index_folder, capsys):
         "holds no judgements": ["--judgements", index_folder],
         "/no/such.tsv: no such file": ["--judgements", "/no/such.tsv"],
         "'base' is the deployed model": ["--model", "base=/x"],
+        "base: 'base' is the deployed model; give another name": ["--model", index_folder.parent / "base"],
     }
+    (index_folder.parent / "base").mkdir(exist_ok=True)
     for message, arguments in cases.items():
         assert message in fails(capsys, *common, *arguments)

@@ -1,9 +1,13 @@
 """Intervals and tests against scipy and against their nominal rates."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from novelret.evaluate import significance
+from novelret.evaluate.figures import significance_of
 from novelret.evaluate.significance import bootstrap_intervals, compare_pairs, holm, randomization_tests
 
 
@@ -71,3 +75,24 @@ def test_pairs_of_models_against_scipy():
     with_gaps = tests["x", "y", "b"]
     assert with_gaps.difference == pytest.approx((figures["x"]["b"] - figures["y"]["b"])[10:].mean())
     assert compare_pairs({"x": figures["x"]}, ["a"]) == []
+
+
+def test_resamples_are_the_same_however_many_are_held_at_once(monkeypatch):
+    values = np.random.default_rng(3).normal(size=(40, 3))
+    whole = bootstrap_intervals(values)
+    monkeypatch.setattr(significance, "_CELLS", 40 * 7)
+    assert np.allclose(bootstrap_intervals(values), whole, rtol=1e-12)
+
+
+def test_what_has_no_figure_has_neither_interval_nor_p_value():
+    none, some = np.full(30, np.nan), np.arange(30.0)
+    per_query = {
+        "base": {"a": some, "b": none},
+        "x": {"a": some + 1, "b": some},
+        "y": {"a": some, "b": none},
+    }
+    found = significance_of(per_query)
+    assert found["base"]["b"] == found["y"]["b"] == {}
+    assert set(found["x"]["b"]) == {"low", "high"}  # a mean of its own, and nothing to compare it with
+    assert set(found["x"]["a"]) == {"low", "high", "p", "p_holm"}
+    json.dumps(found, allow_nan=False)

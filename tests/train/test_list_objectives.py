@@ -202,6 +202,22 @@ def test_biased_estimators_show_their_bias():
     assert top_1_peaked < top_1_flat
 
 
+@pytest.mark.parametrize("log_p", [-12.0, -18.0, -25.0])
+def test_an_item_of_the_far_tail_is_credited_in_single_precision(log_p):
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        # One rare item drawn, the two best of a peaked policy beside it.
+        logits = torch.tensor([[log_p, -0.7, -1.0]], dtype=dtype, requires_grad=True)
+        top, is_top = logits.detach()[:, 1:], torch.tensor([[[False, False], [True, False], [False, True]]])
+        top = torch.cat([top, torch.full((1, 1), -3.0, dtype=dtype)], dim=1)
+        is_top = torch.cat([is_top, torch.zeros(1, 3, 1, dtype=torch.bool)], dim=2)
+        log_pi = ca_pg.log_inclusion(logits, torch.zeros(1, dtype=dtype), top, is_top)
+        (gradient,) = torch.autograd.grad(log_pi[0, 0], logits)
+        found[dtype] = (log_pi[0, 0].item(), gradient[0, 0].item())
+    assert found[torch.float32] == pytest.approx(found[torch.float64], rel=1e-4)
+    assert found[torch.float64][1] == pytest.approx(1, rel=1e-3)
+
+
 def test_the_plug_ins_probabilities_sum_to_more_than_k():
     phi = logits_of(1.0)
     drawn = torch.arange(N)[None]

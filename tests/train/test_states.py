@@ -168,6 +168,35 @@ def test_supervised_loss_is_written_out(material):
     assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"draw": "plain"}, {"draw": "states", "negative_share": 0.5, "reward": "eq6"}, {}], ids=str
+)
+def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(material, changes):
+    settings = config(objective="supervised-judged", gamma=0.25, **changes)
+    if changes.get("reward"):
+        material = dataclasses.replace(material, reward=load_reward(changes["reward"]))
+    batch = draw_batch(material, settings, 1)
+    is_feedback = batch.sources == FEEDBACK
+    is_pair = is_feedback | (batch.rewards > 0)
+    assert is_pair.any()
+    assert changes == {} or not is_pair.all()  # some drawn states are not relevant
+    pairs = np.flatnonzero(is_pair)
+    expected = {"feedback": [], "judged": []}
+    for n in pairs:
+        q, own = batch.queries[n], batch.items[n]
+        known = {m for m in pairs if material.known_relevant(np.array(q), batch.items[m])}
+        others = [m for m in pairs if m not in known and batch.items[m] != own]
+        scores = (QUERIES[q] @ torch.from_numpy(ITEMS).T / settings.temperature).double()
+        against = scores[[own, *batch.items[others]]]
+        loss = (torch.logsumexp(against, 0) - scores[own]).item()
+        expected["feedback" if is_feedback[n] else "judged"].append(loss)
+    whole = 0.25 * np.mean(expected["feedback"]) + 0.75 * np.mean(expected["judged"])
+    here = np.arange(batch.passes.max() + 1)
+    embeddings = QUERIES[torch.from_numpy(batch.queries_of(here))]
+    found = batch_loss(embeddings, here, batch, material, settings, MATRIX, 1)
+    assert found.loss.item() == pytest.approx(whole, rel=1e-4)
+
+
 def test_shares_are_kept_however_many_items_a_query_brings(material):
     settings = config(alpha=0.25, gamma=0.5, temperature=1.0)
     batch = draw_batch(material, settings, 2)

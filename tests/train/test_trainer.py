@@ -28,6 +28,7 @@ from novelret.label.table import make_table
 from novelret.progress import Reporter
 from novelret.train import checkpoint, loop
 from novelret.train.config import TrainConfig
+from novelret.train.log import Log, read_log
 from novelret.train.panel import training_panel
 from novelret.train.validation import (
     Point,
@@ -192,6 +193,29 @@ def test_recall_of_what_is_known_counts_relevant_labels_beside_feedback():
         figures = measure(validation, np.zeros((2, 2)), Search(), "cpu")
         assert figures[:, 3:] == pytest.approx(np.array(expected))
         assert figures[:, :3].tolist() == [[2, 1, 2], [2, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", -1), ("--negative-share", 2), ("--weight-decay", -1), ("--alpha", "nan"), ("--window", "1,inf"),
+     ("--max-grad-norm", 0), ("--warmup", 2), ("--max-recall-drop", 2), ("--max-recall-drop", "nan")],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_by_name(command, capsys, tmp_path, option, value):
+    code, _, err = run(capsys, *command, option, value, "--out", tmp_path / "model")
+    assert code == 2
+    assert option in err
+    assert "must be" in err or "neither may be" in err or "expected" in err or "below the second" in err
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_uneven_batch_and_a_batch_without_rewards_are_trained(command, capsys, tmp_path):
+    odd = ("--alpha", 0.5, "--gamma", 0, "--batch-size", 7)
+    found, _ = train(capsys, command, tmp_path / "odd", *ADAPTER, *odd)
+    assert found["points"][-1]["step"] == 12
+    # Fresh policies draw what is not labelled: without a judge most of these steps have no gradient.
+    alone = ("--alpha", 1, "--gamma", 0, "--batch-size", 1, "--precision", "fp16")
+    found, _ = train(capsys, command, tmp_path / "alone", *ADAPTER, *alone)
+    assert found["points"][-1]["step"] == 12
 
 
 def test_recall_of_needs_labels_and_a_known_name(command, world, index_folder, capsys, tmp_path):
@@ -468,6 +492,42 @@ def test_killed_and_resumed_is_as_undisturbed(asking, capsys, tmp_path, monkeypa
     killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
     assert killed.keys() == whole.keys()
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+def test_what_a_judgement_file_taught_survives_a_kill(command, world, capsys, tmp_path, monkeypatch):
+    # Eq. 6 draws what is judged irrelevant, which policy draws keep adding to.
+    asking = [*command, *ADAPTER, *MIXED, "--reward", "eq6", "--negative-share", 0.5, "--judge",
+              f"file:{world}/judgements.tsv", "--missing", "irrelevant"]  # fmt: skip
+    few = tmp_path / "few"
+    labels = ["label", "--data", world, "--index", command[4], "--judge", f"file:{world}/judgements.tsv",
+              "--missing", "irrelevant", "--base-depth", 3, "--depth", 5, "--out", few, "--quiet"]  # fmt: skip
+    assert run(capsys, *labels)[0] == 0
+    asking[asking.index("--labels") + 1] = few
+    train(capsys, asking, tmp_path / "whole")
+    real = loop.batch_loss
+
+    def breaks(*arguments):
+        if arguments[-1] == 9:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "batch_loss", breaks)
+    code, _, _ = run(capsys, *asking, "--out", tmp_path / "broken")
+    assert code != 0
+    monkeypatch.undo()
+    train(capsys, asking, tmp_path / "broken")
+    broken, whole = weights_of(tmp_path / "broken"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(broken[name], whole[name]) for name in whole)
+    assert [line["loss"] for line in log_of(tmp_path / "broken")] == [
+        line["loss"] for line in log_of(tmp_path / "whole")
+    ]
+
+
+def test_a_log_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    with Log(tmp_path, 6, None, {}) as log:
+        log({"step": 6, "loss": 0.5})
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 5, 6]
 
 
 def test_a_loss_that_is_no_number_stops_with_its_step(command, capsys, tmp_path, monkeypatch):

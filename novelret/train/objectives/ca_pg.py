@@ -59,7 +59,12 @@ def log_inclusion(logits: Tensor, log_partition: Tensor, top_logits: Tensor, is_
     )
     # a's own mass is always among what is left, so p_k ≤ 1 up to rounding.
     log_p = (logits[:, :, None] - left).clamp(max=-torch.finfo(logits.dtype).eps)
-    log_missed = torch.log(-torch.expm1(log_p)).sum(dim=2)
+    # log(1 − p): either form loses all digits of what is small in it, p or 1 − p.
+    small = log_p < -1
+    log_kept = torch.where(
+        small, torch.log1p(-log_p.exp()), torch.log(-torch.expm1(torch.where(small, -1, log_p)))
+    )
+    log_missed = log_kept.sum(dim=2)
     return torch.log(-torch.expm1(log_missed.clamp(max=-torch.finfo(logits.dtype).tiny)))
 
 
