@@ -19,9 +19,9 @@ with the defaults.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,8 @@ def main() -> None:
             from quality_ablations import ablate
 
             ablate(pool, settings[0], options.ablations, options.out)
-    if not options.keep_models:
-        shutil.rmtree(options.out / "work", ignore_errors=True)
+    with contextlib.suppress(OSError):  # another benchmark may be at work there
+        (options.out / "work").rmdir()
 
 
 def prepared(pool: ProcessPoolExecutor, options: argparse.Namespace, named: dict[str, str]) -> list[Setting]:
