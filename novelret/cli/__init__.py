@@ -17,6 +17,8 @@ from novelret.cli import eval as eval_command
 from novelret.cli.options import error_console, is_first_process
 from novelret.errors import UserError
 
+_INTERRUPTED = "interrupted; what is finished is kept, the same command goes on from there"
+
 app = typer.Typer(
     name="novelret",
     help="Finetune a deployed dense retriever for novelty: relevant items that it does not already return.",
@@ -64,11 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, standalone_mode=True)
     except SystemExit as stop:
+        if _was_interrupted(stop):
+            return _fail(_INTERRUPTED, 130)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
+        return _fail(_INTERRUPTED, 130)
     except Exception as error:
         if not _disk_is_full(error):
             raise
@@ -80,6 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> None:
     """Entry point of the `novelret` script."""
     sys.exit(main())
+
+
+def _was_interrupted(stop: SystemExit) -> bool:
+    """Whether Ctrl-C is behind an exit: typer makes a silent one of it, or an "Aborted!" in some versions."""
+    error: BaseException | None = stop
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _disk_is_full(error: Exception) -> bool:

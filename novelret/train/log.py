@@ -32,7 +32,9 @@ class Log:
         self.wandb = _start_wandb(wandb, settings)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        # Ctrl-C may hit between the writer's thread and its queue; it then sleeps through the closing until
+        # it flushes next, by default for two minutes.
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1, flush_secs=2)
         self.file = self.path.open("a", encoding="utf-8")
 
     def __call__(self, line: Line) -> None:

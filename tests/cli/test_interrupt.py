@@ -1,0 +1,73 @@
+"""Ctrl-C in a process of its own: one line says what is kept, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from novelret.cli import main
+from tests.loopback import LoopbackJudge
+
+KEPT = "error: interrupted; what is finished is kept, the same command goes on from there"
+
+
+def interrupted(command: list[object], working: Callable[[], bool], **environment: str) -> list[str]:
+    """Run a command, press Ctrl-C once it is `working`; the lines it said on stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "novelret", *map(str, command)],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not working() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out) == (130, ""), err
+    return err.strip().splitlines()
+
+
+def test_label_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, capsys, monkeypatch):
+    command = ["label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt",
+               "query-keyword", "--base-depth", 3, "--depth", 12, "--concurrency", 2,
+               "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels"]  # fmt: skip
+    with LoopbackJudge(delay=0.05) as server:
+        endpoint = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
+        lines = interrupted(command, lambda: len(server.seen) > 10, **endpoint)
+        assert lines[-1] == KEPT
+        assert 10 < len(server.seen) < 180
+        server.delay = 0
+        for name, value in endpoint.items():
+            monkeypatch.setenv(name, value)
+        assert main([*map(str, command), "--json", "--quiet"]) == 0
+        assert json.loads(capsys.readouterr().out)["pairs"] == len(server.seen) == 180
+
+
+def test_train_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, capsys):
+    judge = f"file:{world / 'judgements.tsv'}"
+    common = ["--data", world, "--index", index_folder, "--base-depth", 3, "--depth", 12]
+    label = ["label", *common, "--judge", judge, "--missing", "irrelevant", "--out", tmp_path / "labels"]
+    assert main([*map(str, label), "--quiet"]) == 0
+    command = ["train", *common, "--labels", tmp_path / "labels", "--tune", "adapter", "--steps", 1_000_000,
+               "--batch-size", 8, "--eval-every", 20, "--validation-fraction", 0.2, "--device", "cpu",
+               "--max-recall-drop", 1, "--out", tmp_path / "model"]  # fmt: skip
+    log = tmp_path / "model.partial" / "log.jsonl"
+
+    def steps() -> int:
+        return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() and log.read_text() else 0
+
+    assert interrupted([*command, "--quiet"], lambda: steps() > 40) == [KEPT]
+    assert not (tmp_path / "model").exists()
+    before = steps()
+    lines = interrupted(command, lambda: steps() > before)
+    assert lines[-1] == KEPT
+    assert any("going on at step " in line for line in lines)
