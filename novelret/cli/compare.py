@@ -47,7 +47,8 @@ def compare(
     ] = "gained",
     queries: Annotated[int, typer.Option(help="How many of those.")] = 5,
     judgements: Annotated[
-        Path | None, typer.Option(help="Qrels, LABELS or REPORT, to mark what is relevant.")
+        Path | None,
+        typer.Option(help="Qrels, LABELS or a REPORT with a judge, to mark what is relevant."),
     ] = None,
     missing: Annotated[
         str, typer.Option(help="A pair that the qrels do not list is unknown or irrelevant.")

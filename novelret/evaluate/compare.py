@@ -37,7 +37,7 @@ class CompareConfig:
         query_ids: the queries; where none are given, those that gained or lost most.
         most: "gained" (relevant novel items, or novel ones without judgements) or "lost" (recall).
         queries: how many of those.
-        judgements: qrels, or a LABELS or REPORT folder, to mark what is relevant.
+        judgements: qrels, or a LABELS or REPORT folder (one with a judge), to mark what is relevant.
         missing: what a pair means that a qrels file does not list: "unknown" or "irrelevant".
         k: places of each list that are shown.
         base_depth: L, the deployed list's length; gains and losses are counted in lists of this length.
@@ -187,12 +187,14 @@ def _judgements(config: CompareConfig, split: Split, index: Index) -> LabelTable
     path = Path(config.judgements)
     if not path.is_dir():
         return file_table(path, split.query_ids, index.catalog, config.missing)
-    found = path / "judgements.parquet"
-    if not found.is_file() or not (path / MANIFEST).is_file():
-        raise UserError(
-            f"--judgements {path}: holds no judgements; give LABELS, a REPORT of an LLM judge, or qrels"
-        )
-    return read_table(found, split.query_ids, index.catalog)
+    found, verdicts = path / "judgements.parquet", path / "qrels" / "judged.trec"
+    if (path / MANIFEST).is_file() and found.is_file():
+        return read_table(found, split.query_ids, index.catalog)
+    if (path / MANIFEST).is_file() and verdicts.is_file():  # a REPORT whose judge was a file
+        return file_table(verdicts, split.query_ids, index.catalog, config.missing)
+    raise UserError(
+        f"--judgements {path}: holds no judgements; give LABELS, a REPORT made with --judge, or qrels"
+    )
 
 
 def _chosen(config: CompareConfig, gain: np.ndarray, change: np.ndarray) -> list[int]:

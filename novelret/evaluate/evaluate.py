@@ -8,7 +8,7 @@ REPORT/
   per_query.parquet    one row per (model, query)
   runs/NAME.trec       the lists
   to_label.tsv         random pairs of the lists for people to label, where asked for
-  qrels/               the held-out feedback and the verdicts, for other programs
+  qrels/               the held-out feedback and the verdicts, noes too, for other programs
   judgements.parquet   what the judge said of them, where an LLM was asked
   report.html          all of it to read
 """
@@ -59,7 +59,7 @@ from novelret.index import Index
 from novelret.label.asking import Plan
 from novelret.label.label import check_plan, judge_candidates, plan_candidates
 from novelret.label.labels import read_table
-from novelret.label.table import LabelTable
+from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
 
 
@@ -159,7 +159,7 @@ def evaluate_models(
             buckets=[] if weights is None else merged_by_bucket(weights, per_query),
             warnings=report.warnings[said:],
         )
-        _write(evaluation, table, folder)
+        _write(evaluation, _with_implied_noes(table, gathered), folder)
         if config.human_sample is not None:
             rows = [of.rows for of in lists.values()]
             write_sample(folder / "to_label.tsv", rows, config.human_sample, split, index.catalog)
@@ -212,6 +212,18 @@ def _ask_judge(config: EvalConfig, gathered: Gathered, folder: Path, report: Rep
     candidates = candidates_of(gathered)
     judge_candidates(label_config(config), gathered.index, gathered.split, candidates, path, report)
     return read_table(path, gathered.split.query_ids, gathered.index.catalog)
+
+
+def _with_implied_noes(table: LabelTable, gathered: Gathered) -> LabelTable:
+    """The verdicts, and a no for each pair of the lists that the judgements call irrelevant by its absence.
+
+    Other programs take what qrels do not list for not judged, and leave out queries without a line.
+    """
+    if table.missing == UNKNOWN:
+        return table
+    pairs = candidates_of(gathered)
+    verdicts = table.lookup(pairs.query_rows, pairs.item_rows)
+    return join_tables(make_table(pairs.query_rows, pairs.item_rows, verdicts, table.catalog_size), table)
 
 
 def result_of(evaluation: Evaluation) -> dict[str, Any]:

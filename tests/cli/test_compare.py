@@ -73,6 +73,32 @@ def test_shows_the_queries_that_gained_most(common, world, truth, capsys):
         assert query["recall_change"] == pytest.approx(recall["new"] - recall["base"])
 
 
+@pytest.mark.parametrize("missing", ["irrelevant", "unknown"])
+def test_a_report_marks_what_its_file_of_judgements_marked(
+    common, world, index_folder, model, capsys, tmp_path, missing
+):
+    judge = ["--judge", f"file:{world / 'judgements.tsv'}", "--missing", missing]
+    common = [*common, "--queries", 4]
+    expected = result(
+        capsys, *common, "--judgements", world / "judgements.tsv", "--missing", missing
+    )["queries"]  # fmt: skip
+    result(
+        capsys, "eval", "--data", world, "--index", index_folder, "--model", f"new={model}", *judge,
+        "--base-depth", L, "--k", L, "--device", "cpu", "--out", tmp_path / "report",
+    )  # fmt: skip
+    # The report's qrels hold the noes: nothing is said about what is missing in them.
+    found = result(capsys, *common, "--judgements", tmp_path / "report")["queries"]
+    assert found == expected
+    marks = {hit["relevant"] for query in found for hit in query["results"]["new"]}
+    assert marks == ({True, False} if missing == "irrelevant" else {True, None})
+    result(
+        capsys, "eval", "--data", world, "--index", index_folder, "--model", f"new={model}",
+        "--base-depth", L, "--k", L, "--device", "cpu", "--out", tmp_path / "no-judge",
+    )  # fmt: skip
+    message = fails(capsys, *common, "--judgements", tmp_path / "no-judge")
+    assert "holds no judgements; give LABELS, a REPORT made with --judge, or qrels" in message
+
+
 def test_shows_the_queries_that_lost_most_and_those_asked_for(common, capsys):
     lost = result(capsys, *common, "--most", "lost", "--queries", 50)["queries"]
     changes = [query["recall_change"] for query in lost]

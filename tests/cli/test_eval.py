@@ -205,6 +205,40 @@ def test_written_qrels_and_runs_give_the_same_figures_elsewhere(common, models, 
     assert found["models"]["new"]["Precision@5"] == pytest.approx(precision, abs=1e-9)
 
 
+@pytest.mark.parametrize("missing", ["irrelevant", "unknown"])
+def test_written_verdicts_give_precision_and_judged_elsewhere(
+    common, world, models, capsys, tmp_path, missing
+):
+    """A file of a few yeses, none for some queries: what its silence means is written out."""
+    lines = (world / "judgements.tsv").read_text().splitlines()[1:]
+    few = [line for line in lines if line[:3] not in ("q01", "q03", "q39")][::3]
+    (tmp_path / "few.tsv").write_text("".join(f"{line}\n" for line in few))
+    judge = ["--judge", f"file:{tmp_path / 'few.tsv'}", "--missing", missing]
+    found = result(
+        capsys, *common, *judge, "--model", f"new={models[1][0]}", "--out", tmp_path / "report"
+    )["models"]  # fmt: skip
+    qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "report" / "qrels" / "judged.trec")))
+    verdicts = {(judged.query_id, judged.doc_id): judged.relevance for judged in qrels}
+    assert len(verdicts) == len(qrels)
+    assert {pair for pair, yes in verdicts.items() if yes} <= {tuple(line.split("\t")[:2]) for line in few}
+    for name in ("base", "new"):
+        lists = lists_of(tmp_path / "report", name)
+        for k in (2, 5):
+            seen = {query: [verdicts.get((query, item)) for item in of[:k]] for query, of in lists.items()}
+            judged = {query: [yes for yes in of if yes is not None] for query, of in seen.items()}
+            precision = [sum(of) / len(of) for of in judged.values() if of]
+            assert found[name][f"Precision@{k}"] == pytest.approx(sum(precision) / len(precision))
+            share = sum(len(of) for of in judged.values()) / (k * len(lists))
+            assert found[name][f"Judged@{k}"] == pytest.approx(share)
+        if missing == "irrelevant":
+            measures = {"Precision": ir_measures.P, "Judged": ir_measures.Judged}
+            run_file = list(ir_measures.read_trec_run(str(tmp_path / "report" / "runs" / f"{name}.trec")))
+            for what, measure in measures.items():
+                theirs = ir_measures.calc_aggregate([measure @ 5], qrels, run_file)[measure @ 5]
+                assert found[name][f"{what}@5"] == pytest.approx(theirs, abs=1e-9)
+    assert (found["new"]["Judged@5"] == 1) == (missing == "irrelevant")
+
+
 def test_buckets_of_traffic_and_the_merge_budget(common, world, models, capsys, tmp_path):
     queries = [line.split("\t")[0] for line in (world / "qrels" / "test.tsv").read_text().splitlines()[1:]]
     queries = sorted(set(queries))
