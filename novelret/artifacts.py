@@ -120,12 +120,12 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
         raise UserError(f"{folder}: no such folder; make it with `novelret {_maker(kind)}`")
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder}: holds no {MANIFEST}, so it is no novelret {kind}; point to a finished one"
+            f"{folder}: holds no {MANIFEST}, expected {_named(kind)} of novelret; point to a finished one"
         )
     data = read_json(folder / MANIFEST)
     if not isinstance(data, dict) or data.get("kind") != kind:
         found = data.get("kind") if isinstance(data, dict) else None
-        raise UserError(f"{folder}: is a novelret {found or 'unknown artifact'}, expected a {kind}")
+        raise UserError(f"{folder}: is {_named(found)}, expected {_named(kind)}")
     if data.get("format") != FORMAT:
         raise UserError(
             f"{folder}: has layout {data.get('format')}, this novelret reads {FORMAT}; make it again"
@@ -143,10 +143,14 @@ def check_output(out: Path, *, force: bool) -> None:
     """Refuse an output that exists, before any work is done.
 
     Raises:
-        UserError: `out` exists and `force` is off, or `out` is something novelret did not make.
+        UserError: `out` exists and `force` is off, `out` is something novelret did not make, or it cannot
+            be looked at.
     """
-    if not out.exists():
-        return
+    try:
+        if not out.exists():
+            return
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     if not force:
         raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
     empty = out.is_dir() and not any(out.iterdir())
@@ -186,10 +190,10 @@ def open_output(
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(partial / STATE, {"identity": identity, "settings": settings})
-    except PermissionError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{out}: cannot be made, a file stands in its way; choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     yield partial
     if not (partial / MANIFEST).is_file():
         raise RuntimeError(f"{partial} has no manifest")
@@ -230,6 +234,19 @@ def _differences(partial: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         f"{partial}: holds an unfinished run with other settings ({'; '.join(changed)}); "
         "go on with those, pass another --out, or --force to start anew"
     )
+
+
+def _named(kind: str | None) -> str:
+    """A kind of artifact as people say it; None where the manifest names none."""
+    names = {
+        "data": "a data folder",
+        "export": "an exported model",
+        "index": "an INDEX",
+        "labels": "LABELS",
+        "model": "a MODEL",
+        "report": "a REPORT",
+    }
+    return names.get(str(kind), "an unknown artifact")
 
 
 def _maker(kind: str) -> str:

@@ -73,12 +73,10 @@ def export_model(
     report = report or Reporter()
     if form not in FORMATS:
         raise UserError(f"--format {form}: unknown; choose from {', '.join(FORMATS)}")
-    if form != "npz":
+    if form == "npz":
+        _check_file(out, force=force)
+    else:
         check_output(out, force=force)
-    elif out.suffix != ".npz" or out.is_dir():
-        raise UserError(f"{out}: --format npz makes one file; name it like adapter.npz")
-    elif out.exists() and not force:
-        raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
     encoder = encode.load_encoder(model, "cpu").eval()
     if form == "npz":
         difference = _write_matrix(encoder, model, out, report)
@@ -92,6 +90,17 @@ def export_model(
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, inputs, identity, facts))
     return Exported(out, form, int(encoder.get_embedding_dimension() or 0), difference)
+
+
+def _check_file(out: Path, *, force: bool) -> None:
+    """Refuse what cannot become the one file of npz, before the model is loaded."""
+    try:
+        if out.suffix != ".npz" or out.is_dir():
+            raise UserError(f"{out}: --format npz makes one file; name it like adapter.npz")
+        if out.exists() and not force:
+            raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 
 
 def _write_folder(encoder: SentenceTransformer, model: Path, folder: Path) -> float:
@@ -221,10 +230,13 @@ def _write_matrix(encoder: SentenceTransformer, model: Path, out: Path, report: 
     if normalized:
         found = nn.functional.normalize(found, dim=1)
     temporary = out.with_name(out.name + ".tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-        np.savez(file, matrix=matrix.numpy(), normalize=np.array(normalized))
-    temporary.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, matrix=matrix.numpy(), normalize=np.array(normalized))
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     return _difference(found.numpy(), expected)
 
 

@@ -65,7 +65,7 @@ def test_dear_unfinished_work_is_not_dropped_for_other_settings(tmp_path):
 
 def test_manifests_of_other_kinds_and_layouts_are_refused(tmp_path):
     make(tmp_path / "out", "x")
-    with pytest.raises(UserError, match="is a novelret labels, expected a index"):
+    with pytest.raises(UserError, match="is LABELS, expected an INDEX"):
         read_manifest(tmp_path / "out", "index")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))

@@ -45,7 +45,9 @@ def demo(
     data = data or Path(__file__).parents[2] / "sample_data"
     if not (data / "deployed_model").is_dir():
         raise UserError(f"{data}: no sample data; run the demo from a checkout of novelret, or pass --data")
-    if out.exists() and any(out.iterdir()) and not (out / "index" / "manifest.json").is_file():
+    if out.is_file() or (
+        out.exists() and any(out.iterdir()) and not (out / "index" / "manifest.json").is_file()
+    ):
         raise UserError(f"{out}: holds something else than a demo; choose another --out")
     report = reporter(quiet)
     names = {"index": out / "index", "labels": out / "labels", "report": out / "report"}

@@ -63,11 +63,14 @@ def cp(
 ) -> None:
     """Copy a recipe to edit it."""
     source = recipes.find(name)
-    if file.is_dir():
-        file = file / source.name
-    if file.exists() and not force:
-        raise UserError(f"{file}: exists already; give another name, or --force to replace it")
-    shutil.copyfile(source, file)
+    try:
+        if file.is_dir():
+            file = file / source.name
+        if file.exists() and not force:
+            raise UserError(f"{file}: exists already; give another name, or --force to replace it")
+        shutil.copyfile(source, file)
+    except OSError as error:  # shutil's own, like that of a copy onto itself, say it without a strerror
+        raise UserError(f"{file}: cannot be written ({error.strerror or error}); copy it elsewhere") from None
 
 
 @app.command()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -250,10 +252,68 @@ def test_wrong_pairings_are_refused(chain, world, encoder, capsys, tmp_path):
     assert "they must be one deployed pair" in fails(
         capsys, "index", "--data", world, "--model", encoder, "--query-model", wide, "--out", tmp_path / "i"
     )
-    assert "is a novelret index, expected a labels" in fails(
+    assert "is an INDEX, expected LABELS" in fails(
         capsys, "train", *common, "--labels", chain / "index", *TRAIN, "--out", tmp_path / "m"
     )
+    assert "is LABELS, expected an INDEX" in fails(
+        capsys, "eval", "--data", world, "--index", chain / "labels", "--k", 5, "--out", tmp_path / "r"
+    )
     assert not any((tmp_path / name).exists() for name in ("r", "m", "i"))
+
+
+# A name too long fails as whoever runs the tests, /proc on Linux alone, a folder without rights not as root.
+UNWRITABLE = {
+    "x" * 300: "cannot be written (File name too long)",
+    "file/below": "a file stands in its way",
+    "/proc/no/such": "cannot be written (No such file or directory)",
+    "read-only/below": "cannot be written (Permission denied)",
+}
+
+
+@pytest.mark.parametrize("out", UNWRITABLE)
+def test_an_output_that_cannot_be_written_is_one_line(
+    chain, world, encoder, capsys, tmp_path, monkeypatch, out
+):
+    if out.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    if out.startswith("read-only") and os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    Path("read-only").mkdir(mode=0o555)
+    data = ["--data", world, "--index", chain / "index"]
+    commands = [
+        ["index", "--data", world, "--model", encoder],
+        ["label", *data, "--judge", f"file:{world / 'judgements.tsv'}", "--base-depth", 3, "--depth", 12],
+        ["eval", *data, "--k", 5, "--base-depth", 5],
+        ["export", "--model", encoder],
+    ]
+    for command in commands:
+        message = fails(capsys, *command, "--out", out, "--quiet")
+        assert UNWRITABLE[out] in message, (command, message)
+        assert message.startswith(f"error: {out}: "), (command, message)
+    # One file each, whose folder is not made for a copy.
+    message = fails(capsys, "export", "--model", chain / "pg-ret", "--format", "npz", "--out", f"{out}.npz")
+    assert f"{out}.npz: cannot be written (" in message
+    assert f"{out}.yaml: cannot be written (" in fails(capsys, "recipe", "cp", "default", f"{out}.yaml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "read-only"]
+
+
+def test_a_recipe_is_not_copied_onto_itself(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "recipe", "cp", "default", "my.yaml") == (0, "", "")
+    text = Path("my.yaml").read_text()
+    assert "my.yaml: cannot be written" in fails(capsys, "recipe", "cp", "my.yaml", "my.yaml", "--force")
+    assert "my.yaml: cannot be written" not in fails(capsys, "recipe", "cp", "default", "my.yaml")
+    assert Path("my.yaml").read_text() == text
+    assert "no/my.yaml: cannot be written (No such file or directory)" in fails(
+        capsys, "recipe", "cp", "default", "no/my.yaml"
+    )
+
+
+def test_a_demo_does_not_go_into_a_file(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "holds something else than a demo" in fails(capsys, "demo", "--out", tmp_path / "file")
 
 
 def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_path, monkeypatch):
