@@ -50,7 +50,9 @@ def orcas(
     documents: Annotated[Path, typer.Option(help="msmarco-docs.tsv(.gz): document id, url, title, body.")],
     out: OutOption,
     train: Annotated[int, typer.Option(help="Pairs of the train split.")] = 1_000_000,
-    test: Annotated[int, typer.Option(help="Pairs of the test split; all others are base.")] = 8_500,
+    test: Annotated[
+        int, typer.Option(help="Pairs of the test split; all others are base. Few pairs give smaller splits.")
+    ] = 8_500,
     seed: SeedOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -124,7 +126,9 @@ def query_keyword(
     keywords: Annotated[Path | None, typer.Option(help="Further keywords, one per line.")] = None,
     min_count: Annotated[float, typer.Option(help="Drop pairs seen less often.")] = 1,
     train: Annotated[int, typer.Option(help="Pairs of the train split.")] = 1_230_000,
-    test: Annotated[int, typer.Option(help="Pairs of the test split; all others are base.")] = 6_200,
+    test: Annotated[
+        int, typer.Option(help="Pairs of the test split; all others are base. Few pairs give smaller splits.")
+    ] = 6_200,
     seed: SeedOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from novelret.convert.writer import hash64
+from novelret.progress import Reporter
 
 SPLITS = ("base", "train", "test")
 _SPARE = 1_000_000
@@ -30,11 +31,16 @@ class Draw:
         if len(self._keys) > self.train + self.test + _SPARE:
             self._keys = self._smallest().tolist()
 
-    def close(self) -> None:
-        """End of the first pass. Where fewer pairs came than are asked for, all splits shrink."""
+    def close(self, report: Reporter) -> None:
+        """End of the first pass. Where fewer pairs came than are asked for, all splits shrink; says so."""
         if self.train + self.test > self.total:
+            asked = f"--train {self.train:,} and --test {self.test:,}"
             self.test = min(self.test, max(1, self.total // 10))
             self.train = min(self.train, max(1, (self.total - self.test) // 2), self.total - self.test)
+            report.warn(
+                f"pairs found: {self.total:,}, fewer than {asked}; the splits are smaller: "
+                f"base {self.total - self.train - self.test:,}, train {self.train:,}, test {self.test:,}"
+            )
         keys = np.sort(self._smallest())
         ends = (self.test, self.test + self.train)
         self._limits = (int(keys[ends[0] - 1]) if ends[0] else -1, int(keys[ends[1] - 1]) if ends[1] else -1)

@@ -46,7 +46,7 @@ def convert_orcas(
         test: pairs of the test split; all others are base.
         seed: decides the splits.
         force: replace an existing output.
-        report: for bars and notes.
+        report: for bars and warnings.
 
     Raises:
         UserError: a missing, broken or malformed file, a document id that repeats, or an existing output.
@@ -76,9 +76,7 @@ def convert_orcas(
             raise UserError(
                 f"{orcas}: no pair has a query and a title in {documents} ({dict(writer.dropped)})"
             )
-        draw.close()
-        if (draw.train, draw.test) != (train, test):
-            report.note(f"{draw.total:,} pairs are few: train {draw.train:,}, test {draw.test:,}")
+        draw.close(report)
         seen = Hashes()
         with report.bar("writing pairs") as advance:
             for where, (query_id, query, document, _) in _rows(orcas, _ORCAS, advance):

@@ -39,7 +39,7 @@ def convert_query_keyword(
         test: pairs of the test split; all others are base.
         seed: decides the splits.
         force: replace an existing output.
-        report: for bars.
+        report: for bars and warnings.
 
     Raises:
         UserError: a missing, broken or malformed file, or an existing output.
@@ -59,7 +59,7 @@ def convert_query_keyword(
                     draw.offer(query, keyword)
         if draw.total == 0:
             raise UserError(f"{pairs}: no pair is left ({dict(writer.dropped) or 'the file is empty'})")
-        draw.close()
+        draw.close(report)
         texts = PairWriter(writer)
         with report.bar("writing pairs") as advance:
             for where, query, keyword, count in _rows(pairs, advance):

@@ -77,6 +77,11 @@ def read_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
     yield from read_qrels_file(_qrels_file(data, split))
 
 
+def qrels_name(data: str, split: str) -> str:
+    """Where a split's qrels come from, as messages name it."""
+    return str(_qrels_file(data, split)) if is_folder(data) else f"{data} (qrels, {split})"
+
+
 def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
     """Rows of excluded/SPLIT.tsv: items left out of a query's rankings, like products seen before.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from novelret.artifacts import fingerprint_array, fingerprint_of, fingerprint_strings
 from novelret.data.catalog import Catalog, read_id
-from novelret.data.source import read_excluded, read_part, read_qrels
+from novelret.data.source import qrels_name, read_excluded, read_part, read_qrels
 from novelret.errors import UserError
 
 
@@ -94,7 +94,10 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
     """
     named = _read_pairs(data, split, ignore_identical_ids=ignore_identical_ids)
     if not named.queries:
-        raise UserError(f"{data}: no {split} pairs left; qrels/{split} holds no line with a score above 0")
+        other = " and another item than the query itself" if ignore_identical_ids else ""
+        raise UserError(
+            f"{qrels_name(data, split)}: split {split!r} has no pairs; these need a score above 0{other}"
+        )
     texts = load_queries(data, named.queries)
     row_of = {query_id: row for row, query_id in enumerate(texts)}
     for query_id, where in zip(named.queries, named.query_at, strict=True):
@@ -105,9 +108,10 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
     missing = np.flatnonzero(item_rows < 0)
     if len(missing):
         first = int(missing[0])
-        lines = np.isin(named.item_numbers, missing).sum()
+        lines = int(np.isin(named.item_numbers, missing).sum())
         raise UserError(
-            f"{named.item_at[first]}: item id {item_ids[first]!r} is not in the catalog ({lines} such lines)"
+            f"{named.item_at[first]}: item id {item_ids[first]!r} is not in the catalog "
+            f"({lines} such line{'s' if lines > 1 else ''})"
         )
     query_rows = np.array([row_of[query_id] for query_id in named.queries], dtype=np.int64)
     ids = list(texts)

@@ -369,7 +369,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
         "the name 'sweep-a' is given twice": [
             *common, "--model", f"sweep-a={models[1][0]}", "--model", f"sweep={models[0]}"
         ],
-        "no test pairs left": ["eval", "--data", tmp_path / "empty", "--index", index_folder, "--k", 5, "--base-depth", 5],
+        "qrels/test.tsv: split 'test' has no pairs": ["eval", "--data", tmp_path / "empty", "--index", index_folder, "--k", 5, "--base-depth", 5],
         "alien.tsv: no line is about the split's 20 queries": [
             *without_judge, "--judge", f"file:{pair['alien']}"
         ],
@@ -400,6 +400,20 @@ def test_a_judge_that_saw_none_of_the_lists_is_reported(common, world, capsys, t
     code, _, err = run(capsys, *common, *judge, "--out", tmp_path / "report", "--quiet")
     assert code == 0
     assert re.search(r"judged nothing in the lists of base", " ".join(err.split()))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("q01\tgone\t1\n", "1 line names an item that is not in the catalog"),
+        ("q01\tgone\t1\nq03\tgone\t0\n", "2 lines name items that are not in the catalog"),
+    ],
+)
+def test_judgements_of_unknown_items_are_counted(common, capsys, tmp_path, lines, said):
+    path = write(tmp_path / "judge.tsv", "q01\ti01\t1\n" + lines)
+    code, _, err = run(capsys, *common, "--judge", f"file:{path}", "--out", tmp_path / "report", "--quiet")
+    assert code == 0
+    assert f"judge.tsv: {said}" in " ".join(err.split())
 
 
 def test_a_run_that_returns_the_query_itself_is_not_credited(common, world, index_folder, capsys, tmp_path):

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from novelret.cli import main
 from tests.convert.helpers import convert, fails, pairs_of, rows_of, write_lines
 
 
@@ -196,6 +197,20 @@ def test_query_keyword_logs(tmp_path, capsys):
         for q, i, s in pairs_of(tmp_path / "out" / "qrels" / f"{split}.tsv")
     }
     assert found == {(f"query {n % 7}", f"keyword {n}", n + 1) for n in range(20)}
+
+
+def test_small_logs_give_small_splits_and_say_so(tmp_path, capsys):
+    log = write_lines(tmp_path / "log.tsv", [f"query {n}\tkeyword {n}\t1" for n in range(5)])
+    command = ["convert", "query-keyword", "--pairs", str(log), "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.strip() == (
+        "warning: pairs found: 5, fewer than --train 1,230,000 and --test 6,200; the splits are smaller: "
+        "base 2, train 2, test 1"
+    )
+    counts = {s: len(pairs_of(tmp_path / "out" / "qrels" / f"{s}.tsv")) for s in ("base", "train", "test")}
+    assert counts == {"base": 2, "train": 2, "test": 1}
+    assert main([*command, "--train", "3", "--test", "2", "--out", str(tmp_path / "asked")]) == 0
+    assert capsys.readouterr().err == ""  # as asked for
 
 
 def test_a_count_that_is_no_number_is_named(tmp_path, capsys):

@@ -86,6 +86,11 @@ def test_the_seed_alone_decides_the_splits(tmp_path, capsys):
 def test_small_inputs_give_small_splits(files, tmp_path, capsys):
     made = convert(capsys, "orcas", *files, "--out", tmp_path / "out")
     assert made["pairs"] == {"base": 2, "train": 1, "test": 1}
+    assert main(["convert", "orcas", *map(str, files), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert capsys.readouterr().err.strip() == (
+        "warning: pairs found: 4, fewer than --train 1,000,000 and --test 8,500; the splits are smaller: "
+        "base 2, train 1, test 1"
+    )
 
 
 def test_the_result_can_be_indexed_and_loaded(files, tmp_path, capsys, encoder):

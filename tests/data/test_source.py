@@ -105,6 +105,9 @@ def test_pairs_are_sorted_single_and_count_every_bad_line(data, tmp_path):
     qrels.write_text("\n".join([*rows, "q00\tnone\t1", "q02\tnone\t1", "q02\tnothing\t1"]) + "\n")
     with pytest.raises(UserError, match=r"train\.tsv:6: item id 'none' .* \(3 such lines\)"):
         load_split(str(data), "train", catalog_of(data, tmp_path))
+    qrels.write_text("\n".join([*rows, "q00\tnone\t1"]) + "\n")
+    with pytest.raises(UserError, match=r"\(1 such line\)"):
+        load_split(str(data), "train", catalog_of(data, tmp_path))
 
 
 def test_subset_renumbers_queries(data, tmp_path):
@@ -160,7 +163,9 @@ def test_other_bad_data(data, tmp_path):
     with pytest.raises(UserError, match=r"qrels/dev\.tsv: no such file \(splits there: test, train\)"):
         load_split(str(data), "dev", catalog)
     write_qrels(data / "qrels" / "none.tsv", [("q00", "i01", 0)])
-    with pytest.raises(UserError, match="no none pairs left"):
+    with pytest.raises(
+        UserError, match=r"qrels/none\.tsv: split 'none' has no pairs; these need a score above 0"
+    ):
         load_split(str(data), "none", catalog)
     replace_line(data / "queries.jsonl", 1, '{"_id": "q00", "text": ""}')
     with pytest.raises(UserError, match=r"queries\.jsonl:1: query 'q00' has no text"):

@@ -53,8 +53,10 @@ def file_table(
         )
     rows = catalog.rows_of(items)
     known = rows >= 0
-    if report is not None and not known.all():
-        report.warn(f"{path}: {int((~known).sum())} lines name items that are not in the catalog")
+    unknown = int((~known).sum())
+    if report is not None and unknown:
+        lines = "1 line names an item that is" if unknown == 1 else f"{unknown} lines name items that are"
+        report.warn(f"{path}: {lines} not in the catalog")
     return make_table(
         np.array(queries, dtype=np.int64)[known],
         rows[known],
