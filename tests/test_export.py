@@ -107,6 +107,19 @@ def test_a_matrix_turns_deployed_embeddings_into_new_ones(models, index_folder, 
     assert np.abs(moved - deployed).max() > 0.05
 
 
+def test_any_sentence_transformers_folder_is_exported(encoder, tmp_path, capsys):
+    assert main(["export", "--help"]) == 0
+    assert "any sentence-transformers folder" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    export(capsys, "--model", encoder, "--out", tmp_path / "st")
+    again = SentenceTransformer(str(tmp_path / "st"), device="cpu").encode_query(TEXTS)
+    assert np.allclose(again, embeddings_of(encoder), atol=1e-6)
+    made = export(capsys, "--model", encoder, "--format", "onnx", "--out", tmp_path / "onnx")
+    assert (made["dimension"], made["difference"] < 1e-4) == (16, True)
+    assert "is no adapter behind a frozen encoder" in fails(
+        capsys, "--model", encoder, "--format", "npz", "--out", tmp_path / "adapter.npz"
+    )
+
+
 def test_what_is_no_adapter_has_no_matrix(models, tmp_path, capsys):
     out = tmp_path / "adapter.npz"
     assert "is no adapter behind a frozen encoder" in fails(

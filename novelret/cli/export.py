@@ -22,7 +22,9 @@ EXAMPLES = """
 
 
 def export(
-    model: Annotated[Path, typer.Option(help="MODEL made by `novelret train`.")],
+    model: Annotated[
+        Path, typer.Option(help="MODEL made by `novelret train`, or any sentence-transformers folder.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to make, for npz the file.")],
     form: Annotated[
         str, typer.Option("--format", help="st (sentence-transformers), onnx, or npz (an adapter's matrix).")
