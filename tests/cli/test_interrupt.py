@@ -71,3 +71,14 @@ def test_train_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, caps
     lines = interrupted(command, lambda: steps() > before)
     assert lines[-1] == KEPT
     assert any("going on at step " in line for line in lines)
+
+
+def test_a_recipe_says_it_once_and_stops(world, encoder, tmp_path, capsys, monkeypatch):
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("novelret.build.build_index", press)
+    monkeypatch.chdir(tmp_path)
+    settings = ["--set", f"data={world}", "--set", f"index.model={encoder}"]
+    assert main(["recipe", "run", "default", *settings, "--quiet"]) == 130
+    assert capsys.readouterr().err.strip().splitlines() == [KEPT]
