@@ -17,7 +17,8 @@ class LoopbackJudge:
     """Answers Yes where query and item share a word; `faults` are used up one per request, in order.
 
     A fault is one of: "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
-    "400", "slow".
+    "400", "slow", and "filtered" and "length", replies without text. `always` is the fault of every request
+    that has none of its own. `delivered` counts the replies with a usage: what a vendor puts on the bill.
 
     `rpm` is a token bucket that holds `burst` requests; what exceeds it gets 429 with Retry-After, and where it
     `tells`, every answer carries the limit in its headers.
@@ -37,7 +38,9 @@ class LoopbackJudge:
         rpm: float | None = None,
         burst: int = 1,
         tells: bool = False,
+        always: str | None = None,
     ) -> None:
+        self.always, self.delivered = always, 0
         self.rpm, self.burst, self.tells = rpm, burst, tells
         self.allowance, self.allowance_at = float(burst), time.monotonic()
         self.faults = deque(faults or [])
@@ -91,7 +94,7 @@ class LoopbackJudge:
         with self.lock:
             self.seen.append(body)
             self.authorization.add(request.headers["Authorization"])
-            fault = self.faults.popleft() if self.faults else None
+            fault = self.faults.popleft() if self.faults else self.always
         if self.delay:
             time.sleep(self.delay)
         if self.rpm and not self.may_pass():
@@ -135,14 +138,20 @@ class LoopbackJudge:
         elif fault == "html":
             send(request, 200, "<html>gateway</html>", {"Content-Type": "text/html"})
         elif fault == "empty":
+            with self.lock:
+                self.delivered += 1
             send(request, 200, completion([]))
         else:
             with self.lock:
                 self.billed[user] += 1
-            message = {"role": "assistant", "content": verdict(user)}
+                self.delivered += 1
+            message, reason = {"role": "assistant", "content": verdict(user)}, "stop"
             if fault == "refusal":
                 message = {"role": "assistant", "content": None, "refusal": "I would rather not."}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            elif fault in ("filtered", "length"):
+                message = {"role": "assistant", "content": None if fault == "filtered" else ""}
+                reason = "content_filter" if fault == "filtered" else "length"
+            choices = [{"index": 0, "message": message, "finish_reason": reason}]
             headers = {"x-ratelimit-limit-requests": str(int(self.rpm))} if self.rpm and self.tells else {}
             send(request, 200, completion(choices), headers)
 

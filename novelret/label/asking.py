@@ -241,7 +241,7 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             "failures.jsonl. Run again with --force to ask these alone"
         )
     if facts["verdicts"]["unusable"]:
-        shown = ", ".join(repr(text[:120]) for text in facts["unusable_examples"])
+        shown = ", ".join(repr(text[:120]) if text else "no text at all" for text in facts["unusable_examples"])
         report.warn(
             f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; --reparse reads "
             "them in another way for free, --retry-unusable asks them again alone"

@@ -15,6 +15,7 @@ import numpy as np
 from novelret.data.split import Split
 from novelret.index import Index
 from novelret.label.candidates import Candidates
+from novelret.label.cost import Price
 from novelret.label.store import KEY_SIZE, Store
 from novelret.label.table import UNKNOWN
 
@@ -43,7 +44,7 @@ class Tally:
     """What asking has come to so far.
 
     Attributes:
-        requests: answers delivered.
+        requests: replies delivered, whatever they held.
         prompt_tokens: billed, by the API's own figures.
         completion_tokens: likewise.
         cost: dollars, 0 where the price is not known.
@@ -65,6 +66,17 @@ class Tally:
     settled: set[bytes] = field(default_factory=set)
     stopped: str | None = None
     note: str = ""
+
+    def bill(
+        self, prompt_tokens: int | None, completion_tokens: int | None, price: Price | None, counted: int = 0
+    ) -> None:
+        """Count a delivered reply; `counted` stands for prompt tokens that the endpoint does not tell."""
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens or 0
+        self.completion_tokens += completion_tokens or 0
+        if price:
+            prompt = counted if prompt_tokens is None else prompt_tokens
+            self.cost += price.of(prompt, completion_tokens or 0)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,53 @@ def test_a_refusal_is_an_answer_that_is_not_usable(arguments, tmp_path, capsys, 
         assert facts["requests"] == 0
 
 
+@pytest.mark.parametrize("reply", ["filtered", "length"])
+def test_a_reply_without_text_is_paid_for_and_counts(arguments, tmp_path, capsys, monkeypatch, reply):
+    with LoopbackJudge(always=reply) as server:
+        more = ["--max-requests", 40, "--max-cost", 1, "--price", "10,30", "--concurrency", 7]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, "--out", tmp_path / "a")
+        assert (code, facts["requests"], server.delivered) == (0, 40, 40), err
+        assert facts["cost"] == pytest.approx(40 * (50 * 10 + 2 * 30) / 1e6)
+        assert (facts["verdicts"]["unusable"], facts["retries"], facts["failed"]) == (40, 0, 0)
+        assert "40 answers are not usable, for instance no text at all" in err
+        assert {row["answer"] for row in rows_of(tmp_path / "a")} == {""}
+        # The cap on dollars holds as well.
+        more = ["--max-cost", 0.005, "--price", "10,30", "--out", tmp_path / "b"]
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["requests"]) == (0, server.delivered - 40)
+        assert facts["cost"] == pytest.approx(facts["requests"] * 560e-6)
+        assert 0 < facts["cost"] <= 0.005
+        # They stand as answers until they are asked for again, all of them once.
+        server.always, before = None, server.delivered
+        known = facts["pairs"]
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "c")
+        assert (facts["already_known"], facts["requests"]) == (known, 120 - known)
+        code, facts, _ = ask(
+            capsys, server, monkeypatch, arguments, "--retry-unusable", "--out", tmp_path / "d"
+        )
+        assert (code, facts["requests"], facts["verdicts"]["unusable"]) == (0, known, 0)
+        assert server.delivered == before + 120
+
+
+@pytest.mark.parametrize("cap", [("--max-requests", 30), ("--max-cost", 30 * 560e-6)])
+def test_caps_hold_where_every_reply_is_repeated(arguments, tmp_path, capsys, monkeypatch, cap):
+    with LoopbackJudge(["empty"] * 25) as server:  # paid for, but nothing to read
+        more = [*cap, "--price", "10,30", "--concurrency", 8, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["requests"]) == (0, server.delivered), err
+        assert server.delivered <= 30
+        assert facts["pairs"] == max(0, server.delivered - 25)
+        assert facts["cost"] == pytest.approx(server.delivered * 560e-6)
+        assert f"{cap[0]} {cap[1]} reached" in err
+
+
+def test_retries_within_a_cap_are_made(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge(["500", None] * 30) as server:
+        more = ["--max-requests", 25, "--concurrency", 8, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["requests"], facts["pairs"], server.delivered) == (0, 25, 25, 25), err
+
+
 def test_unusable_answers_are_asked_again_alone(arguments, tmp_path, capsys, monkeypatch):
     with LoopbackJudge(["refusal"] * 7) as server:
         code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")

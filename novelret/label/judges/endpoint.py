@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -70,16 +71,15 @@ def hide_secrets(text: str) -> str:
 
 
 def text_of(response: Any) -> str:
-    """A chat completion's text, or the refusal's; anything else is not an answer.
+    """A chat completion's text, or the refusal's; empty where a filter or the token limit left none.
 
     Raises:
-        ValueError: it holds neither.
+        ValueError: it holds no message at all.
     """
     choices = getattr(response, "choices", None)
     if not choices or getattr(choices[0], "message", None) is None:
         raise ValueError(f"no choices in {str(response)[:80]!r}")
     message = choices[0].message
-    text = message.content if message.content is not None else getattr(message, "refusal", None)
-    if not isinstance(text, str):
-        raise ValueError("neither content nor refusal")
-    return text
+    text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
+    # Content that comes in parts, as some endpoints send it, is kept as it came.
+    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)

@@ -128,6 +128,14 @@ def _client(asking: _Asking) -> AsyncOpenAI:
     return AsyncOpenAI(api_key=check_key(), max_retries=0, timeout=timeout, http_client=http)
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """Why a request is worth repeating, and the seconds of silence that the endpoint asks for."""
+
+    reason: str
+    silence: float | None = None
+
+
 @dataclass
 class _Asking:
     """State that the workers share; one thread, so plain fields do."""
@@ -146,28 +154,27 @@ class _Asking:
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
 
-    def may_send(self, worst: float) -> bool:
-        """Whether one more request keeps the caps even if everything under way costs the most it can."""
+    def may_send(self) -> bool:
+        """Whether the caps hold even if everything under way costs the most it can."""
         limits, tally = self.limits, self.tally
-        if limits.max_requests is not None and tally.requests + len(tally.under_way) >= limits.max_requests:
+        if limits.max_requests is not None and tally.requests + len(tally.under_way) > limits.max_requests:
             tally.stopped = f"--max-requests {limits.max_requests} reached"
-        elif limits.max_cost is not None and tally.cost + self.reserved + worst > limits.max_cost:
+            return False
+        if limits.max_cost is not None and tally.cost + self.reserved > limits.max_cost:
             tally.stopped = f"--max-cost {limits.max_cost} reached"
-        return tally.stopped is None
+            return False
+        return True
 
-    def receive(self, question: Question, text: str, usage: Any) -> None:
-        """Store an answer and count it; where it cannot be stored, no other is asked for."""
+    def receive(self, question: Question, text: str | None, usage: Any) -> None:
+        """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
         prompt = getattr(usage, "prompt_tokens", None)
         completion = getattr(usage, "completion_tokens", None)
-        self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
-        self.failed_in_a_row = 0
-        tally = self.tally
-        tally.requests += 1
-        tally.prompt_tokens += prompt or 0
-        tally.completion_tokens += completion or 0
-        if self.limits.price:
-            counted = self.count_tokens(question.messages) if prompt is None else prompt
-            tally.cost += self.limits.price.of(counted, completion or 0)
+        if text is not None:
+            self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
+            self.failed_in_a_row = 0
+        price = self.limits.price
+        counted = self.count_tokens(question.messages) if price and prompt is None else 0
+        self.tally.bill(prompt, completion, price, counted)
 
     async def sync(self) -> None:
         """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
@@ -203,8 +210,6 @@ async def _work(
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
         worst = price.of(tokens, longest) if price else 0.0
-        if not asking.may_send(worst):
-            return
         under_way.add(question.key)
         asking.reserved += worst
         try:
@@ -219,42 +224,54 @@ async def _work(
 
 
 async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> None:
-    """One question until it has an answer, cannot have one, or has failed too often."""
+    """One question until it has an answer, cannot have one, has failed too often, or the caps say no."""
     clock = asyncio.get_running_loop().time
     begun, attempt = clock(), 0
-    messages: Any = question.messages  # plain dictionaries, where the client's types want its own
-    while True:
+    while asking.may_send():
         await _sleep_until(asking, asking.pace.slot(clock(), tokens))
         await _sleep_until(asking, asking.pace.silent_until)
         if asking.stopping:
             return  # it stays unanswered and is asked next time
-        try:
-            response = await client.chat.completions.create(
-                model=asking.model, messages=messages, **asking.parameters
-            )
-            text = text_of(response)
-        except FATAL as error:
-            raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
-        except PASSING as error:
-            if getattr(error, "code", None) == "insufficient_quota":
-                raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
-            reason = f"{type(error).__name__}: {hide_secrets(str(error))}"
-            silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
-        except openai.APIStatusError as error:
-            asking.fail(question, hide_secrets(str(error)))
-            return
-        except ValueError as error:  # a body that is not the protocol's
-            reason, silence = f"malformed answer: {hide_secrets(str(error))}", None
-        else:
-            asking.receive(question, text, getattr(response, "usage", None))
+        fault = await _send(asking, client, question)
+        if fault is None:
             return
         asking.tally.retries += 1
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
-        if (silence is None and attempt >= _ATTEMPTS) or clock() - begun > _PATIENCE:
-            asking.fail(question, f"{attempt} attempts, last {reason}")
+        if (fault.silence is None and attempt >= _ATTEMPTS) or clock() - begun > _PATIENCE:
+            asking.fail(question, f"{attempt} attempts, last {fault.reason}")
             return
-        await _wait(asking, attempt, silence)
+        await _wait(asking, attempt, fault.silence)
+
+
+async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fault | None:
+    """One request; None when the question is done with."""
+    messages: Any = question.messages  # plain dictionaries, where the client's types want its own
+    try:
+        response = await client.chat.completions.create(
+            model=asking.model, messages=messages, **asking.parameters
+        )
+    except FATAL as error:
+        raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+    except PASSING as error:
+        if getattr(error, "code", None) == "insufficient_quota":
+            raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+        silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
+        return _Fault(f"{type(error).__name__}: {hide_secrets(str(error))}", silence)
+    except openai.APIStatusError as error:
+        asking.fail(question, hide_secrets(str(error)))
+        return None
+    except ValueError as error:  # a body that is not JSON
+        return _Fault(f"malformed answer: {hide_secrets(str(error))}")
+    usage = getattr(response, "usage", None)
+    try:
+        text = text_of(response)
+    except ValueError as error:
+        if usage is not None:  # paid for all the same
+            asking.receive(question, None, usage)
+        return _Fault(f"malformed answer: {hide_secrets(str(error))}")
+    asking.receive(question, text, usage)
+    return None
 
 
 async def _wait(asking: _Asking, attempt: int, silence: float | None) -> None:

@@ -209,6 +209,8 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
                     run.tally.settled.add(key)
             elif reason is not None:
                 failed[key] = hide_secrets(reason)
+            elif usage:  # paid for all the same
+                run.tally.bill(usage.get("prompt_tokens"), usage.get("completion_tokens"), run.limits.price)
             if len(arrived) >= _AT_ONCE:
                 _keep(run, arrived)
                 arrived = []
@@ -236,7 +238,11 @@ def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None
         response = row.get("response") or {}
         status, body = response.get("status_code"), response.get("body") or {}
         if status == 200:
-            return key, text_of(ChatCompletion.construct(**body)), body.get("usage") or {}, None
+            usage = body.get("usage") or {}
+            try:
+                return key, text_of(ChatCompletion.construct(**body)), usage, None
+            except ValueError:
+                return key, None, usage, None
         permanent = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
         message = (body.get("error") or row.get("error") or {}).get("message", f"status {status}")
     except (ValueError, KeyError, TypeError, AttributeError):  # not the protocol's: as if it had not come
@@ -246,13 +252,8 @@ def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None
 
 def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
     run.store.add(f"openai:{run.model}", arrived)
-    tally = run.tally
-    tally.requests += len(arrived)
     for _, _, prompt, completion in arrived:
-        tally.prompt_tokens += prompt or 0
-        tally.completion_tokens += completion or 0
-        if run.limits.price:
-            tally.cost += run.limits.price.of(prompt or 0, completion or 0)
+        run.tally.bill(prompt, completion, run.limits.price)
     run.advance(len(arrived))
 
 
