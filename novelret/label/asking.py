@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from novelret.data.split import Split
+from novelret.errors import UserError
 from novelret.index import Index
 from novelret.label.candidates import Candidates
 from novelret.label.cost import Price
@@ -100,6 +101,7 @@ def ask_and_write(
     *,
     retry_unusable: bool,
     send: bool,
+    may_be_empty: bool = False,
 ) -> dict[str, Any]:
     """Have the candidates judged and write judgements.parquet, with failures.jsonl beside it.
 
@@ -113,9 +115,13 @@ def ask_and_write(
         report: where to say how it goes.
         retry_unusable: ask again where the stored answer cannot be read.
         send: False to use stored answers alone.
+        may_be_empty: whether it is fine that all questions fail.
 
     Returns:
         Counts and cost, as they go into the manifest.
+
+    Raises:
+        UserError: questions were asked, and all of them failed, and no other is answered.
     """
     tally = Tally()
     with closing(Store(store_path)) as store:
@@ -134,6 +140,12 @@ def ask_and_write(
                 judge.ask(unanswered, store, tally, advance, report.note)
         counts, examples = _write(judge, index, split, feed, store, tally, out)
     judged = sum(counts.values())
+    if tally.failed and not judged and not may_be_empty:
+        reason = next(iter(tally.failed.values()))
+        raise UserError(
+            f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: {reason}); "
+            "see to that and run the same command again"
+        )
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
     facts = {
         "verdicts": counts,
@@ -241,7 +253,9 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             "failures.jsonl. Run again with --force to ask these alone"
         )
     if facts["verdicts"]["unusable"]:
-        shown = ", ".join(repr(text[:120]) if text else "no text at all" for text in facts["unusable_examples"])
+        shown = ", ".join(
+            repr(text[:120]) if text else "no text at all" for text in facts["unusable_examples"]
+        )
         report.warn(
             f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; --reparse reads "
             "them in another way for free, --retry-unusable asks them again alone"

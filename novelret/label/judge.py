@@ -126,7 +126,7 @@ def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
             tpm=config.tpm,
         )
         if not batch:
-            ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance)
+            ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance, say)
             return
         from novelret.label.judges.openai_batch import ask_in_batches
 

@@ -173,6 +173,7 @@ class Judging:
             quiet,
             retry_unusable=False,
             send=True,
+            may_be_empty=True,
         )
         self.spent["requests"] += facts["requests"]
         self.spent["cost"] += facts["cost"] or 0.0

@@ -258,10 +258,65 @@ def test_tokens_per_minute_are_kept(arguments, tmp_path, capsys, monkeypatch):
 
 def test_an_endpoint_that_answers_nothing_is_left_alone(arguments, tmp_path, capsys, monkeypatch):
     with LoopbackJudge(["400"] * 120) as server:
-        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
-        assert (code, facts["pairs"]) == (0, 0)
-        assert "50 questions in a row got no answer" in err
+        code, _, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert "questions got an answer (for instance: Error code: 400" in err
         assert len(server.seen) < 90
+        assert not (tmp_path / "labels").exists()
+        server.faults.clear()
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, facts["pairs"]) == (0, 120)
+        # Where others are answered, what is there is written, and the command goes on from there.
+        server.faults.extend(["400"] * 120)
+        more = ["--depth", 39, "--out", tmp_path / "deeper"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["pairs"]) == (0, 120)
+        assert "50 questions in a row got no answer" in err
+
+
+@pytest.mark.parametrize("fault", ["html", "500", "cut", "refused"])
+def test_a_dead_or_wrong_endpoint_is_named_soon(arguments, tmp_path, capsys, monkeypatch, fault):
+    monkeypatch.setattr(judge_module, "_DEAD_AFTER", 0.1)
+    out = ["--out", str(tmp_path / "labels")]
+    with LoopbackJudge(always=fault) as server:
+        if fault == "refused":
+            server.server.server_close()
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "http://user:hunter2@"))
+        code = main([*arguments, *out, "--concurrency", "4"])
+        err = capsys.readouterr().err
+        assert code == 2
+        *_, first, last = err.strip().splitlines()
+        assert first.startswith("no answer yet: ")
+        assert first.endswith("; trying again")
+        assert f"{server.url} has answered nothing at all, " in last
+        assert not any(secret in err for secret in (KEY, "hunter2", "user:"))
+        word = {"html": "gateway", "500": "oops", "cut": "body", "refused": "connection refused"}[fault]
+        assert word in first
+        assert word in last
+        assert len(server.seen) < 80
+        assert not (tmp_path / "labels").exists()
+        assert (tmp_path / "labels.partial").is_dir()
+        server.always = None
+        if fault != "refused":
+            code, facts, _ = ask(capsys, server, monkeypatch, arguments, *out)
+            assert (code, facts["pairs"]) == (0, 120)
+
+
+def test_an_endpoint_that_limits_or_fails_at_first_is_not_dead(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_module, "_DEAD_AFTER", 0.0)
+    # Rate limits are no faults, however many come first, and whether or not they say for how long.
+    for n, faults in enumerate((["429"] * 70, ["429-retry-after"] * 70, (["500"] * 15 + ["429"]) * 4)):
+        with LoopbackJudge(faults) as server:
+            more = ["--concurrency", 16, "--depth", 9 + n, "--out", tmp_path / str(n)]
+            code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+            assert (code, facts["failed"], facts["pairs"]) == (0, 0, 120 + 20 * n), err
+    # An endpoint that has answered once is alive: its faults are those of the questions.
+    monkeypatch.setattr(judge_module, "_ATTEMPTS", 1000)
+    with LoopbackJudge([None, *["500"] * 300]) as server:
+        more = ["--concurrency", 1, "--depth", 20, "--out", tmp_path / "x"]
+        monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.001)
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["retries"], facts["pairs"]) == (0, 300, 340), err
 
 
 def test_a_full_disk_stops_the_spending(arguments, tmp_path, capsys, monkeypatch):

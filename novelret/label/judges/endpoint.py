@@ -70,6 +70,22 @@ def hide_secrets(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
+def shown_url(url: str) -> str:
+    """An endpoint's URL as it may be told: without user, password and query, which may be secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hide_secrets(parts.path).rstrip('/')}"
+
+
+def reason_of(error: openai.OpenAIError) -> str:
+    """A fault in words: what lies at its root, where the client only says that there is no connection."""
+    root: BaseException = error
+    if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+        while cause := root.__cause__ or root.__context__:
+            root = cause
+    words = "connection refused" if isinstance(root, ConnectionRefusedError) else str(root)
+    return f"{type(error).__name__}: {hide_secrets(words or type(root).__name__)}"
+
+
 def text_of(response: Any) -> str:
     """A chat completion's text, or the refusal's; empty where a filter or the token limit left none.
 

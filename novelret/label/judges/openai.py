@@ -15,7 +15,16 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from novelret.artifacts import fsync_file
 from novelret.errors import UserError
 from novelret.label.cost import Price
-from novelret.label.judges.endpoint import FATAL, PASSING, check_key, hide_secrets, longest_answer, text_of
+from novelret.label.judges.endpoint import (
+    FATAL,
+    PASSING,
+    check_key,
+    hide_secrets,
+    longest_answer,
+    reason_of,
+    shown_url,
+    text_of,
+)
 from novelret.label.judges.pace import Pace, retry_after
 from novelret.label.questions import Messages, Question, Tally
 from novelret.label.store import Store
@@ -25,6 +34,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
+_DEAD, _DEAD_AFTER = 32, 20.0  # faults in a row, and seconds, of an endpoint that never answered at all
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ def ask_all(
     limits: Limits,
     tally: Tally,
     advance: Callable[[int], None],
+    say: Callable[[str], None],
 ) -> None:
     """Ask every question and store every answer at once; faults that pass are tried again.
 
@@ -73,13 +84,15 @@ def ask_all(
         limits: concurrency, timeout and caps.
         tally: counts, kept up to date.
         advance: told of each question that is done with.
+        say: told of the first fault, where nothing has been answered before it.
 
     Raises:
-        UserError: the key, the model or the endpoint is refused.
+        UserError: the key, the model or the endpoint is refused, or the endpoint answers nothing at all.
         KeyboardInterrupt: Ctrl-C.
     """
     store.relax()
-    asyncio.run(_ask_all(questions, _Asking(model, parameters, count_tokens, store, limits, tally), advance))
+    asking = _Asking(model, parameters, count_tokens, store, limits, tally, say)
+    asyncio.run(_ask_all(questions, asking, advance))
 
 
 async def _ask_all(
@@ -130,10 +143,17 @@ def _client(asking: _Asking) -> AsyncOpenAI:
 
 @dataclass(frozen=True)
 class _Fault:
-    """Why a request is worth repeating, and the seconds of silence that the endpoint asks for."""
+    """Why a request is worth repeating.
+
+    Attributes:
+        reason: in words.
+        silence: seconds that the endpoint asks for.
+        later: whether it comes of an endpoint that works, and only says "later".
+    """
 
     reason: str
     silence: float | None = None
+    later: bool = False
 
 
 @dataclass
@@ -146,10 +166,15 @@ class _Asking:
     store: Store
     limits: Limits
     tally: Tally
+    say: Callable[[str], None]
     pace: Pace = field(init=False)
     stopping: bool = False
     reserved: float = 0.0  # dollars that requests under way may cost at most
     failed_in_a_row: int = 0
+    heard: bool = False  # whether the endpoint has answered anything, if only that a question is no good
+    told: bool = False  # whether the first fault has been told
+    faults: int = 0  # in a row, before anything was heard
+    faults_since: float = 0.0  # loop time of the first of them
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
@@ -167,6 +192,7 @@ class _Asking:
 
     def receive(self, question: Question, text: str | None, usage: Any) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
+        self.heard = True
         prompt = getattr(usage, "prompt_tokens", None)
         completion = getattr(usage, "completion_tokens", None)
         if text is not None:
@@ -175,6 +201,27 @@ class _Asking:
         price = self.limits.price
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
         self.tally.bill(prompt, completion, price, counted)
+
+    def doubt(self, fault: _Fault, url: str, now: float) -> None:
+        """Take note of a fault as long as nothing was heard; there may be no such endpoint.
+
+        Raises:
+            UserError: there were enough of them, and every worker has tried again.
+        """
+        if self.heard:
+            return
+        if not self.told:
+            self.say(f"no answer yet: {fault.reason}; trying again")
+            self.told = True
+        self.faults = 0 if fault.later else self.faults + 1
+        if self.faults == 1:
+            self.faults_since = now
+        enough = max(_DEAD, 2 * self.limits.concurrency)
+        if self.faults >= enough and now - self.faults_since >= _DEAD_AFTER:
+            raise UserError(
+                f"openai:{self.model}: {shown_url(url)} has answered nothing at all, {self.faults} faults in a "
+                f"row (the last: {fault.reason}); check OPENAI_BASE_URL and run the same command again"
+            )
 
     async def sync(self) -> None:
         """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
@@ -189,6 +236,7 @@ class _Asking:
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= _HOPELESS:
             self.tally.stopped = f"{_HOPELESS} questions in a row got no answer"
+            self.stopping = True  # what waits to be repeated is not
 
 
 async def _work(
@@ -235,6 +283,7 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         fault = await _send(asking, client, question)
         if fault is None:
             return
+        asking.doubt(fault, str(client.base_url), clock())
         asking.tally.retries += 1
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
@@ -257,8 +306,10 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         if getattr(error, "code", None) == "insufficient_quota":
             raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
         silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
-        return _Fault(f"{type(error).__name__}: {hide_secrets(str(error))}", silence)
+        later = silence is not None or isinstance(error, openai.RateLimitError)
+        return _Fault(reason_of(error), silence, later)
     except openai.APIStatusError as error:
+        asking.heard = True
         asking.fail(question, hide_secrets(str(error)))
         return None
     except ValueError as error:  # a body that is not JSON

@@ -20,7 +20,15 @@ from openai.types import Batch
 from openai.types.chat import ChatCompletion
 
 from novelret.errors import BatchesUnderWay, UserError
-from novelret.label.judges.endpoint import PASSING, check_key, hide_secrets, longest_answer, text_of
+from novelret.label.judges.endpoint import (
+    PASSING,
+    check_key,
+    hide_secrets,
+    longest_answer,
+    reason_of,
+    shown_url,
+    text_of,
+)
 from novelret.label.judges.openai import Limits
 from novelret.label.ledger import Ledger, Submission
 from novelret.label.questions import Messages, Question, Reader, Tally
@@ -108,9 +116,11 @@ def ask_in_batches(
                 lost += 1
                 if lost >= _LOST or not wait:
                     raise UserError(
-                        f"openai-batch:{model}: {hide_secrets(str(error))}; what was submitted is kept, "
-                        "so run again later"
+                        f"openai-batch:{model}: {shown_url(str(client.base_url))}: {reason_of(error)}; what "
+                        "was submitted is kept, so run again later"
                     ) from None
+                if lost == 1:
+                    say(f"no answer: {reason_of(error)}; trying again")
             except openai.APIStatusError as error:
                 raise UserError(f"openai-batch:{model}: {hide_secrets(str(error))}") from None
             under_way = [s for s in ledger.open() if s.id in run.waiting_for]
