@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from novelret.artifacts import Manifest
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
@@ -102,6 +103,7 @@ def ask_and_write(
     retry_unusable: bool,
     send: bool,
     may_be_empty: bool = False,
+    earlier: Manifest | None = None,
 ) -> dict[str, Any]:
     """Have the candidates judged and write judgements.parquet, with failures.jsonl beside it.
 
@@ -116,6 +118,7 @@ def ask_and_write(
         retry_unusable: ask again where the stored answer cannot be read.
         send: False to use stored answers alone.
         may_be_empty: whether it is fine that all questions fail.
+        earlier: LABELS that this goes on from; the caps count what they cost.
 
     Returns:
         Counts and cost, as they go into the manifest.
@@ -123,7 +126,8 @@ def ask_and_write(
     Raises:
         UserError: questions were asked, and all of them failed, and no other is answered.
     """
-    tally = Tally()
+    spent = spent_on(earlier)
+    tally = Tally(earlier_requests=spent["requests"], earlier_cost=spent["cost"])
     with closing(Store(store_path)) as store:
         feed = Feed(
             index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
@@ -143,8 +147,8 @@ def ask_and_write(
     if tally.failed and not judged and not may_be_empty:
         reason = next(iter(tally.failed.values()))
         raise UserError(
-            f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: {reason}); "
-            "see to that and run the same command again"
+            f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: "
+            f"{reason}); see to that and run the same command again"
         )
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
     facts = {
@@ -159,11 +163,22 @@ def ask_and_write(
         "prompt_tokens": tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
         "cost": round(tally.cost, 6) if judge.price else None,
+        "earlier": spent,
         "stopped": tally.stopped,
         "unusable_examples": examples,
     }
     _report(report, tally, facts, len(candidates) - judged, send=send)
     return facts
+
+
+def spent_on(labels: Manifest | None) -> dict[str, Any]:
+    """Requests and dollars that LABELS, and those that they went on from, have cost."""
+    facts = labels.facts if labels is not None else {}
+    before = facts.get("earlier") or {}
+    return {
+        "requests": facts.get("requests", 0) + before.get("requests", 0),
+        "cost": round((facts.get("cost") or 0.0) + before.get("cost", 0.0), 6),
+    }
 
 
 def _write(
@@ -243,8 +258,9 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             f"{'cost unknown' if facts['cost'] is None else f'${tally.cost:.4f}'}; {tally.retries} retries"
         )
     if tally.stopped:
+        with_more = f" with a higher {tally.stopped.split()[0]}" if tally.stopped.startswith("--") else ""
         report.warn(
-            f"stopped: {tally.stopped}; {without:,} pairs are not judged. Run again with --force to go on"
+            f"stopped: {tally.stopped}; {without:,} pairs are not judged. Run again{with_more} to go on"
         )
     if tally.failed:
         reason = next(iter(tally.failed.values()))

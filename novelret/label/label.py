@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from novelret.artifacts import (
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.index import Index, open_index
-from novelret.label.asking import Plan, ask_and_write, plan_asking
+from novelret.label.asking import Plan, ask_and_write, plan_asking, spent_on
 from novelret.label.candidates import Candidates, gather_candidates
 from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
@@ -33,6 +34,8 @@ from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
 
 _ROWS = 100_000  # judgements written at a time
+_HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price")
+"""Settings that decide how, and how far, questions are asked, not which."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def build_labels(
 ) -> Manifest:
     """Have the candidates judged and write LABELS; answers go to the store as they come.
 
+    LABELS that stopped early, at a cap that was raised since, are gone on from and replaced.
+
     Raises:
         UserError: bad settings or data, a refused key or model, an existing output.
         BatchesUnderWay: `wait` is off and batches are not answered yet; call again to collect them.
@@ -108,7 +113,9 @@ def build_labels(
     """
     report = report or Reporter()
     _check(config)
-    check_output(out, force=force)
+    earlier = None if force else _stopped_early(config, out)
+    if earlier is None:
+        check_output(out, force=force)
     kind, name = split_judge(config.judge)
     judge = None if kind == "file" else make_judge(config, sends=not config.reparse)
     asked = _asked(config, judge)
@@ -116,12 +123,17 @@ def build_labels(
     _warn_of_same_answers(config, asked, report)
     inputs = asked | {"index": index.manifest.fingerprint, "split": split.fingerprint} | _confirmed(config)
     identity = fingerprint_of(asdict(config), inputs)
-    with open_output(out, identity, force=force) as folder:
+    if earlier is not None and earlier.inputs != inputs:
+        check_output(out, force=False)
+    if earlier is not None:
+        report.note(f"{out}: goes on from {earlier.facts['pairs']:,} judged pairs")
+    with open_output(out, identity, force=force or earlier is not None) as folder:
         path = folder / "judgements.parquet"
         if judge is None:
             facts = _label_from_file(config, Path(name), index, split, candidates, path, report)
         else:
-            facts = _label_by_asking(config, judge, index, split, candidates, path, report)
+            facts = _label_by_asking(config, judge, index, split, candidates, path, report, earlier)
+            _check_no_loss(config, out, earlier, facts)
         write_config(folder, config)
         fingerprint = fingerprint_file(path)
         manifest = Manifest("labels", asdict(config), inputs, fingerprint, facts)
@@ -129,6 +141,46 @@ def build_labels(
     if facts["verdicts"].get("relevant", 0) == 0:
         report.warn("no pair was judged relevant: training on these labels will find no reward")
     return manifest
+
+
+def _stopped_early(config: LabelConfig, out: Path) -> Manifest | None:
+    """The manifest of LABELS that asked the same and stopped early, so that they can be gone on from.
+
+    Raises:
+        UserError: what stopped them would do so again at once.
+    """
+    try:
+        before = read_manifest(out, "labels")
+    except UserError:
+        return None
+    stopped = before.facts.get("stopped")
+    if not stopped or _what(before.config) != _what(asdict(config)):
+        return None
+    for name in ("max_requests", "max_cost"):
+        cap, now, option = before.config.get(name), getattr(config, name), f"--{name.replace('_', '-')}"
+        if stopped.startswith(f"{option} ") and cap is not None and now is not None and now <= cap:
+            spent = spent_on(before)
+            raise UserError(
+                f"{out}: {option} {cap} is reached already, with {spent['requests']:,} requests at "
+                f"${spent['cost']:.4f}; give a higher one to go on"
+            )
+    return before
+
+
+def _what(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is asked, as JSON holds them."""
+    kept = {name: value for name, value in config.items() if name not in _HOW}
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    return plain
+
+
+def _check_no_loss(config: LabelConfig, out: Path, earlier: Manifest | None, facts: dict[str, Any]) -> None:
+    """Keep LABELS that hold more than what would replace them: the store has lost answers since."""
+    if earlier is not None and facts["pairs"] < earlier.facts["pairs"]:
+        raise UserError(
+            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {_store_path(config)} knows "
+            "any more; it is left as it is: give another --out, or --force to replace it"
+        )
 
 
 def judge_candidates(
@@ -184,6 +236,7 @@ def _label_by_asking(
     candidates: Candidates,
     out: Path,
     report: Reporter,
+    earlier: Manifest | None = None,
 ) -> dict[str, Any]:
     return ask_and_write(
         judge,
@@ -195,6 +248,7 @@ def _label_by_asking(
         report,
         retry_unusable=config.retry_unusable,
         send=not config.reparse,
+        earlier=earlier,
     )
 
 

@@ -54,6 +54,8 @@ class Tally:
         settled: keys that were answered in this run and are not asked again in it, come what may.
         stopped: why asking stopped early, if it did.
         note: what goes on, in a few words.
+        earlier_requests: of runs that this one goes on from; the caps count these too.
+        earlier_cost: of the same, in dollars.
     """
 
     requests: int = 0
@@ -66,6 +68,8 @@ class Tally:
     settled: set[bytes] = field(default_factory=set)
     stopped: str | None = None
     note: str = ""
+    earlier_requests: int = 0
+    earlier_cost: float = 0.0
 
     def bill(
         self, prompt_tokens: int | None, completion_tokens: int | None, price: Price | None, counted: int = 0

@@ -218,6 +218,31 @@ def test_caps_count_what_is_under_way(ask):
         assert facts["cost"] <= 0.004
 
 
+def test_a_higher_cap_goes_on_with_what_is_not_judged(ask):
+    with LoopbackJudge() as server:
+        code, facts, _ = ask(server, "--max-requests", 30)
+        assert (code, facts["pairs"], facts["stopped"]) == (0, 30, "--max-requests 30 reached")
+        code, _, err = ask(server, "--max-requests", 30)
+        assert (code, "--max-requests 30 is reached already" in err) == (2, True)
+        server.batch_delay = 60
+        code, facts, _ = ask(server, "--max-requests", 50, "--no-wait")
+        assert (code, facts["requests_under_way"]) == (3, 20)
+        for batch in server.batches.values():
+            batch["due"] = 0
+        code, facts, err = ask(server, "--max-requests", 50, "--no-wait")
+        assert (code, facts["pairs"], facts["requests"], facts["earlier"]["requests"]) == (0, 50, 20, 30), err
+        assert set(server.billed.values()) == {1}
+
+
+def test_replies_without_text_are_answers(ask, monkeypatch):
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: None if "red" in user else "Yes")
+    with LoopbackJudge() as server:
+        code, facts, err = ask(server, "--price", "1,2")
+        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 120, 120, 1), err
+        assert 0 < facts["verdicts"]["unusable"] < 120
+        assert set(server.billed.values()) == {1}
+
+
 def test_unusable_answers_are_asked_again_once(ask, monkeypatch):
     monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
     with LoopbackJudge() as server:

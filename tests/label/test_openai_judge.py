@@ -405,6 +405,78 @@ def test_caps_stop_cleanly(arguments, tmp_path, capsys, monkeypatch):
         assert "the price of tiny is not known" in err
 
 
+def test_a_stopped_run_goes_on_with_a_higher_cap(arguments, tmp_path, capsys, monkeypatch):
+    labels = tmp_path / "labels"
+    out = ["--out", labels]
+
+    def held():
+        return sorted((path.name, path.read_bytes()) for path in labels.iterdir())
+
+    with LoopbackJudge() as server:
+        assert ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 40)[0] == 0
+        first, before = rows_of(labels), held()
+        # The same cap, or a lower one, is said to be reached, in one line; nothing is sent.
+        for cap in (40, 30):
+            code, _, err = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", cap)
+            assert (code, len(err.strip().splitlines())) == (2, 1)
+            assert "--max-requests 40 is reached already, with 40 requests" in err
+        # Other questions are no continuation.
+        for other in (["--depth", 10], ["--prompt", "query-document"], ["--from", "base-top"], ["--reparse"]):
+            more = [*out, "--max-requests", 60, *other]
+            code, _, err = ask(capsys, server, monkeypatch, arguments, *more)
+            assert (code, "exists already" in err) == (2, True), err
+        assert (len(server.seen), held()) == (40, before)
+        # A run that fails leaves what is there.
+        server.always = "401"
+        assert ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 60)[0] == 2
+        assert held() == before
+        server.always, so_far = None, sum(server.billed.values())
+        more = [*out, "--max-requests", 60, "--concurrency", 3]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 60, 20), err
+        assert facts["earlier"] == {"requests": 40, "cost": 0.0}
+        assert "--max-requests 60 reached; 60 pairs are not judged" in err
+        assert "Run again with a higher --max-requests to go on" in err
+        assert sum(server.billed.values()) == so_far + 20
+        # The caps count all runs; one without a cap does the rest.
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 70)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 70, 10)
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, *out)
+        assert (code, facts["pairs"], facts["requests"], facts["stopped"]) == (0, 120, 50, None)
+        assert {json.dumps(row) for row in first} < {json.dumps(row) for row in rows_of(labels)}
+        # What is whole is not gone on from.
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 500)
+        assert (code, "exists already" in err) == (2, True)
+        assert set(server.billed.values()) == {1}
+        assert {path.name for path in tmp_path.glob("labels*")} == {"labels"}
+
+
+def test_a_higher_cap_in_dollars_goes_on(arguments, tmp_path, capsys, monkeypatch):
+    more = ["--price", "10,30", "--concurrency", 1, "--out", tmp_path / "labels", "--max-cost"]
+    with LoopbackJudge() as server:
+        code, facts, _ = ask(capsys, server, monkeypatch, arguments, *more, 0.01)
+        assert (code, facts["stopped"]) == (0, "--max-cost 0.01 reached")
+        spent = facts["cost"]
+        words = f"--max-cost 0.01 is reached already, with {facts['requests']} requests at ${spent:.4f}"
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *more, 0.01)
+        assert (code, words in err) == (2, True)
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, 0.03)
+        assert (code, facts["earlier"]["cost"]) == (0, spent), err
+        assert 0.02 < spent + facts["cost"] == pytest.approx(len(server.billed) * 560e-6)
+        assert spent + facts["cost"] <= 0.03
+
+
+def test_labels_are_not_replaced_by_fewer(arguments, tmp_path, capsys, monkeypatch):
+    out = ["--out", tmp_path / "labels"]
+    with LoopbackJudge() as server:
+        ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 40)
+        for path in tmp_path.glob("store.sqlite*"):
+            path.unlink()
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 50)
+        assert (code, len(rows_of(tmp_path / "labels"))) == (2, 40)
+        assert "holds 40 judged pairs" in err
+
+
 def test_a_plan_sends_nothing(arguments, tmp_path, capsys, monkeypatch):
     with LoopbackJudge() as server:
         code, plan, _ = ask(capsys, server, monkeypatch, arguments, "--plan", "--price", "1,2")

@@ -182,10 +182,12 @@ class _Asking:
     def may_send(self) -> bool:
         """Whether the caps hold even if everything under way costs the most it can."""
         limits, tally = self.limits, self.tally
-        if limits.max_requests is not None and tally.requests + len(tally.under_way) > limits.max_requests:
+        requests = tally.earlier_requests + tally.requests + len(tally.under_way)
+        cost = tally.earlier_cost + tally.cost + self.reserved
+        if limits.max_requests is not None and requests > limits.max_requests:
             tally.stopped = f"--max-requests {limits.max_requests} reached"
             return False
-        if limits.max_cost is not None and tally.cost + self.reserved > limits.max_cost:
+        if limits.max_cost is not None and cost > limits.max_cost:
             tally.stopped = f"--max-cost {limits.max_cost} reached"
             return False
         return True
@@ -219,8 +221,8 @@ class _Asking:
         enough = max(_DEAD, 2 * self.limits.concurrency)
         if self.faults >= enough and now - self.faults_since >= _DEAD_AFTER:
             raise UserError(
-                f"openai:{self.model}: {shown_url(url)} has answered nothing at all, {self.faults} faults in a "
-                f"row (the last: {fault.reason}); check OPENAI_BASE_URL and run the same command again"
+                f"openai:{self.model}: {shown_url(url)} has answered nothing at all, {self.faults} faults in "
+                f"a row (the last: {fault.reason}); check OPENAI_BASE_URL and run the same command again"
             )
 
     async def sync(self) -> None:

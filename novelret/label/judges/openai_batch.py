@@ -271,8 +271,9 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     """Put what is neither answered nor under way into batches; how many questions that were."""
     price, longest = run.limits.price, longest_answer(run.parameters)
     open_now = run.ledger.open()
-    requests = run.tally.requests + sum(s.requests for s in open_now)
-    cost = run.tally.cost + sum(s.cost for s in open_now)
+    tally = run.tally
+    requests = tally.earlier_requests + tally.requests + sum(s.requests for s in open_now)
+    cost = tally.earlier_cost + tally.cost + sum(s.cost for s in open_now)
     sent = 0
     file = _File(run)
     for question in unanswered():
@@ -283,7 +284,7 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
             run.waiting_for.add(submission)
             continue
         if failure is not None:
-            run.tally.failed[question.key] = failure
+            tally.failed[question.key] = failure
             continue
         worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
         if not _may_send(run, requests + 1, cost + worst):
