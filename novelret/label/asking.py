@@ -142,7 +142,7 @@ def ask_and_write(
             with report.bar(f"asking {judge.name}", len(feed), status) as advance:
                 unanswered = partial(feed.unanswered, store, tally, advance, again)
                 judge.ask(unanswered, store, tally, advance, report.note)
-        counts, examples = _write(judge, index, split, feed, store, tally, out)
+        counts, examples, queries_judged = _write(judge, index, split, feed, store, tally, out)
     judged = sum(counts.values())
     if tally.failed and not judged and not may_be_empty:
         reason = next(iter(tally.failed.values()))
@@ -156,6 +156,8 @@ def ask_and_write(
         "sources": candidates.counts(),
         "known_by_source": known,
         "pairs": judged,
+        "queries": _queries(split, candidates),
+        "queries_judged": queries_judged,
         "already_known": sum(known.values()),
         "requests": tally.requests,
         "retries": tally.retries,
@@ -183,11 +185,16 @@ def spent_on(labels: Manifest | None) -> dict[str, Any]:
 
 def _write(
     judge: Judge, index: Index, split: Split, feed: Feed, store: Store, tally: Tally, out: Path
-) -> tuple[dict[str, int], list[str]]:
-    """Write what is answered and what failed; gives verdict counts and examples of unusable answers."""
+) -> tuple[dict[str, int], list[str], int]:
+    """Write what is answered and what failed.
+
+    Returns:
+        Verdict counts, examples of unusable answers, and how many queries have an answer.
+    """
     counts = dict.fromkeys(VERDICTS.values(), 0)
     examples: dict[str, None] = {}
     candidates, start = feed.candidates, 0
+    covered = np.zeros(len(split), dtype=bool)
     with (
         pq.ParquetWriter(out, SCHEMA) as writer,
         out.with_name("failures.jsonl").open("w", encoding="utf-8") as failures,
@@ -202,11 +209,19 @@ def _write(
                 if verdict == UNKNOWN and len(examples) < _EXAMPLES:
                     examples[answer.text] = None
             absolute = np.array(rows, dtype=np.int64) + start
+            covered[candidates.query_rows[absolute]] = True
             writer.write_table(judgement_rows(index, split, candidates, absolute, columns))
             if tally.failed:
                 _write_failures(failures, index, split, candidates, keys, start, tally)
             start += len(keys)
-    return counts, list(examples)
+    return counts, list(examples), int(covered.sum())
+
+
+def _queries(split: Split, candidates: Candidates) -> int:
+    """How many queries have candidates."""
+    asked_about = np.zeros(len(split), dtype=bool)
+    asked_about[candidates.query_rows] = True
+    return int(asked_about.sum())
 
 
 def _columns(read: Reader, price: Price | None, answers: list[Answer]) -> dict[str, list[Any]]:
@@ -260,7 +275,8 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
     if tally.stopped:
         with_more = f" with a higher {tally.stopped.split()[0]}" if tally.stopped.startswith("--") else ""
         report.warn(
-            f"stopped: {tally.stopped}; {without:,} pairs are not judged. Run again{with_more} to go on"
+            f"stopped: {tally.stopped}; {without:,} pairs are not judged, {facts['queries_judged']:,} of "
+            f"{facts['queries']:,} queries have some that are. Run again{with_more} to go on"
         )
     if tally.failed:
         reason = next(iter(tally.failed.values()))

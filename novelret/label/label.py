@@ -178,8 +178,8 @@ def _check_no_loss(config: LabelConfig, out: Path, earlier: Manifest | None, fac
     """Keep LABELS that hold more than what would replace them: the store has lost answers since."""
     if earlier is not None and facts["pairs"] < earlier.facts["pairs"]:
         raise UserError(
-            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {_store_path(config)} knows "
-            "any more; it is left as it is: give another --out, or --force to replace it"
+            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {_store_path(config)} "
+            "knows any more; it is left as it is: give another --out, or --force to replace it"
         )
 
 

@@ -16,6 +16,7 @@ from novelret.data.split import Split
 from novelret.index import Index
 from novelret.label.candidates import Candidates
 from novelret.label.cost import Price
+from novelret.label.order import asking_order
 from novelret.label.store import KEY_SIZE, Store
 from novelret.label.table import UNKNOWN
 
@@ -130,15 +131,16 @@ class Feed:
         with tempfile.TemporaryFile(dir=folder) as file:
             shape = (max(1, len(candidates)), KEY_SIZE)
             self._keys = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-        self._looked_at = 0
+        self._order = asking_order(candidates.query_rows)
+        self._looked_at = 0  # so many, in that order
 
     def __len__(self) -> int:
         return len(self.candidates)
 
     def chunks(self, first: int = 0) -> Iterator[list[Question]]:
-        """The questions in candidate order, from one on."""
+        """The questions in the order in which they are asked, from one on."""
         for start in range(first, len(self), CHUNK):
-            rows = slice(start, start + CHUNK)
+            rows = self._order[start : start + CHUNK]
             items = self._index.catalog.texts_at(self.candidates.item_rows[rows])
             queries = [self._split.query_texts[row] for row in self.candidates.query_rows[rows]]
             messages = map(self._render, queries, items)
@@ -194,9 +196,10 @@ class Feed:
 
     def _look_at(self, start: int, keys: list[bytes], stored: set[bytes]) -> None:
         end = start + len(keys)
-        self._keys[start:end] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_SIZE)
+        rows = self._order[start:end]
+        self._keys[rows] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_SIZE)
         self._looked_at = end
-        sources = self.candidates.source_numbers[start:end]
+        sources = self.candidates.source_numbers[rows]
         if len(stored) < len(keys):
             sources = sources[np.fromiter((key in stored for key in keys), dtype=bool, count=len(keys))]
         self.known += np.bincount(sources, minlength=len(self.known))

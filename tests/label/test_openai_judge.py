@@ -8,6 +8,7 @@ import random
 import signal
 import sqlite3
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -475,6 +476,44 @@ def test_labels_are_not_replaced_by_fewer(arguments, tmp_path, capsys, monkeypat
         code, _, err = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 50)
         assert (code, len(rows_of(tmp_path / "labels"))) == (2, 40)
         assert "holds 40 judged pairs" in err
+
+
+def test_wherever_a_cap_stops_queries_are_treated_alike(arguments, tmp_path, capsys, monkeypatch):
+    def pairs(folder):
+        return [(row["query_id"], row["item_id"]) for row in rows_of(folder)]
+
+    with LoopbackJudge() as server:
+        plan = ask(capsys, server, monkeypatch, arguments, "--plan", "--price", "1,2")[1]
+        more = ["--concurrency", 1, "--max-requests"]
+        asked = {}
+        for cap in (10, 30, 70, 120):
+            store = ["--store", tmp_path / f"{cap}.sqlite", "--out", tmp_path / str(cap)]
+            before = len(server.seen)
+            code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, cap, *store)
+            assert (code, facts["pairs"], facts["queries"]) == (0, cap, 20), err
+            assert facts["queries_judged"] == min(cap, 20)
+            if cap < 120:
+                assert f"{min(cap, 20)} of 20 queries have some that are" in err
+            counted = Counter(query for query, _ in pairs(tmp_path / str(cap)))
+            assert len(counted) == min(cap, 20)
+            assert set(counted.values()) <= {max(1, cap // 20), -(-cap // 20)}
+            asked[cap] = server.seen[before:]
+        # The same questions come in the same order, and in the file they stand as ever.
+        assert asked[10] == asked[30][:10]
+        assert asked[70] == asked[120][:70]
+        every = pairs(tmp_path / "120")
+        assert [query for query, _ in every] == sorted(query for query, _ in every)
+        for cap in (10, 30, 70):
+            some = pairs(tmp_path / str(cap))
+            assert some == [pair for pair in every if pair in set(some)]
+        # Neither the file's first queries nor each one's best ranks come first.
+        places = {pair: n for n, pair in enumerate(every)}
+        first = [places[pair] for pair in pairs(tmp_path / "10")]
+        assert max(first) >= 60
+        assert len({place % 6 for place in first}) >= 3
+        # What a plan says does not depend on the order.
+        assert plan["to_ask"] == 120
+        assert facts["cost"] is None or facts["cost"] <= plan["cost"]
 
 
 def test_a_plan_sends_nothing(arguments, tmp_path, capsys, monkeypatch):
