@@ -151,7 +151,7 @@ def _stopped_early(config: LabelConfig, out: Path) -> Manifest | None:
     """
     try:
         before = read_manifest(out, "labels")
-    except UserError:
+    except (UserError, OSError):  # nothing there, or nothing to go on from
         return None
     stopped = before.facts.get("stopped")
     if not stopped or _what(before.config) != _what(asdict(config)):
