@@ -194,4 +194,4 @@ def test_bad_input_is_one_line(labels, tmp_path, capsys):
     code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "nothing.tsv")
     assert (code, "no such file" in err) == (2, True)
     code, _, err = agree(capsys, "--labels", tmp_path, "--human", tmp_path / "people.tsv")
-    assert (code, "no novelret labels" in err) == (2, True)
+    assert (code, "expected LABELS of novelret" in err) == (2, True)
