@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from novelret.artifacts import read_json, write_json
 from novelret.data.split import Split
+from novelret.errors import UserError
 from novelret.index import Index
 from novelret.label.asking import ask_and_write
 from novelret.label.candidates import Candidates
@@ -31,6 +32,8 @@ from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
 from novelret.train.processes import Processes
+
+_SILENT = 3  # steps in a row without any answer, of a judge that has answered before
 
 
 class Judging:
@@ -79,6 +82,7 @@ class Judging:
         self.futures: dict[int, Future[LabelTable]] = {}
         self.fresh: list[LabelTable] = []
         self.spent: dict[str, Any] = {"requests": 0, "cost": 0.0}
+        self.silent = 0  # steps in a row of which no question got an answer
         self.thread = ThreadPoolExecutor(1) if processes.is_first else None
         if processes.is_first:
             self.folder.mkdir(exist_ok=True)
@@ -184,10 +188,22 @@ class Judging:
                 f"step {step}: no more questions are asked, --max-judgements or --max-cost is reached; "
                 "policy states without a label are left out from here on"
             )
-        elif facts["failed"] and not self.spent.get("failed"):
+        self._check_alive(facts, quiet, step)
+        if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):
             self.spent["failed"] = True
             self.report.warn(f"step {step}: {quiet.warnings[0]}")
         return read_table(path, self.split.query_ids, self.index.catalog)
+
+    def _check_alive(self, facts: dict[str, Any], said: Reporter, step: int) -> None:
+        """Stop where the judge has never answered, or no more: every step would wait for nothing."""
+        silent = bool(facts["failed"]) and not facts["pairs"]
+        self.silent = self.silent + 1 if silent else 0
+        if self.silent >= (_SILENT if self.spent["requests"] else 1):
+            reason = next(text for text in said.warnings if "got no answer" in text).split("; they are")[0]
+            raise UserError(
+                f"step {step}: {reason}; see to the judge and run the same "
+                "command again, it goes on from the last validation"
+            )
 
     def _empty(self) -> LabelTable:
         none = np.empty(0, dtype=np.int64)

@@ -24,6 +24,7 @@ from sentence_transformers import SentenceTransformer
 from novelret.cli import main
 from novelret.data.split import make_split
 from novelret.index import open_index, pooled_lists
+from novelret.label.judges import openai as openai_judge
 from novelret.label.table import make_table
 from novelret.progress import Reporter
 from novelret.train import checkpoint, loop
@@ -445,6 +446,23 @@ def test_judging_needs_policy_states_and_a_key(command, capsys, tmp_path, monkey
             monkeypatch.delenv("OPENAI_API_KEY")
         code, _, err = run(capsys, *command, *more, "--judge", "openai:tiny", "--out", tmp_path / "model")
         assert (code, message in err) == (2, True), err
+
+
+def test_a_judge_that_never_answers_stops_the_run_and_one_that_does_goes_on(
+    asking, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(openai_judge, "_ATTEMPTS", 2)
+    monkeypatch.setattr(openai_judge, "_FIRST_WAIT", 0.01)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    code, _, err = run(capsys, *asking, "--out", tmp_path / "model", "--quiet")
+    assert code == 2
+    assert "questions got no answer" in err
+    assert "goes on from the last validation" in err
+    assert (tmp_path / "model.partial" / "resume" / "state.json").is_file()
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        train(capsys, asking, tmp_path / "model")
+        assert server.billed
 
 
 # Kills
