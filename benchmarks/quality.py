@@ -270,6 +270,7 @@ def write(
             shown[name] = shown[name] or next(
                 (r["settings"]["learning_rate"] for r in found if r.get("settings")), None
             )
+        lacks = lacking(s)
         places = ["at_chosen", "at_equal_recall"] if s.along else ["at_chosen"]
         for place in places:
             title = {"at_chosen": "at the chosen checkpoint", "at_equal_recall": "at equal recall"}[place]
@@ -277,7 +278,7 @@ def write(
             broken = {name: len(mine[name]) - len(found) for name, found in whole.items()}
             whole = {name: found for name, found in whole.items() if found}
             text.append(f"### {s.name}, L = {s.length}, {title}\n")
-            text.append(f"The deployed list lacks {lacking(s):.2f} relevant items a test query.\n")
+            text.append(f"The deployed list lacks {lacks:.2f} relevant items a test query.\n")
             text.append(table(s, whole, shown, place, broken))
             if OURS in whole:
                 text += [f"Relevant novel items, {OURS} over the others, {title}:\n", ratios(s, whole, place)]
@@ -341,16 +342,15 @@ def table(
 
 def lacking(s: Setting) -> float:
     """Relevant items a test query that the deployed top L lacks: what nothing can exceed."""
-    queries = set(_column(Path(s.data) / "qrels" / "test.tsv", 0))
-    judgements = Path(s.data) / "judgements.tsv"
-    grades = zip(_column(judgements, 0), _column(judgements, -1), strict=True)
-    relevant = sum(query in queries and float(grade) > 0 for query, grade in grades)
+    queries = {row[0] for row in _rows(Path(s.data) / "qrels" / "test.tsv")}
+    judged = _rows(Path(s.data) / "judgements.tsv")
+    relevant = sum(row[0] in queries and float(row[-1]) > 0 for row in judged)
     return relevant / len(queries) - float(s.base["means"]["MergedDensity"])
 
 
-def _column(path: Path, place: int) -> list[str]:
+def _rows(path: Path) -> list[list[str]]:
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    return [line.split("\t")[place] for line in lines]
+    return [line.split("\t") for line in lines]
 
 
 def spread(values: list[float]) -> str:

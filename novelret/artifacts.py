@@ -139,6 +139,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, asdict(manifest))
 
 
+@contextlib.contextmanager
+def writable(out: Path) -> Iterator[None]:
+    """Turn what the file system says against an output into one line.
+
+    Raises:
+        UserError: the block met an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+
+
 def check_output(out: Path, *, force: bool) -> None:
     """Refuse an output that exists, before any work is done.
 
@@ -146,11 +159,9 @@ def check_output(out: Path, *, force: bool) -> None:
         UserError: `out` exists and `force` is off, `out` is something novelret did not make, or it cannot
             be looked at.
     """
-    try:
+    with writable(out):
         if not out.exists():
             return
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     if not force:
         raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
     empty = out.is_dir() and not any(out.iterdir())
@@ -182,18 +193,19 @@ def open_output(
     """
     check_output(out, force=force)
     partial = out.with_name(out.name + ".partial")
-    try:
-        state = _state_of(partial)
-        if partial.exists() and state.get("identity") != identity:
-            if settings is not None and not force and isinstance(state.get("settings"), dict):
-                raise UserError(_differences(partial, state["settings"], settings))
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / STATE, {"identity": identity, "settings": settings})
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{out}: cannot be made, a file stands in its way; choose another --out") from None
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    with writable(out):
+        try:
+            state = _state_of(partial)
+            if partial.exists() and state.get("identity") != identity:
+                if settings is not None and not force and isinstance(state.get("settings"), dict):
+                    raise UserError(_differences(partial, state["settings"], settings))
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            write_json(partial / STATE, {"identity": identity, "settings": settings})
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(
+                f"{out}: cannot be made, a file stands in its way; choose another --out"
+            ) from None
     yield partial
     if not (partial / MANIFEST).is_file():
         raise RuntimeError(f"{partial} has no manifest")

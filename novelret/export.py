@@ -26,6 +26,7 @@ from novelret.artifacts import (
     fingerprint_of,
     open_output,
     read_manifest,
+    writable,
     write_json,
     write_manifest,
 )
@@ -94,13 +95,11 @@ def export_model(
 
 def _check_file(out: Path, *, force: bool) -> None:
     """Refuse what cannot become the one file of npz, before the model is loaded."""
-    try:
+    with writable(out):
         if out.suffix != ".npz" or out.is_dir():
             raise UserError(f"{out}: --format npz makes one file; name it like adapter.npz")
         if out.exists() and not force:
             raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 
 
 def _write_folder(encoder: SentenceTransformer, model: Path, folder: Path) -> float:
@@ -230,13 +229,11 @@ def _write_matrix(encoder: SentenceTransformer, model: Path, out: Path, report: 
     if normalized:
         found = nn.functional.normalize(found, dim=1)
     temporary = out.with_name(out.name + ".tmp")
-    try:
+    with writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.savez(file, matrix=matrix.numpy(), normalize=np.array(normalized))
         temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     return _difference(found.numpy(), expected)
 
 

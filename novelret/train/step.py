@@ -201,12 +201,11 @@ def _state_losses(
 ) -> Tensor:
     queries, chosen = batch.queries[states], batch.items[states]
     reward = torch.from_numpy(batch.rewards[states]).to(embeddings.device)
-    if config.loss == "inclusion":
-        passes = batch.passes[states]
-        return _inclusion_losses(embeddings, queries, passes, chosen, reward, material, config, items)
-    first, last = negative_ranks(config)
-    # States of one query share its negatives: gathered and scored once.
+    # States of one query share its list and its negatives: searched, gathered and scored once.
     _, leader, group = np.unique(batch.passes[states], return_index=True, return_inverse=True)
+    if config.loss == "inclusion":
+        return _inclusion_losses(embeddings, queries, leader, group, chosen, reward, material, config, items)
+    first, last = negative_ranks(config)
     negatives = material.base_rows[queries[leader], first:last]
     negative_vectors = items.rows(torch.from_numpy(np.maximum(negatives, 0)), embeddings)
     of_leader = embeddings[torch.from_numpy(leader)]
@@ -227,7 +226,8 @@ def _state_losses(
 def _inclusion_losses(
     embeddings: Tensor,
     queries: np.ndarray,
-    passes: np.ndarray,
+    leader: np.ndarray,
+    group: np.ndarray,
     chosen: np.ndarray,
     reward: Tensor,
     material: Material,
@@ -236,8 +236,6 @@ def _inclusion_losses(
 ) -> Tensor:
     """Against the current policy's K-th item other than z, whose score moves too: the list's boundary."""
     k = config.base_depth
-    # States of one query share its list: one search each.
-    _, leader, group = np.unique(passes, return_index=True, return_inverse=True)
     excluded = torch.from_numpy(material.split.excluded[queries[leader]]).to(embeddings.device)
     best = items.top_k(embeddings[torch.from_numpy(leader)], k + 1, excluded)[torch.from_numpy(group)]
     own = torch.from_numpy(chosen).to(best.device)
