@@ -186,6 +186,9 @@ def test_shown_feedback_is_what_the_deployed_list_holds(load, world, encoder, in
     shown.write(data, tmp_path / "out", shown.shown_feedback(data, index_folder, 3))
     rows = (tmp_path / "out/qrels/train.tsv").read_text().splitlines()[1:]
     assert {tuple(row.split()[:2]) for row in rows} == expected
+    unclicked = (tmp_path / "out/unclicked/train.tsv").read_text().splitlines()
+    assert unclicked == ["query-id", *sorted({q for q, _ in whole} - {q for q, _ in expected})]
+    assert len(unclicked) > 1
     for name in ("corpus.jsonl", "judgements.tsv", "qrels/test.tsv"):
         assert (tmp_path / "out" / name).read_bytes() == (data / name).read_bytes()
     assert (tmp_path / "out/deployed_model/modules.json").is_file()

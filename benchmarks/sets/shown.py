@@ -2,8 +2,9 @@
 
     python benchmarks/sets/shown.py SET OUT [--index INDEX] [--length 50]
 
-Novel items have no clicks. Train feedback on items outside the deployed top L is dropped; items, judgements,
-test feedback and the deployed model are SET's own, as links. INDEX is an index of SET, if there is one.
+Novel items have no clicks. Train feedback on items outside the deployed top L is dropped; train queries that
+have none left stay, as unclicked ones. Items, judgements, test feedback and the deployed model are SET's own,
+as links. INDEX is an index of SET, if there is one.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def main() -> None:
 
 
 def shown_feedback(data: Path, index_folder: Path, length: int) -> dict[str, list[str]]:
-    """Item ids of the train feedback within the deployed top L, by query id; queries with none drop out."""
+    """Item ids of the train feedback within the deployed top L, by id of each train query."""
     index = open_index(index_folder)
     split = load_split(str(data), "train", index.catalog, ignore_identical_ids=True)
     lists, _ = base_lists(index, split, length)
-    shown: dict[str, list[str]] = {}
+    shown: dict[str, list[str]] = {query_id: [] for query_id in split.query_ids}
     for query, item in zip(split.feedback_queries, split.feedback_items, strict=True):
         if item in lists[query]:
-            shown.setdefault(split.query_ids[query], []).append(index.catalog.ids_at([item])[0])
+            shown[split.query_ids[query]].append(index.catalog.ids_at([item])[0])
     return shown
 
 
@@ -54,7 +55,11 @@ def write(data: Path, out: Path, shown: dict[str, list[str]]) -> None:
     for name in SHARED:
         (out / name).symlink_to((data / name).resolve())
     layout.write_qrels(out / "qrels" / "train.tsv", sorted(shown), shown)
-    print(f"{len(shown):,} train queries, {sum(map(len, shown.values())):,} feedback pairs")
+    unclicked = sorted(query_id for query_id, items in shown.items() if not items)
+    (out / "unclicked").mkdir()
+    (out / "unclicked" / "train.tsv").write_text("".join(f"{line}\n" for line in ["query-id", *unclicked]))
+    pairs = sum(map(len, shown.values()))
+    print(f"{len(shown):,} train queries ({len(unclicked):,} unclicked), {pairs:,} feedback pairs")
 
 
 if __name__ == "__main__":

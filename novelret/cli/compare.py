@@ -88,7 +88,9 @@ def compare(
             return
         for query in compared:
             title = f"{query['text']} ({query['id']})"
-            figures = f"{gained} {query['gain']}, Recall@{base_depth} {query['recall_change']:+.2f}"
+            change = query["recall_change"]
+            recall = "no feedback" if change is None else f"Recall@{base_depth} {change:+.2f}"
+            figures = f"{gained} {query['gain']}, {recall}"
             console.print(f"[bold]{escape(title)}[/]  {figures}", highlight=False, soft_wrap=True)
             console.print(lists_table(query["results"], base_depth))
         console.print(

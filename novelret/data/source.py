@@ -92,6 +92,23 @@ def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]
         yield from read_qrels_file(path)
 
 
+def read_unclicked(data: str, split: str) -> Iterator[tuple[str, str]]:
+    """Rows (where, query id) of unclicked/SPLIT.tsv: queries of the split that have no feedback.
+
+    Without such a file there are none.
+
+    Raises:
+        UserError: a line has more than one column.
+    """
+    path = find_file(Path(data) / "unclicked", split, (".tsv",)) if is_folder(data) else None
+    for number, line in [] if path is None else read_lines(path):
+        query_id = line.rstrip("\r\n")
+        if "\t" in query_id:
+            raise UserError(f"{path}:{number}: several columns; each line names one query, without an item")
+        if (number, query_id) != (1, "query-id"):
+            yield f"{path}:{number}", query_id
+
+
 def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 

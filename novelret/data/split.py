@@ -1,4 +1,4 @@
-"""A split: the queries that have feedback, and that feedback as rows of the catalog."""
+"""A split: its queries, and the feedback of those that have any as rows of the catalog."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from novelret.artifacts import fingerprint_array, fingerprint_of, fingerprint_strings
 from novelret.data.catalog import Catalog, read_id
-from novelret.data.source import qrels_name, read_excluded, read_part, read_qrels
+from novelret.data.source import qrels_name, read_excluded, read_part, read_qrels, read_unclicked
 from novelret.errors import UserError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Queries with their positive feedback.
+    """Queries with their positive feedback; some may have none (see `read_unclicked`).
 
     Attributes:
         name: the split's name ("train", "test", …).
@@ -38,6 +38,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.query_ids)
+
+    @property
+    def clicked(self) -> int:
+        """How many queries have feedback."""
+        return len(np.unique(self.feedback_queries))
 
     def subset(self, rows: np.ndarray) -> Split:
         """The split restricted to some of its queries, given by ascending row."""
@@ -79,7 +84,7 @@ def make_split(
 
 
 def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids: bool = True) -> Split:
-    """Read a split's qrels and the queries they name.
+    """Read a split's qrels, the queries they name, and those that unclicked/SPLIT.tsv adds.
 
     Args:
         data: a BEIR folder or a Hugging Face data set.
@@ -89,8 +94,8 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
             feedback, as BEIR does.
 
     Raises:
-        UserError: a qrels line names an unknown query or item, a query has no text, an id occurs
-            twice, or no pair with a positive score is left.
+        UserError: a line names an unknown query or item, a query has no text, an id occurs twice,
+            or no pair with a positive score is left.
     """
     named = _read_pairs(data, split, ignore_identical_ids=ignore_identical_ids)
     if not named.queries:
@@ -98,9 +103,11 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
         raise UserError(
             f"{qrels_name(data, split)}: split {split!r} has no pairs; these need a score above 0{other}"
         )
-    texts = load_queries(data, named.queries)
+    unclicked = {query_id: where for where, query_id in read_unclicked(data, split)}
+    texts = load_queries(data, named.queries | unclicked)
     row_of = {query_id: row for row, query_id in enumerate(texts)}
-    for query_id, where in zip(named.queries, named.query_at, strict=True):
+    where_named = unclicked | dict(zip(named.queries, named.query_at, strict=True))
+    for query_id, where in where_named.items():
         if query_id not in row_of:
             raise UserError(f"{where}: query id {query_id!r} is not in the queries file")
     item_ids = list(named.items)

@@ -25,8 +25,8 @@ class Group:
         model: the model's name.
         queries: how many there are.
         gain: mean RelevantNovel at the deepest cut, or Novelty without a judge.
-        recall_change: mean difference of Recall at the deepest cut to the base's.
-        lost: share of queries whose recall is lower than the base's.
+        recall_change: mean difference of Recall at the deepest cut to the base's, over queries with feedback.
+        lost: share of those queries whose recall is lower than the base's.
     """
 
     label: str
@@ -62,8 +62,9 @@ def spread(evaluation: Evaluation, model: str) -> list[tuple[str, float]]:
 
 
 def recall_spread(evaluation: Evaluation, model: str) -> tuple[float, float, float]:
-    """Shares of queries whose recall at the deepest cut is below, equal to and above the base's."""
+    """Shares of queries with feedback whose deepest recall is below, equal to and above the base's."""
     change = _recall_change(evaluation, model)
+    change = change[~np.isnan(change)]
     return float((change < 0).mean()), float((change == 0).mean()), float((change > 0).mean())
 
 
@@ -115,12 +116,13 @@ def _recall_change(evaluation: Evaluation, model: str) -> np.ndarray:
 
 def _group(evaluation: Evaluation, label: str, model: str, kept: np.ndarray) -> Group:
     change = _recall_change(evaluation, model)[kept]
-    if len(change) == 0:
-        return Group(label, model, 0, 0.0, 0.0, 0.0)
+    change = change[~np.isnan(change)]
     gain = evaluation.per_query[model][gain_metric(evaluation)][kept]
-    return Group(
-        label, model, int(kept.sum()), float(gain.mean()), float(change.mean()), float((change < 0).mean())
-    )
+    return Group(label, model, int(kept.sum()), _mean(gain), _mean(change), _mean(change < 0))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _edges(values: np.ndarray) -> list[tuple[int, int]]:

@@ -90,8 +90,9 @@ def compare_query(
 def compare_split(config: CompareConfig, report: Reporter | None = None) -> list[dict[str, Any]]:
     """Queries of a split: id, text, gain, recall_change, and hits by name as in `compare_query`.
 
-    Hits also say whether they are `relevant` (None where unknown) and `feedback`, and their `rank`. Below the
-    shown places, a model's list goes on with its first novel items.
+    A query without feedback has no recall_change (None). Hits also say whether they are `relevant` (None
+    where unknown) and `feedback`, and their `rank`. Below the shown places, a model's list goes on with its
+    first novel items.
 
     Raises:
         UserError: bad settings, data, index, model or judgements, or an unknown query.
@@ -149,7 +150,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
                 "id": split.query_ids[q],
                 "text": split.query_texts[q],
                 "gain": int(gain[q]),
-                "recall_change": float(change[q]),
+                "recall_change": None if np.isnan(change[q]) else float(change[q]),
                 "results": results,
             }
         )
@@ -176,7 +177,7 @@ def _rows_of(split: Split, query_ids: tuple[str, ...]) -> np.ndarray:
     row_of = {query_id: row for row, query_id in enumerate(split.query_ids)}
     for query_id in query_ids:
         if query_id not in row_of:
-            raise UserError(f"--query-id {query_id}: is no query of split {split.name} with feedback")
+            raise UserError(f"--query-id {query_id}: is no query of split {split.name}")
     return np.unique([row_of[query_id] for query_id in query_ids])
 
 

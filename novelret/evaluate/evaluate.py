@@ -233,6 +233,7 @@ def result_of(evaluation: Evaluation) -> dict[str, Any]:
         "k": list(config.k),
         "base_depth": config.base_depth,
         "queries": len(evaluation.split),
+        "queries_with_feedback": evaluation.split.clicked,
         "models": evaluation.means,
         "human": {
             model: {metric: asdict(figure) for metric, figure in of.items()}

@@ -75,12 +75,15 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
     config = evaluation.config
     judge = escape(evaluation.judge) if evaluation.judge else "none (relevance is not measured)"
     shown = _shown_model(evaluation)
+    split = evaluation.split
+    some = f" ({split.clicked:,} with feedback, over which recall is measured)"
+    unclicked = some if split.clicked < len(split) else ""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>novelret report</title>",
         # Without an icon of its own, a page makes the browser ask a server for one.
         f"<link rel='icon' href='data:,'><style>{_STYLE}</style><h1>What the new retriever brings</h1>",
-        f"<p class='soft'>{len(evaluation.split):,} queries of split {escape(config.split)}, "
+        f"<p class='soft'>{len(evaluation.split):,} queries of split {escape(config.split)}{unclicked}, "
         f"{len(evaluation.index):,} items; an item is novel when the deployed top {config.base_depth} "
         f"does not hold it; judge: {judge}</p>",
         _decision(evaluation),

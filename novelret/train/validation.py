@@ -44,7 +44,8 @@ class Point:
         step: optimizer steps taken.
         novelty: mean number of items in the top L that the deployed top L does not hold (Definition 1).
         relevant_novel: mean number of those that are judged relevant.
-        recall: mean per-query share of what is known to be relevant (`known_pairs`) in the top L.
+        recall: mean per-query share of what is known to be relevant (`known_pairs`) in the top L, over the
+            queries of which something is known.
         judged_novel: share of the novel items that are judged at all.
         base_recall: the deployed model's recall on the same queries.
         recall_error: standard error of the mean difference between the two recalls.
@@ -70,7 +71,7 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
     """Rows of training and validation queries, each ascending.
 
     Raises:
-        UserError: one of the two would be empty.
+        UserError: one of the two would be empty or without feedback.
     """
     count = min(round(fraction * len(split)), MOST_QUERIES)
     if fraction == 0:
@@ -81,7 +82,14 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
             "give more queries or another fraction"
         )
     order = np.random.default_rng((seed % (1 << 32), 0x5EED)).permutation(len(split))
-    return np.sort(order[count:]), np.sort(order[:count])
+    training, validation = np.sort(order[count:]), np.sort(order[:count])
+    for rows, what in ((training, "training"), (validation, "held-back")):
+        if not np.isin(split.feedback_queries, rows).any():
+            raise UserError(
+                f"--validation-fraction {fraction}: none of the {len(rows)} {what} queries has feedback "
+                f"({split.clicked} of the split's {len(split)} have); give more feedback or another fraction"
+            )
+    return training, validation
 
 
 def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +110,7 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, device
 
     Returns:
         (V, 5) float64 per query: novel items, relevant novel ones, judged novel ones, recall and the
-        deployed model's recall.
+        deployed model's recall, these two NaN where nothing is known to be relevant.
     """
     split = validation.split
     if len(split) == 0:
@@ -122,10 +130,10 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, device
 
 
 def make_point(step: int, figures: np.ndarray, share: float = 1.0) -> Point:
-    """The means of `measure`'s figures over all validation queries."""
-    novelty, relevant_novel, judged, mean_recall, base_recall = figures.mean(axis=0).tolist()
-    differences = figures[:, 3] - figures[:, 4]
-    error = float(differences.std(ddof=1) / len(figures) ** 0.5) if len(figures) > 1 else 0.0
+    """The means of `measure`'s figures over the validation queries that have them."""
+    novelty, relevant_novel, judged, mean_recall, base_recall = np.nanmean(figures, axis=0).tolist()
+    differences = (figures[:, 3] - figures[:, 4])[~np.isnan(figures[:, 3])]
+    error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else 0.0
     judged_share = judged / novelty if novelty else 0.0
     return Point(step, novelty, relevant_novel, mean_recall, judged_share, base_recall, error, share)
 

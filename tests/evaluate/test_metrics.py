@@ -39,6 +39,18 @@ def test_judged_metrics_by_hand():
     assert metrics.catalog_coverage(ROWS, 2, 10) == 4 / 10
 
 
+def test_a_query_without_feedback_has_no_recall():
+    feedback = np.array([1, 1]), np.array([4, 6])
+    for metric, expected in (
+        (metrics.recall, 1 / 2),
+        (metrics.reciprocal_rank, 1 / 2),
+        (metrics.ndcg, (1 / np.log2(3)) / (1 + 1 / np.log2(3))),
+    ):
+        found = metric(ROWS, *feedback, 4)
+        assert np.isnan(found[0])
+        assert found[1] == pytest.approx(expected)
+
+
 def test_membership_against_python_sets():
     rng = np.random.default_rng(0)
     rows, lists = rng.integers(-1, 30, (200, 12)), rng.integers(-1, 30, (200, 9))

@@ -8,7 +8,10 @@ from novelret.evaluate.metrics.membership import feedback_hits
 
 
 def ndcg(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:
-    """Σ_i hit_i / log₂(i + 1) over the same of an ideal list, per query (Järvelin and Kekäläinen, 2002)."""
+    """Σ_i hit_i / log₂(i + 1) over the same of an ideal list, per query (Järvelin and Kekäläinen, 2002).
+
+    NaN for a query without feedback.
+    """
     top = rows[:, :k]
     discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
     # Hits are few: adding up where they are needs no (Q, k) array of floats.
@@ -16,4 +19,5 @@ def ndcg(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndar
     gain = np.bincount(queries, discount[places], minlength=len(rows))
     ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
     count = np.minimum(np.bincount(feedback_queries, minlength=len(rows)), k)
-    return gain / ideal[count]
+    with np.errstate(invalid="ignore"):
+        return gain / ideal[count]

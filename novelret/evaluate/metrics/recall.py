@@ -8,6 +8,7 @@ from novelret.evaluate.metrics.membership import feedback_hits
 
 
 def recall(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:
-    """Share of a query's feedback that is in its top k, per query (trec_eval's recall)."""
+    """Share of a query's feedback in its top k, per query (trec_eval's recall); NaN without feedback."""
     hits = feedback_hits(rows[:, :k], feedback_queries, feedback_items).sum(axis=1)
-    return hits / np.bincount(feedback_queries, minlength=len(rows))
+    with np.errstate(invalid="ignore"):
+        return hits / np.bincount(feedback_queries, minlength=len(rows))
