@@ -90,6 +90,10 @@ def evaluate(
     max_recall_drop: Annotated[
         float, typer.Option(help="Relative recall that the selected model may lose.")
     ] = 0.01,
+    recall_of: Annotated[
+        str,
+        typer.Option(help="What that recall counts: feedback, or known (feedback and what is judged so)."),
+    ] = "feedback",
     weights: Annotated[
         Path | None,
         typer.Option(help="Query id and frequency, tab-separated. (default: `weight` in the queries file)"),
@@ -127,6 +131,7 @@ def evaluate(
         human=str(human) if human else None,
         human_sample=human_sample,
         max_recall_drop=max_recall_drop,
+        recall_of=recall_of,
         weights=str(weights) if weights else None,
         merge_budget=merge_budget,
         device=device,

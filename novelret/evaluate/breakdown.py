@@ -25,7 +25,7 @@ class Group:
         model: the model's name.
         queries: how many there are.
         gain: mean RelevantNovel at the deepest cut, or Novelty without a judge.
-        recall_change: mean difference of Recall at the deepest cut to the base's, over queries with feedback.
+        recall_change: mean difference of recall to the base's, over the queries that have one.
         lost: share of those queries whose recall is lower than the base's.
     """
 
@@ -109,7 +109,7 @@ def _others(evaluation: Evaluation) -> list[str]:
 
 
 def _recall_change(evaluation: Evaluation, model: str) -> np.ndarray:
-    recall = f"Recall@{max(evaluation.config.k)}"
+    recall = evaluation.config.recall_metric
     change: np.ndarray = evaluation.per_query[model][recall] - evaluation.per_query["base"][recall]
     return change
 

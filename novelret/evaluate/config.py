@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from novelret.errors import UserError
+from novelret.evaluate.metrics import RECALLS
 from novelret.label.judge import split_judge
 
 BASE = "base"
@@ -35,6 +36,8 @@ class EvalConfig:
         human: a few (query, item) pairs labelled by people, drawn at random from the lists.
         human_sample: how many pairs to draw for people to label.
         max_recall_drop: how much of the base's recall the selected model may lose, relative.
+        recall_of: what that recall counts: "feedback", or what is "known" to be relevant: feedback and what
+            the judge calls relevant in any of the lists.
         weights: tab-separated query id and frequency; by default the queries' own `weight` field, if any.
         merge_budget: novel items that the merged list takes per query at most; by default the whole top k.
         device: "auto", "cpu" or a CUDA device.
@@ -58,6 +61,7 @@ class EvalConfig:
     human: str | None = None
     human_sample: int | None = None
     max_recall_drop: float = 0.01
+    recall_of: str = "feedback"
     weights: str | None = None
     merge_budget: int | None = None
     device: str = "auto"
@@ -68,6 +72,11 @@ class EvalConfig:
         """All INDEX folders; the first is the base."""
         return (self.index,) if isinstance(self.index, str) else tuple(self.index)
 
+    @property
+    def recall_metric(self) -> str:
+        """The recall that the budget is about, at the deepest cut."""
+        return f"{'KnownRecall' if self.recall_of == 'known' else 'Recall'}@{max(self.k)}"
+
 
 def check_config(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str], dict[str, str]]:
     """Names and paths of models and runs.
@@ -75,24 +84,8 @@ def check_config(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str],
     Raises:
         UserError: one line naming the option.
     """
-    if not config.k or min(config.k) < 1:
-        raise UserError(f"--k {','.join(map(str, config.k))}: expected cuts of at least 1, like 10,20,50")
-    if max(config.k) > catalog_size:
-        raise UserError(f"--k {max(config.k)}: the catalog holds {catalog_size} items; lower it")
-    if not 1 <= config.base_depth <= catalog_size:
-        raise UserError(
-            f"--base-depth {config.base_depth}: must be from 1 to the catalog's {catalog_size} items"
-        )
-    if not 0 <= config.max_recall_drop <= 1:
-        raise UserError(f"--max-recall-drop {config.max_recall_drop}: expected a share from 0 to 1")
-    if config.human_sample is not None and config.human_sample < 1:
-        raise UserError(f"--human-sample {config.human_sample}: must be at least 1")
-    if config.merge_budget is not None and config.merge_budget < 1:
-        raise UserError(f"--merge-budget {config.merge_budget}: must be at least 1")
-    if config.judge is not None:
-        split_judge(config.judge)
-    if config.human is not None and config.judge is None:
-        raise UserError("--human: corrects a judge's figures; give the judge too, with --judge")
+    _check_numbers(config, catalog_size)
+    _check_judge(config)
     models = _expanded(_named("--model", config.models))
     runs = _named("--run", config.runs)
     files = [("--run", path) for path in runs.values()] + [
@@ -108,6 +101,34 @@ def check_config(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str],
             f"the name {min(twice)!r} is used twice ({BASE!r} is the deployed model); choose another"
         )
     return models, runs
+
+
+def _check_numbers(config: EvalConfig, catalog_size: int) -> None:
+    if not config.k or min(config.k) < 1:
+        raise UserError(f"--k {','.join(map(str, config.k))}: expected cuts of at least 1, like 10,20,50")
+    if max(config.k) > catalog_size:
+        raise UserError(f"--k {max(config.k)}: the catalog holds {catalog_size} items; lower it")
+    if not 1 <= config.base_depth <= catalog_size:
+        raise UserError(
+            f"--base-depth {config.base_depth}: must be from 1 to the catalog's {catalog_size} items"
+        )
+    if not 0 <= config.max_recall_drop <= 1:
+        raise UserError(f"--max-recall-drop {config.max_recall_drop}: expected a share from 0 to 1")
+    if config.human_sample is not None and config.human_sample < 1:
+        raise UserError(f"--human-sample {config.human_sample}: must be at least 1")
+    if config.merge_budget is not None and config.merge_budget < 1:
+        raise UserError(f"--merge-budget {config.merge_budget}: must be at least 1")
+
+
+def _check_judge(config: EvalConfig) -> None:
+    if config.judge is not None:
+        split_judge(config.judge)
+    if config.human is not None and config.judge is None:
+        raise UserError("--human: corrects a judge's figures; give the judge too, with --judge")
+    if config.recall_of not in RECALLS:
+        raise UserError(f"--recall-of {config.recall_of}: unknown; choose from {', '.join(RECALLS)}")
+    if config.recall_of == "known" and config.judge is None:
+        raise UserError("--recall-of known counts what a judge calls relevant: it needs --judge")
 
 
 def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:

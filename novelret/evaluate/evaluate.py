@@ -48,6 +48,7 @@ from novelret.evaluate.frontier import Frontier, make_frontier
 from novelret.evaluate.gather import Gathered, candidates_of, gather, label_config
 from novelret.evaluate.human import Corrected
 from novelret.evaluate.human_sample import write_sample
+from novelret.evaluate.metrics import LOGGED_RECALL
 from novelret.evaluate.significance import (
     PairTest,
     compare_pairs,
@@ -133,7 +134,10 @@ def evaluate_models(
         base, lists = with_verdicts(gathered.found, table, max(config.k))
         pool = gathered.pool
         deployed = Lists(pool, None, table.lookup(np.arange(len(pool))[:, None], pool))
-        per_query = {name: per_query_figures(name, of, deployed, split, config) for name, of in lists.items()}
+        known = table.relevant_and(split.feedback_queries, split.feedback_items)
+        per_query = {
+            name: per_query_figures(name, of, deployed, split, known, config) for name, of in lists.items()
+        }
         means = {name: mean_figures(name, per_query[name], lists[name], config, len(index)) for name in lists}
         _warn_of_weak_figures(config, means, report)
         weights = gathered.weights
@@ -154,7 +158,7 @@ def evaluate_models(
             inputs=gathered.inputs,
             out=out,
             models=gathered.models,
-            frontier=make_frontier(means, BASE, max(config.k), config.max_recall_drop),
+            frontier=make_frontier(means, BASE, max(config.k), config.max_recall_drop, config.recall_metric),
             human=human_corrections(lists, deployed, gathered.people, config, report),
             buckets=[] if weights is None else merged_by_bucket(weights, per_query),
             warnings=report.warnings[said:],
@@ -197,6 +201,13 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
             f"{config.base_depth} count as novel there, so that base scores Novelty@{k} "
             f"{means[BASE][f'Novelty@{k}']:.2f} against itself. Read Novelty@{k} as a difference from base, "
             f"or set --base-depth {k}"
+        )
+    base_recall = means[BASE][f"Recall@{max(config.k)}"]
+    if base_recall >= LOGGED_RECALL and config.recall_of == "feedback" and len(means) > 1:
+        report.warn(
+            f"the deployed top {max(config.k)} holds {base_recall:.1%} of the held-out feedback, as it does "
+            "where feedback is a log of what it showed: every other list then seems to lose recall. Count "
+            "what is judged relevant too (--recall-of known, with --judge)"
         )
     if config.judge is not None:
         for name, of in means.items():

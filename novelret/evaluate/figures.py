@@ -50,9 +50,14 @@ def with_verdicts(
 
 
 def per_query_figures(
-    name: str, lists: Lists, deployed: Lists, split: Split, config: EvalConfig
+    name: str,
+    lists: Lists,
+    deployed: Lists,
+    split: Split,
+    known: tuple[np.ndarray, np.ndarray],
+    config: EvalConfig,
 ) -> dict[str, np.ndarray]:
-    """Every metric's figure per query."""
+    """Every metric's figure per query; `known` are the (query row, item row) pairs known to be relevant."""
     top = deployed.rows
     feedback = (split.feedback_queries, split.feedback_items)
     figures: dict[str, np.ndarray] = {}
@@ -62,6 +67,7 @@ def per_query_figures(
         figures[f"nDCG@{k}"] = metrics.ndcg(lists.rows, *feedback, k)
         figures[f"MRR@{k}"] = metrics.reciprocal_rank(lists.rows, *feedback, k)
         if config.judge is not None:
+            figures[f"KnownRecall@{k}"] = metrics.recall(lists.rows, *known, k)
             figures[f"RelevantNovel@{k}"] = metrics.relevant_novelty(lists.rows, top, lists.verdicts, k)
             figures[f"Precision@{k}"] = metrics.precision(lists.verdicts, k)
             figures[f"Judged@{k}"] = metrics.judged(lists.rows, lists.verdicts, k)
@@ -126,7 +132,7 @@ def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, di
 def main_metrics(config: EvalConfig) -> list[str]:
     """The metrics on which models are compared with each other."""
     deepest = max(config.k)
-    names = [f"Novelty@{deepest}", f"Recall@{deepest}"]
+    names = list(dict.fromkeys([f"Novelty@{deepest}", f"Recall@{deepest}", config.recall_metric]))
     if config.judge is not None:
         names += [f"RelevantNovel@{deepest}", f"Precision@{min(config.k)}", "MergedDensity"]
     return names

@@ -11,7 +11,7 @@ class FrontierPoint:
 
     Attributes:
         model: its name.
-        recall: Recall at the deepest cut.
+        recall: the recall that the budget is about.
         recall_change: relative to the base, −0.02 for a loss of two percent.
         novelty: Novelty at the deepest cut, a mean count.
         relevant_novel: RelevantNovel at the deepest cut; None without a judge.
@@ -34,18 +34,22 @@ class Frontier:
 
     Attributes:
         k: the cut of all figures, the deepest one.
+        recall_metric: "Recall@k", or "KnownRecall@k".
         max_recall_drop: the budget: how much of the base's recall may be lost, relative.
         points: the base first, as the origin.
         selected: the model that brings most within the budget; None where none brings more than the base.
     """
 
     k: int
+    recall_metric: str
     max_recall_drop: float
     points: list[FrontierPoint]
     selected: str | None
 
 
-def make_frontier(means: dict[str, dict[str, float]], base: str, k: int, max_recall_drop: float) -> Frontier:
+def make_frontier(
+    means: dict[str, dict[str, float]], base: str, k: int, max_recall_drop: float, recall_metric: str
+) -> Frontier:
     """Mark the Pareto set among models and choose within the recall budget.
 
     Most relevant novel items win (most novel ones without a judge); ties go to novelty, then to recall.
@@ -55,8 +59,9 @@ def make_frontier(means: dict[str, dict[str, float]], base: str, k: int, max_rec
         base: the base's name.
         k: the cut.
         max_recall_drop: relative loss of recall that is acceptable.
+        recall_metric: which recall at that cut.
     """
-    recall = {model: of[f"Recall@{k}"] for model, of in means.items()}
+    recall = {model: of[recall_metric] for model, of in means.items()}
     novelty = {model: of[f"Novelty@{k}"] for model, of in means.items()}
     relevant = {model: of.get(f"RelevantNovel@{k}") for model, of in means.items()}
     judged = {model: value for model, value in relevant.items() if value is not None}
@@ -79,7 +84,7 @@ def make_frontier(means: dict[str, dict[str, float]], base: str, k: int, max_rec
         model for model in gain if model != base and recall[model] >= floor and gain[model] > gain[base]
     ]
     selected = max(inside, key=lambda model: (gain[model], novelty[model], recall[model]), default=None)
-    return Frontier(k, max_recall_drop, points, selected)
+    return Frontier(k, recall_metric, max_recall_drop, points, selected)
 
 
 def _pareto(recall: dict[str, float], gain: dict[str, float]) -> set[str]:

@@ -124,7 +124,7 @@ def _decision(evaluation: Evaluation) -> str:
     change = next(p.recall_change for p in frontier.points if p.model == frontier.selected)
     return (
         f"<p class='lead'><b>{escape(frontier.selected)}</b> brings most with {budget}: {metric} {value:.2f} "
-        f"per query, Recall@{frontier.k} {change:+.1%}.</p>"
+        f"per query, {frontier.recall_metric} {change:+.1%}.</p>"
     )
 
 
@@ -203,7 +203,7 @@ def _human(evaluation: Evaluation) -> str:
 
 def _frontier(evaluation: Evaluation) -> str:
     frontier = evaluation.frontier
-    recall = f"Recall@{frontier.k}, change from base (%)"
+    recall = f"{frontier.recall_metric}, change from base (%)"
     pictures = []
     for metric, value_of, is_best in (
         ("Novelty", lambda p: p.novelty, lambda p: p.pareto_novelty),
@@ -227,7 +227,8 @@ def _frontier(evaluation: Evaluation) -> str:
         name = escape(point.model) + (" (selected)" if chosen else "")
         cells = [name, f"{point.recall:.3f}", f"{point.recall_change:+.1%}", f"{point.novelty:.2f}", relevant]
         rows.append(_row([*cells, f"<td class='name'>{marks_of}"], chosen=chosen))
-    head = ["model", f"Recall@{frontier.k}", "change", f"Novelty@{frontier.k}", f"RelevantNovel@{frontier.k}"]
+    novelty, relevant_novel = f"Novelty@{frontier.k}", f"RelevantNovel@{frontier.k}"
+    head = ["model", frontier.recall_metric, "change", novelty, relevant_novel]
     return (
         "<h2>Novelty against recall</h2><p>Up is more that the deployed system does not return, right is "
         "more recall; the deployed model is the origin. Ringed: no other model is better in both (the Pareto "
@@ -273,7 +274,7 @@ def _distribution(evaluation: Evaluation) -> str:
     others = [name for name in evaluation.lists if name != "base"]
     if not others:
         return ""
-    metric, deepest = gain_metric(evaluation), max(evaluation.config.k)
+    metric, recall = gain_metric(evaluation), evaluation.config.recall_metric
     shares = {model: spread(evaluation, model) for model in others}
     widest = max(share for of in shares.values() for _, share in of)
     labels = [label for label, _ in shares[others[0]]]
@@ -290,7 +291,7 @@ def _distribution(evaluation: Evaluation) -> str:
     return (
         f"<h2>How queries differ</h2><p>Share of queries by {metric}: how many such items they get.</p>"
         + _table(["model", *labels], rows, bars=True)
-        + f"<p>Share of queries by Recall@{deepest} against the base.</p>"
+        + f"<p>Share of queries by {recall} against the base.</p>"
         + _table(["model", "lower", "the same", "higher"], changes, bars=True)
     )
 
@@ -306,8 +307,9 @@ def _groups(evaluation: Evaluation) -> str:
     if not tables:
         return ""
     return (
-        f"<h2>Where it gains and loses</h2><p>What a model brings is its {metric}; recall is Recall@{deepest}"
-        " against the base's, a hatched bar to the left being a loss.</p>" + "".join(tables)
+        f"<h2>Where it gains and loses</h2><p>What a model brings is its {metric}; recall is "
+        f"{evaluation.config.recall_metric} against the base's, a hatched bar to the left being a loss.</p>"
+        + "".join(tables)
     )
 
 

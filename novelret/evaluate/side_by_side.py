@@ -21,8 +21,7 @@ _FIRST_NOVEL = 5
 
 def side_by_side(evaluation: Evaluation, model: str) -> str:
     """Base and model for the queries that gained most and those that lost most recall."""
-    deepest = max(evaluation.config.k)
-    metric, recall = gain_metric(evaluation), f"Recall@{deepest}"
+    metric, recall = gain_metric(evaluation), evaluation.config.recall_metric
     change = evaluation.per_query[model][metric] - evaluation.per_query["base"][metric]
     loss = evaluation.per_query[model][recall] - evaluation.per_query["base"][recall]
     gained = [q for q in np.argsort(-change, kind="stable")[:_SHOWN_QUERIES] if change[q] > 0]

@@ -21,6 +21,8 @@ def headline_metrics(evaluation: Evaluation) -> list[str]:
     """The metrics worth a column: novelty at each cut, then the rest at the deepest or shallowest one."""
     cuts = sorted(evaluation.config.k)
     names = [f"Novelty@{k}" for k in cuts] + [f"RelevantNovel@{cuts[-1]}", f"Recall@{cuts[-1]}"]
+    if evaluation.config.recall_of == "known":
+        names.append(evaluation.config.recall_metric)
     names += [f"Precision@{cuts[0]}", f"Judged@{cuts[0]}"]
     return [name for name in names if any(name in means for means in evaluation.means.values())]
 

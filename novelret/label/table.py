@@ -59,6 +59,12 @@ class LabelTable:
             grades[found] = np.where(np.isnan(given), grades[found], given)
         return grades
 
+    def relevant_and(self, query_rows: np.ndarray, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The given pairs and those called relevant: (P,) query rows, ascending, and (P,) catalog rows."""
+        given = np.asarray(query_rows, dtype=np.int64) * self.catalog_size + item_rows
+        keys = np.union1d(given, self.keys[self.verdicts == RELEVANT])
+        return keys // self.catalog_size, keys % self.catalog_size
+
     def _find(self, query_rows: np.ndarray, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which pairs are in the table, and where."""
         rows = np.asarray(item_rows, dtype=np.int64)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from novelret.errors import UserError
+from novelret.evaluate.metrics import RECALLS
 
 LIST_OBJECTIVES = (
     "reinforce",
@@ -24,7 +25,6 @@ OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
 TUNES = ("full", "lora", "adapter")
 DRAWS = ("queries", "states", "plain")
-RECALLS = ("feedback", "known")
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3}
 

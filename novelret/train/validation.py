@@ -100,9 +100,7 @@ def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.nd
     """
     if recall_of == "feedback":
         return split.feedback_queries, split.feedback_items
-    feedback = split.feedback_queries.astype(np.int64) * labels.catalog_size + split.feedback_items
-    keys = np.union1d(feedback, labels.keys[labels.verdicts == RELEVANT])
-    return keys // labels.catalog_size, keys % labels.catalog_size
+    return labels.relevant_and(split.feedback_queries, split.feedback_items)
 
 
 def measure(validation: Validation, embeddings: np.ndarray, index: Index, device: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 
 import ir_measures
 import pytest
@@ -437,3 +438,45 @@ def test_a_run_that_returns_the_query_itself_is_not_credited(common, world, inde
         "--k", 1, "--base-depth", 1, "--out", tmp_path / "report",
     )  # fmt: skip
     assert found["models"]["x"]["Recall@1"] == 0.5
+
+
+def test_a_budget_on_what_is_known_counts_judged_items_beside_the_feedback(
+    common, world, models, capsys, tmp_path
+):
+    """Held-out feedback as a log has it, of the base's top 5 alone, so that every other list loses recall."""
+    result(capsys, *common, "--out", tmp_path / "base")
+    base = lists_of(tmp_path / "base", "base")
+    shutil.copytree(world, tmp_path / "log")
+    pairs = [line.split("\t") for line in (world / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+    shown = [tuple(pair) for pair in pairs if pair[1] in base[pair[0]]]
+    write_qrels(tmp_path / "log" / "qrels" / "test.tsv", shown)
+    on_log = ["--data", tmp_path / "log", "--model", f"new={models[1][0]}", "--max-recall-drop", 0.5]
+
+    clicks = result(capsys, *common, *on_log, "--out", tmp_path / "clicks")
+    assert clicks["models"]["base"]["Recall@5"] == 1
+    assert clicks["frontier"]["selected"] is None
+    assert any("--recall-of known" in warning for warning in clicks["warnings"])
+
+    known = result(capsys, *common, *on_log, "--recall-of", "known", "--out", tmp_path / "known")
+    assert not any("--recall-of" in warning for warning in known["warnings"])
+    truth: dict[str, set[str]] = {}
+    for query, item, *_ in {*truth_of(world), *shown}:
+        truth.setdefault(query, set()).add(item)
+    for name in ("base", "new"):
+        lists = lists_of(tmp_path / "known", name)
+        shares = [len(set(items) & truth[query]) / len(truth[query]) for query, items in lists.items()]
+        found = known["models"][name]["KnownRecall@5"]
+        assert found == pytest.approx(sum(shares) / len(shares))
+        assert clicks["models"][name]["KnownRecall@5"] == found
+    points = {point["model"]: point for point in known["frontier"]["points"]}
+    assert known["frontier"]["recall_metric"] == "KnownRecall@5"
+    assert points["new"]["recall"] == known["models"]["new"]["KnownRecall@5"]
+    assert known["frontier"]["selected"] == "new"
+    page = (tmp_path / "known" / "report.html").read_text()
+    assert "KnownRecall@5, change from base (%)" in page
+    assert "KnownRecall@5" in (tmp_path / "known" / "table.md").read_text()
+    assert "choose from feedback, known" in fails(
+        capsys, *common, "--recall-of", "all", "--out", tmp_path / "x"
+    )
+    without = [*common[:5], "--k", 5, "--base-depth", 5, "--recall-of", "known", "--out", tmp_path / "x"]
+    assert "it needs --judge" in fails(capsys, *without)

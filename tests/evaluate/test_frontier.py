@@ -14,25 +14,25 @@ MEANS = {
 
 
 def test_pareto_sets_by_hand():
-    points = {point.model: point for point in make_frontier(MEANS, "base", 5, 0.01).points}
+    points = {point.model: point for point in make_frontier(MEANS, "base", 5, 0.01, "Recall@5").points}
     assert [m for m, p in points.items() if p.pareto_novelty] == ["careful", "bold"]
     assert [m for m, p in points.items() if p.pareto_relevant_novel] == ["careful", "balanced", "bold"]
     assert abs(points["bold"].recall_change + 0.2) < 1e-12
 
 
 def test_the_budget_selects():
-    assert [make_frontier(MEANS, "base", 5, drop).selected for drop in (0.0, 0.01, 0.2, 1.0)] == [
+    assert [make_frontier(MEANS, "base", 5, drop, "Recall@5").selected for drop in (0.0, 0.01, 0.2, 1.0)] == [
         "careful",
         "balanced",
         "bold",
         "bold",
     ]
     gone = {name: MEANS[name] for name in ("base", "bold")}
-    assert make_frontier(gone, "base", 5, 0.01).selected is None
+    assert make_frontier(gone, "base", 5, 0.01, "Recall@5").selected is None
     nothing = {"base": MEANS["base"], "same": MEANS["base"]}
-    assert make_frontier(nothing, "base", 5, 1.0).selected is None
+    assert make_frontier(nothing, "base", 5, 1.0, "Recall@5").selected is None
     unjudged = {m: {n: v for n, v in of.items() if n != "RelevantNovel@5"} for m, of in MEANS.items()}
-    frontier = make_frontier(unjudged, "base", 5, 0.01)
+    frontier = make_frontier(unjudged, "base", 5, 0.01, "Recall@5")
     assert frontier.selected == "careful"
     assert not any(point.pareto_relevant_novel for point in frontier.points)
 
@@ -42,7 +42,7 @@ def test_pareto_set_on_random_clouds():
     for _ in range(20):
         cloud = rng.integers(0, 8, (30, 2))  # with ties
         means = {f"m{n}": {"Recall@5": float(r), "Novelty@5": float(g)} for n, (r, g) in enumerate(cloud)}
-        points = make_frontier(means, "m0", 5, 1.0).points
+        points = make_frontier(means, "m0", 5, 1.0, "Recall@5").points
         for n, point in enumerate(points):
             dominated = ((cloud >= cloud[n]).all(axis=1) & (cloud > cloud[n]).any(axis=1)).any()
             assert point.pareto_novelty == (not dominated)

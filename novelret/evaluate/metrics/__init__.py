@@ -11,9 +11,11 @@ from novelret.evaluate.metrics.mrr import reciprocal_rank
 from novelret.evaluate.metrics.ndcg import ndcg
 from novelret.evaluate.metrics.novelty import novel_precision, novelty, relevant_novelty
 from novelret.evaluate.metrics.precision import precision
-from novelret.evaluate.metrics.recall import recall
+from novelret.evaluate.metrics.recall import LOGGED_RECALL, RECALLS, recall
 
 __all__ = [
+    "LOGGED_RECALL",
+    "RECALLS",
     "Merged",
     "catalog_coverage",
     "judged",

@@ -1,10 +1,15 @@
-"""Recall@k over held-out feedback."""
+"""Recall@k over held-out feedback, or over all that is known to be relevant."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from novelret.evaluate.metrics.membership import feedback_hits
+
+RECALLS = ("feedback", "known")
+"""What a recall budget may count."""
+LOGGED_RECALL = 0.97
+"""Feedback gathered from the deployed lists alone lies in them: from here on their recall of it says so."""
 
 
 def recall(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:
