@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from novelret.artifacts import Manifest
+from novelret.artifacts import Manifest, read_json, write_json
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
@@ -27,6 +29,7 @@ from novelret.progress import Reporter
 
 _ROWS = 20_000  # judgements written at a time
 _EXAMPLES = 3
+_NOTED = 1.0  # seconds between notes of what was spent: what a kill may hide from the caps
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def ask_and_write(
         retry_unusable: ask again where the stored answer cannot be read.
         send: False to use stored answers alone.
         may_be_empty: whether it is fine that all questions fail.
-        earlier: LABELS that this goes on from; the caps count what they cost.
+        earlier: LABELS that this goes on from; the caps count what they cost, and what was spent on `out`
+            by runs that were killed or left (its folder's asking.json).
 
     Returns:
         Counts and cost, as they go into the manifest.
@@ -126,7 +130,9 @@ def ask_and_write(
     Raises:
         UserError: questions were asked, and all of them failed, and no other is answered.
     """
-    spent = spent_on(earlier)
+    spent, note = spent_on(earlier), out.with_name("asking.json")
+    if note.is_file():
+        spent = _sum(spent, read_json(note))
     tally = Tally(earlier_requests=spent["requests"], earlier_cost=spent["cost"])
     with closing(Store(store_path)) as store:
         feed = Feed(
@@ -139,10 +145,14 @@ def ask_and_write(
 
         if send:
             again = judge.read if retry_unusable else None
-            with report.bar(f"asking {judge.name}", len(feed), status) as advance:
+            with (
+                report.bar(f"asking {judge.name}", len(feed), status) as show,
+                _noting(note, tally, spent_on(earlier), show) as advance,
+            ):
                 unanswered = partial(feed.unanswered, store, tally, advance, again)
                 judge.ask(unanswered, store, tally, advance, report.note)
         counts, examples, queries_judged = _write(judge, index, split, feed, store, tally, out)
+    note.unlink(missing_ok=True)
     judged = sum(counts.values())
     if tally.failed and not judged and not may_be_empty:
         reason = next(iter(tally.failed.values()))
@@ -162,6 +172,7 @@ def ask_and_write(
         "requests": tally.requests,
         "retries": tally.retries,
         "failed": len(tally.failed),
+        "failure_example": next(iter(tally.failed.values()), None),
         "prompt_tokens": tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
         "cost": round(tally.cost, 6) if judge.price else None,
@@ -176,11 +187,48 @@ def ask_and_write(
 def spent_on(labels: Manifest | None) -> dict[str, Any]:
     """Requests and dollars that LABELS, and those that they went on from, have cost."""
     facts = labels.facts if labels is not None else {}
-    before = facts.get("earlier") or {}
+    return _sum(facts, facts.get("earlier") or {})
+
+
+def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Requests and dollars of two counts of them."""
     return {
-        "requests": facts.get("requests", 0) + before.get("requests", 0),
-        "cost": round((facts.get("cost") or 0.0) + before.get("cost", 0.0), 6),
+        "requests": one.get("requests", 0) + other.get("requests", 0),
+        "cost": round((one.get("cost") or 0.0) + (other.get("cost") or 0.0), 6),
     }
+
+
+@contextmanager
+def _noting(
+    path: Path, tally: Tally, counted: dict[str, Any], advance: Callable[[int], None]
+) -> Iterator[Callable[[int], None]]:
+    """Write down what is spent while it is: a run that is killed goes on from there, and its caps hold.
+
+    Args:
+        path: the note; it holds what was spent on top of `counted`.
+        tally: of this run.
+        counted: requests and dollars that the next run will know of anyway.
+        advance: called as it is.
+    """
+    before = {"requests": tally.earlier_requests, "cost": tally.earlier_cost}
+    noted = time.monotonic()
+
+    def note() -> None:
+        spent = _sum(before, {"requests": tally.requests, "cost": tally.cost})
+        with suppress(OSError):  # a full disk, which stops the asking when the answers are to be stored
+            write_json(path, {name: value - counted[name] for name, value in spent.items()})
+
+    def advance_and_note(count: int) -> None:
+        nonlocal noted
+        advance(count)
+        if time.monotonic() - noted >= _NOTED:
+            note()
+            noted = time.monotonic()
+
+    try:
+        yield advance_and_note
+    finally:
+        note()
 
 
 def _write(
@@ -279,10 +327,9 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             f"{facts['queries']:,} queries have some that are. Run again{with_more} to go on"
         )
     if tally.failed:
-        reason = next(iter(tally.failed.values()))
         report.warn(
-            f"{len(tally.failed)} questions got no answer (for instance: {reason}); they are listed in "
-            "failures.jsonl. Run again with --force to ask these alone"
+            f"{len(tally.failed)} questions got no answer (for instance: {facts['failure_example']}); they "
+            "are listed in failures.jsonl. Run again with --force to ask these alone"
         )
     if facts["verdicts"]["unusable"]:
         shown = ", ".join(

@@ -166,7 +166,6 @@ class Judging:
             max_requests=_left(self.max_requests, self.spent["requests"]),
             max_cost=_left(self.max_cost, self.spent["cost"]),
         )
-        quiet = Reporter()
         facts = ask_and_write(
             self.model or make_judge(settings),
             self.index,
@@ -174,13 +173,14 @@ class Judging:
             candidates,
             Path(settings.store) if settings.store else default_store(),
             path,
-            quiet,
+            Reporter(),
             retry_unusable=False,
             send=True,
             may_be_empty=True,
         )
-        self.spent["requests"] += facts["requests"]
-        self.spent["cost"] += facts["cost"] or 0.0
+        # What a killed run spent on this step was not known yet.
+        self.spent["requests"] += facts["requests"] + facts["earlier"]["requests"]
+        self.spent["cost"] += (facts["cost"] or 0.0) + facts["earlier"]["cost"]
         write_json(self.folder / "spent.json", self.spent)
         if facts["stopped"] and not self.spent.get("stopped"):
             self.spent["stopped"] = facts["stopped"]
@@ -188,26 +188,29 @@ class Judging:
                 f"step {step}: no more questions are asked, --max-judgements or --max-cost is reached; "
                 "policy states without a label are left out from here on"
             )
-        self._check_alive(facts, quiet, step)
+        self._check_alive(facts, step)
         if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):
             self.spent["failed"] = True
-            self.report.warn(f"step {step}: {quiet.warnings[0]}")
+            self.report.warn(f"step {step}: {_failure(facts)}; they count as not labelled")
         return read_table(path, self.split.query_ids, self.index.catalog)
 
-    def _check_alive(self, facts: dict[str, Any], said: Reporter, step: int) -> None:
+    def _check_alive(self, facts: dict[str, Any], step: int) -> None:
         """Stop where the judge has never answered, or no more: every step would wait for nothing."""
         silent = bool(facts["failed"]) and not facts["pairs"]
         self.silent = self.silent + 1 if silent else 0
         if self.silent >= (_SILENT if self.spent["requests"] else 1):
-            reason = next(text for text in said.warnings if "got no answer" in text).split("; they are")[0]
             raise UserError(
-                f"step {step}: {reason}; see to the judge and run the same "
-                "command again, it goes on from the last validation"
+                f"step {step}: {_failure(facts)}; see to the judge and run the same command again, it goes "
+                "on from the last validation"
             )
 
     def _empty(self) -> LabelTable:
         none = np.empty(0, dtype=np.int64)
         return make_table(none, none, none.astype(np.int8), len(self.index))
+
+
+def _failure(facts: dict[str, Any]) -> str:
+    return f"{facts['failed']} questions got no answer (for instance: {facts['failure_example']})"
 
 
 def _left(limit: Any, spent: Any) -> Any:

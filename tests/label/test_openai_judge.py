@@ -577,6 +577,46 @@ def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folde
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
+def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):
+    concurrency, cap = 2, 60
+    with LoopbackJudge(delay=0.01) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        command = [
+            "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
+            "--base-depth", 3, "--depth", 39, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
+            "--out", tmp_path / "labels", "--json", "--max-requests",
+        ]  # fmt: skip
+        log, patches = tmp_path / "log", {"novelret.label.asking": {"_NOTED": 0.0}}
+        kills = 0
+        for _ in range(3):
+            begun = len(server.seen)
+            process = start([*map(str, command), str(cap)], environment, log, patches)
+            deadline = time.time() + 60
+            while len(server.seen) < begun + 15 and process.is_alive() and time.time() < deadline:
+                time.sleep(0.002)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        assert len(server.seen) >= 45
+        assert json.loads((tmp_path / "labels.partial" / "asking.json").read_text())["requests"] > 30
+
+        def finish(cap):
+            process = start([*map(str, command), str(cap)], environment, log, patches)
+            process.join()
+            assert process.exitcode == 0, log.read_text()
+            assert not (tmp_path / "labels" / "asking.json").exists()
+            return json.loads((tmp_path / "labels" / "manifest.json").read_text())["facts"]
+
+        facts = finish(cap)
+        # A kill may cut off the requests under way.
+        assert cap <= len(server.seen) <= cap + concurrency * kills
+        assert facts["stopped"] == f"--max-requests {cap} reached"
+        assert cap == facts["requests"] + facts["earlier"]["requests"]
+        more = finish(cap + 20)
+        assert cap + 20 == more["requests"] + more["earlier"]["requests"]
+        assert len(server.seen) <= cap + 20 + concurrency * kills
+
+
 def key_of_body(body):
     parameters = {name: value for name, value in body.items() if name not in ("model", "messages")}
     return key_function(f"openai:{body['model']}", parameters)(body["messages"])
