@@ -132,10 +132,12 @@ def mixture() -> Iterator[Variant]:
 
 
 def tune() -> Iterator[Variant]:
-    """Whole encoders cost a transformer's pass forward and back: a tenth of the steps, one checkpoint."""
+    """Whole encoders cost a transformer's pass forward and back: fewer steps, and one checkpoint."""
     for method, settings in ((OURS, {}), *((name, METHODS[name]) for name in TUNED)):
         for name in ("adapter", "full"):
             yield Variant(method, name, settings | {"tune": name, "steps": 0.1}, evaluate="chosen")
+        longer = settings | {"tune": "full", "steps": 0.3}
+        yield Variant(method, "full, 3 × the steps", longer, evaluate="chosen")
     yield Variant(OURS, "lora", {"tune": "lora", "steps": 0.1}, evaluate="chosen")
 
 
