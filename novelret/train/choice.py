@@ -1,4 +1,4 @@
-"""What a training says of the point it chose: the figures, and every reason to doubt them."""
+"""What a training says of its choice of a point: the figures, and every reason to doubt them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from novelret.evaluate.metrics import LOGGED_RECALL
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
 from novelret.train.validation import Point, keeps_budget
+
+_MOSTLY = 0.5
+
+
+def say_budget(start: Point, judged_top: float, config: TrainConfig, report: Reporter) -> None:
+    """Warn, before any step is paid for, where the recall budget does not measure what is meant.
+
+    Args:
+        start: the point before any step.
+        judged_top: share of the deployed top L of the held-back queries that has a label.
+        config: of the run.
+        report: where it is said.
+    """
+    if start.base_recall >= LOGGED_RECALL and config.recall_of == "feedback":
+        report.warn(
+            f"the deployed top {config.base_depth} holds {start.base_recall:.1%} of the held-back feedback, "
+            "as it does where feedback is a log of what it showed: every change then looks like a loss of "
+            "recall. Count what is judged relevant too (--recall-of known, best with labels --from "
+            "base-top), or allow for it (--max-recall-drop)"
+        )
+    if config.recall_of == "known" and judged_top < _MOSTLY:
+        report.warn(
+            f"of what the deployed top {config.base_depth} holds, {judged_top:.0%} is labelled: --recall-of "
+            "known then counts less of what a change loses than of what it gains. Label that as well "
+            "(novelret label --from base-top) and give both (--labels A --labels B)"
+        )
 
 
 def say_choice(
@@ -31,13 +57,6 @@ def say_choice(
             f"every later checkpoint loses more than {drop:.1%} of the deployed recall "
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
-        )
-    if base_recall >= LOGGED_RECALL and config.recall_of == "feedback":
-        report.warn(
-            f"the deployed top {config.base_depth} holds {base_recall:.1%} of the held-back feedback, as it "
-            "does where feedback is a log of what it showed: every change then looks like a loss of recall. "
-            "Count what is judged relevant too (--recall-of known, best with labels --from base-top), or "
-            "allow for it (--max-recall-drop)"
         )
     last = [point for point in points if point.share == 1][-1]
     if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:

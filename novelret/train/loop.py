@@ -19,6 +19,7 @@ from novelret.errors import UserError
 from novelret.index import Index
 from novelret.progress import Reporter
 from novelret.train import checkpoint
+from novelret.train.choice import say_budget
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.judging import Judging
 from novelret.train.log import Line, Log
@@ -29,7 +30,15 @@ from novelret.train.sampler import Key, draw_from_top
 from novelret.train.states import POLICY, SOURCES, Batch, Material, draw_batch, with_more_labels
 from novelret.train.step import StepLoss, batch_loss
 from novelret.train.tower import Tower
-from novelret.train.validation import Point, Validation, best_first, left_for_good, make_point, measure
+from novelret.train.validation import (
+    Point,
+    Validation,
+    best_first,
+    judged_top,
+    left_for_good,
+    make_point,
+    measure,
+)
 
 _ENTROPY_QUERIES = 16
 _LEAST_LABELLED = 0.01
@@ -85,6 +94,8 @@ def run_steps(run: Run) -> tuple[list[Point], int]:
     if not points and run.validation is not None:
         _validate(run, points, 0)
         _save(run, optimizer, scaler, points, 0)
+    if run.validation is not None:
+        say_budget(points[0], judged_top(run.validation), config, run.report)
     states, labelled = _States(run), _Labelled()
     with training_panel(config, run.report) as panel, _Logs(run, first, panel) as logs:
         panel.advance(first)

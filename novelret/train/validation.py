@@ -127,6 +127,13 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, device
     return np.stack([np.asarray(figure, dtype=np.float64) for figure in figures], axis=1)
 
 
+def judged_top(validation: Validation) -> float:
+    """Share of what the deployed top L of the validation queries holds that has a label."""
+    rows = validation.base_rows
+    verdicts = validation.labels.lookup(np.arange(len(rows))[:, None], rows)
+    return float((verdicts != UNKNOWN).mean()) if verdicts.size else 0.0
+
+
 def make_point(step: int, figures: np.ndarray, share: float = 1.0) -> Point:
     """The means of `measure`'s figures over the validation queries that have them."""
     novelty, relevant_novel, judged, mean_recall, base_recall = np.nanmean(figures, axis=0).tolist()

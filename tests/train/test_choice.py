@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from novelret.progress import Reporter
-from novelret.train.choice import say_choice
+from novelret.train.choice import say_budget, say_choice
 from novelret.train.config import TrainConfig
 from novelret.train.validation import Point
 
@@ -18,16 +18,30 @@ def warnings_of(chosen: Point, *points: Point, recall_of: str = "feedback") -> l
     return report.warnings
 
 
+def budget_warnings(start: Point, judged_top: float, recall_of: str = "feedback") -> list[str]:
+    report = Reporter()
+    say_budget(start, judged_top, TrainConfig(data="d", index="i", labels="l", recall_of=recall_of), report)
+    return report.warnings
+
+
 def test_a_clear_choice_has_no_warning() -> None:
     assert warnings_of(GOOD, START, GOOD) == []
 
 
 def test_a_log_of_what_was_shown_is_recognised() -> None:
     start, good = (replace(point, base_recall=1.0, recall=1.0) for point in (START, GOOD))
-    (said,) = warnings_of(good, start, good)
+    assert warnings_of(good, start, good) == []  # that was said before the first step
+    (said,) = budget_warnings(start, 0.0)
     assert "log of what it showed" in said
     assert "--recall-of known" in said
-    assert warnings_of(good, start, good, recall_of="known") == []
+    assert budget_warnings(START, 0.0) == []
+
+
+def test_what_is_known_must_be_known_of_the_deployed_lists_too() -> None:
+    (said,) = budget_warnings(START, 0.1, recall_of="known")
+    assert "10% is labelled" in said
+    assert "--from base-top" in said
+    assert budget_warnings(replace(START, base_recall=1.0), 0.9, recall_of="known") == []
 
 
 def test_the_start_chosen_over_labelled_and_unlabelled_points() -> None:
