@@ -1,9 +1,11 @@
-"""Query encoders that are the deployed one with more modules behind it, as `--tune adapter` makes them.
+"""Query encoders that are the deployed one with more modules behind it, as `--tune adapter` and `memory` make them.
 
 Their embeddings come from the deployed ones, which an index keeps: no text is encoded anew.
 """
 
 from __future__ import annotations
+
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -12,8 +14,10 @@ from sentence_transformers.base.modules import Dense, Module, Normalize
 from torch import nn
 
 from novelret import encode
+from novelret.memory import Memory
 
 _AT_ONCE = 65_536  # queries
+_ATTENDED = 1 << 25  # numbers of attention to a memory's keys, at a time
 
 
 def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) -> list[nn.Module] | None:
@@ -36,10 +40,12 @@ def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) ->
     if not same:
         return None
     behind = [*model][len(deployed) :]
-    if not all(isinstance(module, Dense | Normalize) for module in behind):
+    if not all(isinstance(module, Dense | Normalize | Memory) for module in behind):
         return None
     keeps_length = not encode.is_normalized(deployed) or isinstance(deployed[-1], Normalize)
-    return behind if keeps_length or all(_is_scale_free(module) for module in behind) else None
+    # Behind a Normalize there is no length left to be seen.
+    seeing = takewhile(lambda module: not isinstance(module, Normalize), behind)
+    return behind if keeps_length or all(_is_scale_free(module) for module in seeing) else None
 
 
 def embed_behind(
@@ -47,9 +53,11 @@ def embed_behind(
 ) -> np.ndarray:
     """What an encoder gives whose last modules are these, from the deployed embeddings, (Q, d) float32."""
     parts = []
+    keys = max((module.size for module in modules if isinstance(module, Memory)), default=1)
+    at_once = min(_AT_ONCE, max(1, _ATTENDED // keys))
     with torch.inference_mode():
-        for start in range(0, len(embeddings), _AT_ONCE):
-            part = torch.from_numpy(embeddings[start : start + _AT_ONCE]).to(device)
+        for start in range(0, len(embeddings), at_once):
+            part = torch.from_numpy(embeddings[start : start + at_once]).to(device)
             for module in modules:
                 part = module({"sentence_embedding": part})["sentence_embedding"]
             parts.append((nn.functional.normalize(part, dim=1) if normalized else part).cpu().numpy())
@@ -95,6 +103,8 @@ def _same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
 
 def _is_scale_free(module: nn.Module) -> bool:
     """Whether a longer input only makes a longer output, which the normalisation at the end takes away."""
-    if isinstance(module, Dense):
-        return module.linear.bias is None and isinstance(module.activation_function, nn.Identity)
-    return isinstance(module, Normalize)
+    return (
+        isinstance(module, Dense)
+        and module.linear.bias is None
+        and isinstance(module.activation_function, nn.Identity)
+    )

@@ -1,6 +1,6 @@
 """`openai:MODEL` as a query encoder: an embedding endpoint behind a sentence-transformers module.
 
-Its weights are out of reach, so only an adapter behind it is trained. Every embedding that was paid for lies
+Its weights are out of reach, so only what stands behind it is trained: an adapter, a memory. Every embedding that was paid for lies
 in one SQLite file per user and is never asked for again.
 """
 

@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from novelret.artifacts import fingerprint_of, read_json
 from novelret.embedding_api import PREFIX, ApiEmbedding, make_module
 from novelret.errors import UserError
+from novelret.memory import Memory
 
 # Their bars and retries would mix with ours; what matters comes back as an exception.
 for _name in ("sentence_transformers", "huggingface_hub", "transformers"):
@@ -48,7 +49,7 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: holds no sentence-transformers model (no modules.json)")
     try:
-        return SentenceTransformer(str(path), device=device, trust_remote_code=_is_ours(Path(path)))
+        return SentenceTransformer(str(path), device=device, trust_remote_code=has_own_modules(Path(path)))
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
@@ -56,13 +57,14 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
         raise UserError(f"{path}: the model cannot be read ({reason})") from None
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether the only modules outside sentence-transformers are novelret's own, which may then be loaded."""
+def has_own_modules(folder: Path) -> bool:
+    """Whether modules lie outside sentence-transformers, and all are novelret's own, which may be loaded."""
     if not (folder / "modules.json").is_file():
         return False
     types = {str(module.get("type")) for module in read_json(folder / "modules.json")}
     others = {name for name in types if not name.startswith("sentence_transformers.")}
-    return others == {f"{ApiEmbedding.__module__}.{ApiEmbedding.__name__}"}
+    ours = {f"{module.__module__}.{module.__name__}" for module in (ApiEmbedding, Memory)}
+    return bool(others) and others <= ours
 
 
 def is_api(model: SentenceTransformer) -> bool:

@@ -79,9 +79,11 @@ def train(
         ),
     ] = True,
     tune: Annotated[
-        str, typer.Option(help="full query encoder, lora, or a residual adapter behind it.")
+        str, typer.Option(help="full query encoder, lora, a residual adapter behind it, or memory: an adapter and a memory of "
+            "the training queries.")
     ] = "full",
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = 16,
+    memory_size: Annotated[int, typer.Option(help="Most training queries that the memory holds.")] = 10_000,
     init: Annotated[
         str | None, typer.Option(help="MODEL to start from instead of the deployed query encoder.")
     ] = None,
@@ -91,7 +93,7 @@ def train(
         int | None, typer.Option(help="Queries encoded at a time, if a batch does not fit; same result.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter)")
+        float | None, typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter and memory)")
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="How the rate falls after the warm-up: linear, cosine or constant.")

@@ -23,10 +23,10 @@ LIST_OBJECTIVES = (
 )
 OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
-TUNES = ("full", "lora", "adapter")
+TUNES = ("full", "lora", "adapter", "memory")
 DRAWS = ("queries", "states", "plain")
 SCHEDULES = ("linear", "cosine", "constant")
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3}
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3, "memory": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class TrainConfig:
         reward: "eq6", "eq7", "graded" or "module:function".
         trust: weigh each novel item that the judge calls relevant by the probability that it is, estimated
             from the labels alone (see `trust`); a judge that says no wrong yes is believed throughout.
-        tune: "full" query encoder, "lora" on its linear layers, or "adapter", a residual linear map behind
-            the frozen one.
+        tune: "full" query encoder, "lora" on its linear layers, "adapter", a residual linear map behind
+            the frozen one, or "memory", such a map with a memory of the training queries in front of it.
         lora_rank: rank of the LoRA matrices.
+        memory_size: most training queries that the memory holds.
         init: MODEL folder to start from instead of the deployed query encoder.
         steps: optimizer steps.
         batch_size: forward passes of the query encoder per step.
@@ -114,6 +115,7 @@ class TrainConfig:
     trust: bool = True
     tune: str = "full"
     lora_rank: int = 16
+    memory_size: int = 10_000
     init: str | None = None
     steps: int = 400
     batch_size: int = 128
@@ -217,7 +219,7 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
+    sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank", "memory_size")
     optional = ("micro_batch", "eval_every", "support", "max_judgements")
     positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

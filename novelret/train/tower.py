@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from novelret import encode
 from novelret.errors import UserError
+from novelret.memory import Memory
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LENGTH_CLASSES = 4
@@ -30,12 +31,14 @@ class Tower:
         embed: (rows of the training queries) → (n, d) float32 embeddings with gradient.
         embed_validation: () → (V, d) float32 embeddings of the validation queries, without gradient.
         finished: () → the whole query encoder as it is now, ready to be saved.
+        behind: modules of it that alone are trained, behind a frozen encoder; none where that is trained itself.
     """
 
     module: nn.Module
     embed: Callable[[np.ndarray], Tensor]
     embed_validation: Callable[[], np.ndarray]
     finished: Callable[[], SentenceTransformer]
+    behind: tuple[nn.Module, ...] = ()
 
 
 def full_tower(
@@ -55,7 +58,7 @@ def full_tower(
         UserError: the encoder is an embedding API, whose weights are out of reach.
     """
     if encode.is_api(model):
-        raise UserError("--tune full: the query encoder is an embedding API; use --tune adapter")
+        raise UserError("--tune full: the query encoder is an embedding API; use --tune adapter or memory")
     normalized = encode.is_normalized(model)
     model.requires_grad_(True)
     model.eval()
@@ -119,7 +122,7 @@ def lora_tower(
         raise UserError('--tune lora: peft is not installed; pip install "novelret[lora]"') from None
     transformer = getattr(model[0], "model", None)
     if transformer is None:
-        raise UserError(f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter")
+        raise UserError(f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter or memory")
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not ours to mend
@@ -157,7 +160,11 @@ def _checkpoint_layers(model: SentenceTransformer) -> None:
 
 
 def adapter_tower(
-    model: SentenceTransformer, train: np.ndarray, validation: np.ndarray, device: str
+    model: SentenceTransformer,
+    train: np.ndarray,
+    validation: np.ndarray,
+    device: str,
+    memory: Memory | None = None,
 ) -> Tower:
     """Train a residual linear map behind the frozen encoder, from embeddings computed once.
 
@@ -169,6 +176,8 @@ def adapter_tower(
         train: (Q, d) float32 its embeddings of the training queries.
         validation: (V, d) float32 its embeddings of the validation queries.
         device: where to train.
+        memory: trained too, in front of the map, which then takes m(q). Training queries do not see their
+            own keys.
     """
     dimension = train.shape[1]
     dense = Dense(
@@ -180,9 +189,12 @@ def adapter_tower(
         use_residual=True,
     ).to(device)
     normalized = encode.is_normalized(model)
+    behind: tuple[nn.Module, ...] = (dense,) if memory is None else (memory.to(device), dense)
 
-    def apply(embeddings: np.ndarray) -> Tensor:
+    def apply(embeddings: np.ndarray, *, leave_one_out: bool = False) -> Tensor:
         batch = torch.from_numpy(embeddings).to(device)
+        if memory is not None:
+            batch = memory.shift(batch, leave_one_out=leave_one_out)
         moved: Tensor = dense({"sentence_embedding": batch})["sentence_embedding"]
         return normalize(moved, dim=1) if normalized else moved
 
@@ -191,7 +203,14 @@ def adapter_tower(
             return apply(validation).cpu().numpy()
 
     def finished() -> SentenceTransformer:
-        modules = [*model, dense, *([Normalize()] if normalized else [])]
+        # A memory adds to embeddings of the length that it was trained with.
+        shortened = memory is not None and normalized and not isinstance(model[-1], Normalize)
+        modules = [
+            *model,
+            *([Normalize()] if shortened else []),
+            *behind,
+            *([Normalize()] if normalized else []),
+        ]
         whole = SentenceTransformer(
             modules=modules,
             device=device,
@@ -201,4 +220,7 @@ def adapter_tower(
         )
         return whole.eval()
 
-    return Tower(dense, lambda rows: apply(train[rows]), embed_validation, finished)
+    module = dense if memory is None else nn.ModuleList(behind)
+    return Tower(
+        module, lambda rows: apply(train[rows], leave_one_out=True), embed_validation, finished, behind
+    )

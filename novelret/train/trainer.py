@@ -59,6 +59,7 @@ from novelret.train.judging import Judging
 from novelret.train.log import check_wandb, read_log
 from novelret.train.loop import Run, run_steps, validate_blends
 from novelret.train.matrix import open_matrix
+from novelret.train.memorise import make_memory
 from novelret.train.policy import check_embeddings
 from novelret.train.processes import Processes, join
 from novelret.train.rewards import load_reward
@@ -214,7 +215,7 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
     )
     _check_rewards(config, material)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
-    tower = _make_tower(config, inputs.model, whole, train_rows, mine, index, device, report)
+    tower = _make_tower(config, inputs.model, whole, train_rows, mine, material, index, device, report)
     if processes.is_first:
         processes.wait()
     if config.trust and not config.objective.startswith("supervised") and len(material.labels):
@@ -300,15 +301,20 @@ def _save_checkpoints(tower: Tower, folder: Path, points: list[Point]) -> None:
         checkpoint.load_weights(tower, folder, point.step, point.share)
         path = folder / "checkpoints" / point.name
         finished = tower.finished()
-        trained = [place for place, module in enumerate(finished) if module is tower.module]
-        if first is None or not trained:
+        if first is None or not tower.behind:
             finished.save(str(path), create_model_card=False)
             first = path
             continue
-        own = read_json(first / "modules.json")[trained[0]]["path"]
-        shutil.copytree(first, path, copy_function=_link, ignore=shutil.ignore_patterns(own))
-        (path / own).mkdir()
-        finished[trained[0]].save(str(path / own))
+        folders = [module["path"] for module in read_json(first / "modules.json")]
+        own = {
+            place: module
+            for place, module in zip(folders, finished, strict=True)
+            if any(module is trained for trained in tower.behind)
+        }
+        shutil.copytree(first, path, copy_function=_link, ignore=shutil.ignore_patterns(*own))
+        for place, module in own.items():
+            (path / place).mkdir()
+            module.save(str(path / place))
 
 
 def _link(source: str, target: str) -> None:
@@ -364,11 +370,12 @@ def _make_tower(
     whole: Split,
     train_rows: np.ndarray,
     validation_rows: np.ndarray,
+    material: Material,
     index: Index,
     device: str,
     report: Reporter,
 ) -> Tower:
-    if config.tune != "adapter":
+    if config.tune in ("full", "lora"):
         texts = (
             [whole.query_texts[row] for row in train_rows],
             [whole.query_texts[row] for row in validation_rows],
@@ -383,4 +390,9 @@ def _make_tower(
         embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
     else:
         embeddings = base_query_embeddings(index, whole, device=device, report=report)
-    return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device)
+    memory = None
+    if config.tune == "memory":
+        memory = make_memory(
+            material, embeddings[train_rows], index.embeddings, config.memory_size, config.seed
+        )
+    return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device, memory)
