@@ -1,4 +1,4 @@
-"""Query encoders that are the deployed one with more modules behind it, as `--tune adapter` and `memory` make them.
+"""Query encoders that are the deployed one with more modules behind it: an adapter, a memory.
 
 Their embeddings come from the deployed ones, which an index keeps: no text is encoded anew.
 """

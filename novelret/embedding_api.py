@@ -1,7 +1,7 @@
 """`openai:MODEL` as a query encoder: an embedding endpoint behind a sentence-transformers module.
 
-Its weights are out of reach, so only what stands behind it is trained: an adapter, a memory. Every embedding that was paid for lies
-in one SQLite file per user and is never asked for again.
+Its weights are out of reach, so only an adapter or a memory behind it is trained. Every embedding that
+was paid for lies in one SQLite file per user and is never asked for again.
 """
 
 from __future__ import annotations

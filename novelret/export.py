@@ -1,7 +1,13 @@
-"""Take a finetuned query encoder to where it is served: sentence-transformers, ONNX, or one matrix.
+"""Take a finetuned query encoder to where it is served: sentence-transformers, ONNX, or a few arrays.
 
 A matrix is all there is to an adapter: whoever serves embeddings elsewhere, or buys them from an API,
-multiplies the query embeddings they have by it, in front of the unchanged index.
+multiplies the query embeddings they have by it, in front of the unchanged index. A memory in front of the
+matrix adds keys, values and a temperature, which turn deployed query embeddings into new ones like this:
+
+    if normalize: queries /= norm(queries)            # of unit length, as the deployed encoder gives them
+    attention = softmax((queries / norm(queries)) @ keys.T / temperature)
+    moved = (queries + attention @ values) @ matrix
+    if normalize: moved /= norm(moved)
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from novelret.artifacts import (
 )
 from novelret.errors import UserError
 from novelret.index import open_index
+from novelret.memory import Memory
 from novelret.progress import Reporter
 
 FORMATS = ("st", "onnx", "npz")
@@ -48,12 +55,14 @@ class Exported:
         format: "st", "onnx" or "npz".
         dimension: of an embedding.
         difference: the largest difference between the exported and the original embeddings that was seen.
+        keys: how many a memory holds that was written as arrays, else 0.
     """
 
     path: Path
     format: str
     dimension: int
     difference: float
+    keys: int = 0
 
 
 def export_model(
@@ -79,8 +88,9 @@ def export_model(
     else:
         check_output(out, force=force)
     encoder = encode.load_encoder(model, "cpu").eval()
+    keys = 0
     if form == "npz":
-        difference = _write_matrix(encoder, model, out, report)
+        difference, keys = _write_arrays(encoder, model, out, report)
     else:
         identity = fingerprint_of(form, encode.fingerprint_encoder(encoder))
         write = _write_onnx if form == "onnx" else _write_folder
@@ -90,7 +100,7 @@ def export_model(
             inputs = {"model": encode.fingerprint_encoder(encoder)}
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, inputs, identity, facts))
-    return Exported(out, form, int(encoder.get_embedding_dimension() or 0), difference)
+    return Exported(out, form, int(encoder.get_embedding_dimension() or 0), difference, keys)
 
 
 def _check_file(out: Path, *, force: bool) -> None:
@@ -196,45 +206,74 @@ def _compare_onnx(session: Any, whole: _Whole, encoder: SentenceTransformer, nam
     return worst
 
 
-def _write_matrix(encoder: SentenceTransformer, model: Path, out: Path, report: Reporter) -> float:
-    """Write {matrix (d, d) float32, normalize}: new query = deployed query @ matrix, then normalised."""
+def _write_arrays(
+    encoder: SentenceTransformer, model: Path, out: Path, report: Reporter
+) -> tuple[float, int]:
+    """Write {matrix (d, d) float32, normalize}: new query = deployed query @ matrix, then normalised.
+
+    Of a memory also {keys (n, d), values (n, d), temperature}: see the module's docstring.
+
+    Returns:
+        the largest difference to the encoder's own modules on random embeddings, and the number of keys.
+    """
     modules = list(encoder)
     first = len(modules)
-    while first and (_is_adapter(modules[first - 1]) or isinstance(modules[first - 1], Normalize)):
+    while first and (_is_adapter(modules[first - 1]) or isinstance(modules[first - 1], Memory | Normalize)):
         first -= 1
     # The deployed encoder may end with a Normalize of its own; it stands before the first adapter.
-    while first < len(modules) and not _is_adapter(modules[first]):
+    while first < len(modules) and isinstance(modules[first], Normalize):
         first += 1
-    adapters = modules[first:]
-    if not adapters:
+    behind = modules[first:]
+    if not behind:
         raise UserError(
-            f"{model}: is no adapter behind a frozen encoder (train it with --tune adapter); use --format st"
+            f"{model}: is no adapter behind a frozen encoder (train it with --tune adapter or memory); "
+            "use --format st"
+        )
+    if any(isinstance(module, Memory) for module in behind[1:]):
+        raise UserError(
+            f"{model}: its memory stands behind another adapter, and arrays hold one in front of a matrix "
+            "only; use --format st or onnx"
         )
     _check_starts_at_deployed(model, modules[:first], encoder, report)
-    dimension = int(encoder.get_embedding_dimension() or 0)
-    matrix = torch.eye(dimension)
-    for module in adapters:
-        if _is_adapter(module):
-            matrix = matrix + matrix @ module.linear.weight.detach().float().T
-    normalized = encode.is_normalized(encoder)
+    arrays = _arrays(behind, int(encoder.get_embedding_dimension() or 0), encode.is_normalized(encoder))
     samples = nn.functional.normalize(
-        torch.randn(64, dimension, generator=torch.Generator().manual_seed(0)), dim=1
+        torch.randn(64, arrays["matrix"].shape[0], generator=torch.Generator().manual_seed(0)), dim=1
     )
     features: dict[str, Any] = {"sentence_embedding": samples}
     with torch.no_grad():
-        for module in adapters:
+        for module in behind:
             features = module(features)
     expected = features["sentence_embedding"].numpy()
-    found = samples @ matrix
-    if normalized:
-        found = nn.functional.normalize(found, dim=1)
     temporary = out.with_name(out.name + ".tmp")
     with writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            np.savez(file, matrix=matrix.numpy(), normalize=np.array(normalized))
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         temporary.replace(out)
-    return _difference(found.numpy(), expected)
+    return _difference(_serve(samples.numpy(), arrays), expected), len(arrays.get("keys", ()))
+
+
+def _arrays(behind: list[nn.Module], dimension: int, normalized: bool) -> dict[str, np.ndarray]:
+    matrix = torch.eye(dimension)
+    for module in behind:
+        if isinstance(module, Dense):
+            matrix = matrix + matrix @ module.linear.weight.detach().float().T
+    arrays = {"matrix": matrix.numpy(), "normalize": np.array(normalized)}
+    if isinstance(behind[0], Memory):
+        memory = behind[0].float()
+        arrays["keys"] = memory.keys.numpy()
+        arrays["values"] = memory.scaled_values().detach().numpy()
+        arrays["temperature"] = np.array(memory.temperature, dtype=np.float32)
+    return arrays
+
+
+def _serve(queries: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """What whoever holds the arrays computes from deployed embeddings of unit length, (Q, d)."""
+    if "keys" in arrays:
+        attention = np.exp((queries @ arrays["keys"].T - 1) / arrays["temperature"])
+        queries = queries + attention / attention.sum(axis=1, keepdims=True) @ arrays["values"]
+    moved: np.ndarray = queries @ arrays["matrix"]
+    return moved / np.linalg.norm(moved, axis=1, keepdims=True) if arrays["normalize"] else moved
 
 
 def _is_adapter(module: nn.Module) -> bool:
@@ -261,18 +300,25 @@ def _check_starts_at_deployed(
     except UserError:
         report.warn(f"{model}: was trained from {manifest.config['init']}; the matrix is for its embeddings")
         return
-    front = SentenceTransformer(
-        modules=frozen,
+    # In front of a memory stands a Normalize that the deployed encoder may lack.
+    fronts = [frozen, frozen[:-1]] if isinstance(frozen[-1], Normalize) else [frozen]
+    if deployed not in [_fingerprint(front, encoder) for front in fronts]:
+        raise UserError(
+            f"{model}: its adapter stands behind {manifest.config['init']}, whose weights are not the "
+            "deployed ones, so no matrix takes the deployed embeddings there; use --format st or onnx"
+        )
+
+
+def _fingerprint(front: list[nn.Module], encoder: SentenceTransformer) -> str:
+    """Of the first modules of an encoder, as an encoder of their own."""
+    whole = SentenceTransformer(
+        modules=front,
         device="cpu",
         prompts=encoder.prompts,
         default_prompt_name=encoder.default_prompt_name,
         similarity_fn_name=encoder.similarity_fn_name,
     )
-    if encode.fingerprint_encoder(front) != deployed:
-        raise UserError(
-            f"{model}: its adapter stands behind {manifest.config['init']}, whose weights are not the "
-            "deployed ones, so no matrix takes the deployed embeddings there; use --format st or onnx"
-        )
+    return encode.fingerprint_encoder(whole)
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -71,17 +71,17 @@ class Memory(Module):
         return queries + attention @ self.scaled_values()
 
     def scaled_values(self) -> Tensor:
-        """s · v, (n, d)."""
+        """Values times s, (n, d)."""
         return _SCALE * self.scale * self.values
 
     def get_embedding_dimension(self) -> int:
         """Dimensions of an embedding."""
         return self.dimension
 
-    def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write the configuration, and keys, values and scale as safetensors."""
         self.save_config(output_path)
-        self.save_torch_weights(output_path, safe_serialization=True)
+        self.save_torch_weights(output_path)
 
     @classmethod
     def load(

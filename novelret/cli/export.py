@@ -27,7 +27,10 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="The folder to make, for npz the file.")],
     form: Annotated[
-        str, typer.Option("--format", help="st (sentence-transformers), onnx, or npz (an adapter's matrix).")
+        str,
+        typer.Option(
+            "--format", help="st (sentence-transformers), onnx, or npz (the arrays of an adapter or memory)."
+        ),
     ] = "st",
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -46,6 +49,15 @@ def export(
             soft_wrap=True,
         )
         if form == "npz":
-            console.print("new = query @ matrix, divided by its length where `normalize` is set", style="dim")
+            moved = (
+                "query"
+                if not made.keys
+                else "(query + softmax(query / |query| @ keys.T / temperature) @ values)"
+            )
+            console.print(
+                f"new = {moved} @ matrix, divided by its length where `normalize` is set",
+                style="dim",
+                soft_wrap=True,
+            )
 
     show_result(asdict(made), as_json=as_json, render=render)

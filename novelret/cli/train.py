@@ -79,8 +79,11 @@ def train(
         ),
     ] = True,
     tune: Annotated[
-        str, typer.Option(help="full query encoder, lora, a residual adapter behind it, or memory: an adapter and a memory of "
-            "the training queries.")
+        str,
+        typer.Option(
+            help="full query encoder, lora, a residual adapter behind it, or memory: the adapter with a "
+            "memory of the training queries in front."
+        ),
     ] = "full",
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = 16,
     memory_size: Annotated[int, typer.Option(help="Most training queries that the memory holds.")] = 10_000,
@@ -93,7 +96,8 @@ def train(
         int | None, typer.Option(help="Queries encoded at a time, if a batch does not fit; same result.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter and memory)")
+        float | None,
+        typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter and memory)"),
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="How the rate falls after the warm-up: linear, cosine or constant.")
@@ -176,6 +180,7 @@ def train(
 ) -> None:
     """Finetune the query encoder; the items stay as they are in the index."""
     arguments = dict(locals())
+    from novelret.encode import has_own_modules
     from novelret.train.config import TrainConfig
     from novelret.train.trainer import train_model
     from novelret.train.validation import pareto
@@ -211,6 +216,7 @@ def train(
         if trained.points:
             console.print(table)
             console.print("* no other has both more relevant novel items and more recall", style="dim")
-        console.print(f"[bold]{out}[/]: query encoder, for SentenceTransformer({str(out)!r})")
+        trust = ", trust_remote_code=True" if has_own_modules(out) else ""
+        console.print(f"[bold]{out}[/]: query encoder, for SentenceTransformer({str(out)!r}{trust})")
 
     show_result(result, as_json=as_json, render=render)

@@ -50,8 +50,20 @@ def model_card(
     points: list[Point],
     chosen: Point | None,
     version: str,
+    *,
+    own_modules: bool,
 ) -> str:
-    """The card's text, in Markdown; `judges` are those of the config's LABELS, in their order."""
+    """The card's text, in Markdown.
+
+    Args:
+        config: of the run.
+        index: what it was finetuned against.
+        judges: those of the config's LABELS, in their order.
+        points: every validation point.
+        chosen: that of the weights kept.
+        version: novelret's.
+        own_modules: whether the encoder holds modules of novelret, which have to be installed and allowed.
+    """
     made = index.manifest.config
     labels = ", ".join(
         f"{folder} (judge: {judge})" for folder, judge in zip(config.label_folders, judges, strict=True)
@@ -59,8 +71,7 @@ def model_card(
     return _TEMPLATE.format(
         version=version,
         depth=config.base_depth,
-        # The module that asks an embedding API is novelret's own, which has to be installed and allowed.
-        trust=", trust_remote_code=True" if str(made["model"]).startswith("openai:") else "",
+        trust=", trust_remote_code=True" if own_modules else "",
         normalize=", normalize_embeddings=True" if index.normalized else "",
         results=_results(config, points, chosen),
         data=config.data,

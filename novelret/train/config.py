@@ -219,7 +219,16 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank", "memory_size")
+    sizes = (
+        "steps",
+        "batch_size",
+        "per_query",
+        "negatives",
+        "list_size",
+        "base_depth",
+        "lora_rank",
+        "memory_size",
+    )
     optional = ("micro_batch", "eval_every", "support", "max_judgements")
     positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

@@ -1,4 +1,4 @@
-"""The memory that `--tune memory` starts from: training queries, and the items known to be relevant to them."""
+"""The memory that `--tune memory` starts from: training queries, and what is known to be relevant to them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Tower:
         embed: (rows of the training queries) → (n, d) float32 embeddings with gradient.
         embed_validation: () → (V, d) float32 embeddings of the validation queries, without gradient.
         finished: () → the whole query encoder as it is now, ready to be saved.
-        behind: modules of it that alone are trained, behind a frozen encoder; none where that is trained itself.
+        behind: the trained modules of it, where they stand behind a frozen encoder.
     """
 
     module: nn.Module
@@ -122,7 +122,9 @@ def lora_tower(
         raise UserError('--tune lora: peft is not installed; pip install "novelret[lora]"') from None
     transformer = getattr(model[0], "model", None)
     if transformer is None:
-        raise UserError(f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter or memory")
+        raise UserError(
+            f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter or memory"
+        )
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not ours to mend
