@@ -219,20 +219,11 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    sizes = (
-        "steps",
-        "batch_size",
-        "per_query",
-        "negatives",
-        "list_size",
-        "base_depth",
-        "lora_rank",
-        "memory_size",
-    )
+    sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
     optional = ("micro_batch", "eval_every", "support", "max_judgements")
     positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-        ((*sizes, "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),
+        ((*sizes, "memory_size", "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),
         (("patience", "keep", "hard_negatives", "weight_decay"), lambda value: value >= 0, "at least 0"),
         (positive, lambda value: value > 0, "above 0"),
         (("max_recall_drop", "negative_share", "warmup"), lambda value: 0 <= value <= 1, "from 0 to 1"),

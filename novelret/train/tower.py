@@ -121,7 +121,7 @@ def lora_tower(
     except ImportError:
         raise UserError('--tune lora: peft is not installed; pip install "novelret[lora]"') from None
     transformer = getattr(model[0], "model", None)
-    if transformer is None:
+    if transformer is None or encode.is_api(model):
         raise UserError(
             f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter or memory"
         )
