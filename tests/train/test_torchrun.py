@@ -45,6 +45,7 @@ def wide(encoder, tmp_path_factory):
 
 CASES = {
     "policy-states": ["--tune", "adapter", "--alpha", "0.25", "--gamma", "0.5", "--learning-rate", "0.01"],
+    "memory": ["--tune", "memory", "--memory-size", "15", "--learning-rate", "0.01"],
     "lists": [
         "--tune",
         "adapter",
