@@ -1,4 +1,4 @@
-"""An embedding API as the query side: cached, batched, only an adapter tuned, its faults one line each."""
+"""An embedding API as the query side: cached, batched, only what stands behind it tuned, its faults one line each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 
 import numpy as np
 import pytest
-from sentence_transformers.base.modules import Dense
+import torch
+from sentence_transformers.base.modules import Dense, Normalize
+from torch.nn.functional import normalize
 
 from novelret import encode
 from novelret.cli import main
 from novelret.embedding_api import ApiEmbedding, embed_texts
 from novelret.errors import UserError
 from novelret.index import open_index
+from novelret.memory import Memory
 from tests.loopback import LoopbackJudge, send
 
 D = 24
@@ -151,8 +154,9 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
          "--model", "openai:text-embedding-3-small", "--out", index, "--device", "cpu"],
         ["label", *common, *judge, "--base-depth", 3, "--depth", 12, "--out", tmp_path / "labels"],
         [*train, "--tune", "adapter", "--out", tmp_path / "model"],
-        ["eval", *common, *judge, "--model", f"new={tmp_path / 'model'}", "--base-depth", 3, "--k", "2,5",
-         "--out", tmp_path / "report"],
+        [*train, "--tune", "memory", "--out", tmp_path / "memory"],
+        ["eval", *common, *judge, "--model", f"new={tmp_path / 'model'}",
+         "--model", f"memory={tmp_path / 'memory'}", "--base-depth", 3, "--k", "2,5", "--out", tmp_path / "report"],
     ]  # fmt: skip
     for command in commands:
         assert main([*map(str, command), "--quiet"]) == 0, capsys.readouterr().err
@@ -170,6 +174,12 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
     moved = base + model[1].linear.weight.detach().numpy() @ base
     assert np.allclose(encode.encode_queries(model, [text])[0], moved / np.linalg.norm(moved), atol=1e-5)
     assert np.abs(model[1].linear.weight.detach().numpy()).max() > 1e-3
+    # So is the API with a memory, whose keys are embeddings that were paid for already.
+    remembering = encode.load_encoder(tmp_path / "memory")
+    assert [type(module) for module in remembering] == [ApiEmbedding, Normalize, Memory, Dense, Normalize]
+    paid = torch.tensor([embedding(text) for text in api.billed])
+    assert (remembering[2].keys @ normalize(paid).T).amax(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+    assert not np.allclose(encode.encode_queries(remembering, [text])[0], base, atol=1e-3)
     # Nothing that was written holds the key.
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"sk-secret" not in path.read_bytes(), path
@@ -195,7 +205,9 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
         capsys, "export", "--model", tmp_path / "model", "--format", "onnx", "--out", tmp_path / "onnx"
     )
     line = fails(capsys, *train, "--tune", "full", "--out", tmp_path / "full")
-    assert "--tune full: the query encoder is an embedding API; use --tune adapter" in line
+    assert "--tune full: the query encoder is an embedding API; use --tune adapter or memory" in line
+    line = fails(capsys, *train, "--tune", "lora", "--out", tmp_path / "lora")
+    assert "--tune lora: ApiEmbedding is no transformer; use --tune adapter or memory" in line
 
 
 def test_an_endpoint_that_changed_its_model_is_refused(api, world, tmp_path, capsys):

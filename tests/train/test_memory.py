@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
 from novelret.train.tower import adapter_tower
 from tests.conftest import make_encoder
+from tests.killing import start
 
 SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
          "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
@@ -394,11 +398,34 @@ def test_broken_off_and_resumed_is_as_undisturbed(command, capsys, tmp_path, mon
     monkeypatch.setattr(loop, "batch_loss", breaks)
     assert run(capsys, *command, *mixed, "--out", tmp_path / "broken")[0] == 130
     monkeypatch.undo()
-    # What it starts from is not read again but made again: never the values of the moment.
     code, _, err = run(capsys, *command, *mixed, "--out", tmp_path / "broken")
     assert (code, "going on at step 8" in err) == (0, True), err
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "broken")
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights(command, capsys, tmp_path):
+    longer = (*TUNE, "--steps", 300, "--eval-every", 5, "--keep", 1, "--log-every", 1, "--memory-size", 12)
+    words = [str(word) for word in (*command, *longer, "--quiet", "--out", tmp_path / "killed")]
+    rng, kills, said = random.Random(2), 0, tmp_path / "said"
+    log = tmp_path / "killed.partial" / "log.jsonl"
+    for attempt in range(4):
+        before = log.stat().st_size if log.exists() else 0
+        process = start(words, {"OMP_NUM_THREADS": "1"}, said, {})
+        deadline = time.monotonic() + 60
+        while attempt < 3 and process.is_alive() and time.monotonic() < deadline:
+            if log.exists() and log.stat().st_size > before + 4000:
+                time.sleep(rng.random() * 0.1)
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills == 3
+    assert process.exitcode == 0, said.read_text()
+    train(capsys, command, tmp_path / "whole", *longer)
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
 
 
 def test_micro_batches_give_the_same(command, capsys, tmp_path):
@@ -504,5 +531,4 @@ def test_arrays_hold_one_memory_in_front_of_what_stands_behind_it(
     )
     assert "its memory stands behind another adapter" in line
     assert not (tmp_path / "no.npz").exists()
-    shutil.rmtree(tmp_path / "third" / "tensorboard", ignore_errors=True)
     assert run(capsys, "export", "--model", tmp_path / "third", "--out", tmp_path / "st")[0] == 0
