@@ -68,7 +68,7 @@ class Memory(Module):
             attention = torch.softmax(logits, dim=1).masked_fill(same, 0.0)
         else:
             attention = torch.softmax(logits, dim=1)
-        return queries + attention @ self.scaled_values()
+        return queries + _SCALE * self.scale * (attention @ self.values)
 
     def scaled_values(self) -> Tensor:
         """Values times s, (n, d)."""

@@ -49,6 +49,7 @@ from novelret.label.judge import split_judge
 from novelret.label.judges.endpoint import check_key
 from novelret.label.labels import join_labels, open_labels
 from novelret.label.table import LabelTable, make_table
+from novelret.memory import Memory
 from novelret.progress import Reporter
 from novelret.train import checkpoint
 from novelret.train.card import model_card
@@ -215,6 +216,11 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
     )
     _check_rewards(config, material)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
+    if any(isinstance(module, Memory) for module in inputs.model):
+        report.warn(
+            f"--init {config.init}: its memory may hold the training queries themselves, which then look "
+            "better served than queries that it never saw; better start from the deployed encoder"
+        )
     tower = _make_tower(config, inputs.model, whole, train_rows, mine, material, index, device, report)
     if processes.is_first:
         processes.wait()
