@@ -101,6 +101,7 @@ def lora_tower(
     precision: str,
     *,
     rank: int,
+    seed: int,
     gradient_checkpointing: bool = False,
 ) -> Tower:
     """Train low-rank updates of the query encoder's linear layers; the saved model holds them merged.
@@ -111,6 +112,7 @@ def lora_tower(
         validation_texts: V validation queries.
         precision: of the forward pass.
         rank: of the updates, scaled by 2 (alpha = 2 · rank).
+        seed: decides the matrices that the updates start from.
         gradient_checkpointing: compute activations again in the backward pass.
 
     Raises:
@@ -126,8 +128,9 @@ def lora_tower(
             f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter or memory"
         )
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not ours to mend
+        torch.manual_seed(seed)  # the updates start from random matrices, the same in every process
         wrapped = get_peft_model(transformer, lora)
     trainable = {id(p) for p in wrapped.parameters() if p.requires_grad}
     model[0].model = wrapped

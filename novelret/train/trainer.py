@@ -391,7 +391,12 @@ def _make_tower(
         if config.tune == "full":
             return full_tower(model, *texts, config.precision, gradient_checkpointing=saving)
         return lora_tower(
-            model, *texts, config.precision, rank=config.lora_rank, gradient_checkpointing=saving
+            model,
+            *texts,
+            config.precision,
+            rank=config.lora_rank,
+            seed=config.seed,
+            gradient_checkpointing=saving,
         )
     if config.init:
         embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)

@@ -95,6 +95,9 @@ def weights_of(folder):
 def test_lora_moves_the_encoder_and_leaves_a_plain_model(command, encoder, capsys, tmp_path):
     train(capsys, command, tmp_path / "lora", "--tune", "lora", "--lora-rank", 2, "--learning-rate", 0.01)
     assert not [name for name in weights_of(tmp_path / "lora") if "lora" in name]
+    train(capsys, command, tmp_path / "again", "--tune", "lora", "--lora-rank", 2, "--learning-rate", 0.01)
+    one, two = (weights_of(tmp_path / name) for name in ("lora", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)  # the seed decides where it starts, too
     base, model = (SentenceTransformer(str(f), device="cpu") for f in (encoder, tmp_path / "lora"))
     plain, tuned = base[0].model.state_dict(), model[0].model.state_dict()
     assert plain.keys() == tuned.keys()
