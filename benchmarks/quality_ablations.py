@@ -102,9 +102,11 @@ def parts() -> Iterator[Variant]:
 
 
 def bought() -> Iterator[Variant]:
-    for count in BOUGHT:
-        yield Variant(OURS, f"{count:,}", labels={"kind": "bought", "count": count})
-    yield Variant(OURS, "all")
+    """As many labels spent on all ranks of some queries, or on some ranks of any query."""
+    for series, kind in (("all ranks of some queries", "bought"), ("pairs at random", "scattered")):
+        for count in BOUGHT:
+            yield Variant(series, f"{count:,}", labels={"kind": kind, "count": count})
+        yield Variant(series, "all")
 
 
 def negatives() -> Iterator[Variant]:
@@ -263,6 +265,7 @@ def write_judgements(true: Path, out: Path, make: dict[str, Any], seed: int = 0)
 
     "noise": each verdict is wrong with the given shares; only what is called relevant is listed.
     "bought": all pairs of queries drawn at random, until there are `count` of them; both verdicts are listed.
+    "scattered": `count` pairs drawn at random, likewise; what `novelret label --per-query` asks about.
     "unknown": what is relevant is listed, and nothing else.
     """
     pairs = pq.read_table(true, columns=["query_id", "item_id", "verdict"])
@@ -280,6 +283,10 @@ def write_judgements(true: Path, out: Path, make: dict[str, Any], seed: int = 0)
         # Pairs in the order in which their queries are drawn; the last query may be cut short.
         kept = np.zeros(len(query), dtype=bool)
         kept[np.argsort(np.argsort(order)[query], kind="stable")[: make["count"]]] = True
+    elif make["kind"] == "scattered":
+        said = relevant
+        kept = np.zeros(len(pairs), dtype=bool)
+        kept[np.random.default_rng(seed).permutation(len(pairs))[: make["count"]]] = True
     else:
         said = kept = relevant
     listed = pa.table(

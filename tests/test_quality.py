@@ -115,6 +115,16 @@ def test_bought_labels_are_whole_queries_with_both_verdicts(true_labels: Path, t
     assert {query for query in sizes} != {f"q{n}" for n in range(5)}  # drawn, not the first ones
 
 
+def test_scattered_labels_are_pairs_of_any_query(true_labels: Path, tmp_path: Path) -> None:
+    quality_ablations.write_judgements(
+        true_labels, tmp_path / "some.tsv", {"kind": "scattered", "count": 300}
+    )
+    rows = listed(tmp_path / "some.tsv")
+    assert len({(query, item) for query, item, _ in rows}) == 300
+    assert 150 < len({query for query, _, _ in rows}) < 240  # 300 of 300 × 10: 63 % of the queries
+    assert all((item == "i0") == (score > 0) for _, item, score in rows)
+
+
 def test_noisy_and_incomplete_judgement_files(true_labels: Path, tmp_path: Path) -> None:
     make = {"kind": "noise", "false_positives": 0.1, "misses": 0.5, "twice": False}
     quality_ablations.write_judgements(true_labels, tmp_path / "noisy.tsv", make)
