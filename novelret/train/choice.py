@@ -8,6 +8,7 @@ from novelret.train.config import TrainConfig
 from novelret.train.validation import Point, keeps_budget
 
 _MOSTLY = 0.5
+_FEW = 30  # items; their number is uncertain by a fifth and more
 
 
 def say_budget(start: Point, judged_top: float, config: TrainConfig, report: Reporter) -> None:
@@ -64,6 +65,14 @@ def say_choice(
             f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "
             f"{last.judged_novel:.0%}, and what is not judged counts as not relevant: the comparison favours "
             "the start. Train from the deployed encoder (without --init) on all labels, or label more"
+        )
+    found = round(chosen.relevant_novel * n_queries)
+    if chosen.step > 0 and found < _FEW and config.label_folders:
+        report.warn(
+            f"the choice rests on {found} relevant novel items of {n_queries} held-back queries, of whose "
+            f"novel items {chosen.judged_novel:.1%} are labelled: one or two more decide it. Label more, or "
+            "save several (--keep 5) and have a judge compare them (novelret eval --model "
+            "NAME=MODEL/checkpoints)"
         )
     noise = 1.96 * chosen.recall_error
     if noise > drop * base_recall and chosen.recall - noise < base_recall * (1 - drop):

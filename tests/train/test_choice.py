@@ -54,6 +54,14 @@ def test_the_start_chosen_over_labelled_and_unlabelled_points() -> None:
     assert any("favours the start" in text for text in said)
 
 
+def test_a_choice_by_a_handful_of_labels_is_told() -> None:
+    few = replace(GOOD, relevant_novel=0.04, judged_novel=0.01)
+    (said,) = warnings_of(few, START, few)
+    assert "rests on 4 relevant novel items of 100 held-back queries" in said
+    assert "1.0% are labelled" in said
+    assert not any("rests on" in text for text in warnings_of(START, START, few))
+
+
 def test_no_point_within_the_budget_and_too_few_queries() -> None:
     broken = replace(GOOD, recall=0.5, recall_error=0.05)
     said = warnings_of(broken, replace(START, recall=0.4), broken)
