@@ -1,4 +1,4 @@
-"""The command line in processes that start fast, to be killed at any moment."""
+"""Runs that are broken off: the command line in processes that start fast, and a training at a step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 # A clean process that has the heavy modules loaded, and from which each run is forked.
 _context = multiprocessing.get_context("forkserver")
@@ -40,3 +42,17 @@ def _run(
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)
+
+
+def break_off_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a training in this process interrupted at a step, until the patch is undone."""
+    from novelret.train import loop
+
+    real = loop.batch_loss
+
+    def breaks(*arguments):
+        if arguments[-1] == step:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "batch_loss", breaks)

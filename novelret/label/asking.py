@@ -184,6 +184,11 @@ def ask_and_write(
     return facts
 
 
+def say_failed(facts: dict[str, Any]) -> str:
+    """How many questions failed, and why one of them did, from the facts of `ask_and_write`."""
+    return f"{facts['failed']} questions got no answer (for instance: {facts['failure_example']})"
+
+
 def spent_on(labels: Manifest | None) -> dict[str, Any]:
     """Requests and dollars that LABELS, and those that they went on from, have cost."""
     facts = labels.facts if labels is not None else {}
@@ -328,8 +333,8 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
         )
     if tally.failed:
         report.warn(
-            f"{len(tally.failed)} questions got no answer (for instance: {facts['failure_example']}); they "
-            "are listed in failures.jsonl. Run again with --force to ask these alone"
+            f"{say_failed(facts)}; they are listed in failures.jsonl. "
+            "Run again with --force to ask these alone"
         )
     if facts["verdicts"]["unusable"]:
         shown = ", ".join(

@@ -21,7 +21,7 @@ from novelret.artifacts import read_json, write_json
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
-from novelret.label.asking import ask_and_write
+from novelret.label.asking import ask_and_write, say_failed
 from novelret.label.candidates import Candidates
 from novelret.label.judge import make_judge, split_judge
 from novelret.label.judges.file import file_table
@@ -191,7 +191,7 @@ class Judging:
         self._check_alive(facts, step)
         if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):
             self.spent["failed"] = True
-            self.report.warn(f"step {step}: {_failure(facts)}; they count as not labelled")
+            self.report.warn(f"step {step}: {say_failed(facts)}; they count as not labelled")
         return read_table(path, self.split.query_ids, self.index.catalog)
 
     def _check_alive(self, facts: dict[str, Any], step: int) -> None:
@@ -200,17 +200,13 @@ class Judging:
         self.silent = self.silent + 1 if silent else 0
         if self.silent >= (_SILENT if self.spent["requests"] else 1):
             raise UserError(
-                f"step {step}: {_failure(facts)}; see to the judge and run the same command again, it goes "
+                f"step {step}: {say_failed(facts)}; see to the judge and run the same command again, it goes "
                 "on from the last validation"
             )
 
     def _empty(self) -> LabelTable:
         none = np.empty(0, dtype=np.int64)
         return make_table(none, none, none.astype(np.int8), len(self.index))
-
-
-def _failure(facts: dict[str, Any]) -> str:
-    return f"{facts['failed']} questions got no answer (for instance: {facts['failure_example']})"
 
 
 def _left(limit: Any, spent: Any) -> Any:

@@ -22,12 +22,12 @@ from novelret.data.split import load_split, make_split
 from novelret.errors import UserError
 from novelret.label.table import make_table
 from novelret.memory import Memory
-from novelret.train import loop, memorise
+from novelret.train import memorise
 from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
 from novelret.train.tower import adapter_tower
 from tests.conftest import make_encoder
-from tests.killing import start
+from tests.killing import break_off_at, start
 
 SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
          "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
@@ -388,14 +388,7 @@ def test_broken_off_and_resumed_is_as_undisturbed(command, capsys, tmp_path, mon
     train(capsys, command, tmp_path / "whole", *mixed)
     train(capsys, command, tmp_path / "again", *mixed)
     assert same_weights(tmp_path / "whole", tmp_path / "again")
-    real = loop.batch_loss
-
-    def breaks(*arguments):
-        if arguments[-1] == 9:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(loop, "batch_loss", breaks)
+    break_off_at(9, monkeypatch)
     assert run(capsys, *command, *mixed, "--out", tmp_path / "broken")[0] == 130
     monkeypatch.undo()
     code, _, err = run(capsys, *command, *mixed, "--out", tmp_path / "broken")

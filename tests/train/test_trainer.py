@@ -42,6 +42,7 @@ from novelret.train.validation import (
     pareto,
 )
 from tests.conftest import make_encoder
+from tests.killing import break_off_at
 from tests.loopback import LoopbackJudge
 
 SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
@@ -525,14 +526,7 @@ def test_what_a_judgement_file_taught_survives_a_kill(command, world, capsys, tm
     assert run(capsys, *labels)[0] == 0
     asking[asking.index("--labels") + 1] = few
     train(capsys, asking, tmp_path / "whole")
-    real = loop.batch_loss
-
-    def breaks(*arguments):
-        if arguments[-1] == 9:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(loop, "batch_loss", breaks)
+    break_off_at(9, monkeypatch)
     code, _, _ = run(capsys, *asking, "--out", tmp_path / "broken")
     assert code != 0
     monkeypatch.undo()
