@@ -143,13 +143,6 @@ def tune() -> Iterator[Variant]:
     yield Variant(OURS, "lora", {"tune": "lora", "steps": 0.1}, evaluate="chosen")
 
 
-def memory() -> Iterator[Variant]:
-    """Both methods with blends, so that neither lacks points to choose from."""
-    for method, settings in ((OURS, {}), ("supervised", METHODS["supervised"] | {"blends": 10})):
-        for name in ("adapter", "memory"):
-            yield Variant(method, name, settings | {"tune": name})
-
-
 def start() -> Iterator[Variant]:
     yield Variant(OURS, "deployed")
     yield Variant(OURS, "supervised", starts_supervised=True)
@@ -171,7 +164,6 @@ ABLATIONS: dict[str, tuple[Callable[[], Iterator[Variant]], str]] = {
     "mixture": (mixture, "shares of policy, base and feedback states"),
     "start": (start, "start from"),
     "unknown": (unknown, "pairs that the judge does not list"),
-    "memory": (memory, "what is trained"),
     "tune": (tune, "what is trained"),
 }
 

@@ -159,9 +159,20 @@ def name_of(point: dict[str, Any]) -> str:
 
 
 def path_of(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Validation points as one path: the checkpoints, then along the blends back to the start."""
-    blends = sorted((p for p in points if p["share"] < 1), key=lambda p: -p["share"])
-    return [p for p in points if p["share"] == 1] + (blends + points[:1] if blends else [])
+    """Validation points as one path, of which any two neighbours lie on a line of weights.
+
+    The checkpoints, then along the blends back to the start; then the lines with less and less of the memory,
+    one from the start to the last step, the next one back.
+    """
+    shares = sorted({p.get("memory", 1) for p in points}, reverse=True)
+    path = [p for p in points if p["share"] == p.get("memory", 1) == 1]
+    for n, share in enumerate(shares):
+        line = [p for p in points if p.get("memory", 1) == share and (p["share"] < 1 or share < 1)]
+        line.sort(key=lambda p: p["share"], reverse=n % 2 == 0)
+        path += line
+        if line and n % 2 == 0:
+            path.append(points[0])
+    return path
 
 
 def _figures(job: Job, config: TrainConfig, model: Path, found: Result) -> tuple[Result, int]:

@@ -14,10 +14,9 @@ from sentence_transformers.base.modules import Dense, Module, Normalize
 from torch import nn
 
 from novelret import encode
-from novelret.memory import Memory
 
 _AT_ONCE = 65_536  # queries
-_ATTENDED = 1 << 25  # numbers of attention to a memory's keys, at a time
+_NUMBERS = 1 << 25  # between two modules, at a time: a memory's are wide
 
 
 def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) -> list[nn.Module] | None:
@@ -40,7 +39,7 @@ def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) ->
     if not same:
         return None
     behind = [*model][len(deployed) :]
-    if not all(isinstance(module, Dense | Normalize | Memory) for module in behind):
+    if not all(isinstance(module, Dense | Normalize) for module in behind):
         return None
     keeps_length = not encode.is_normalized(deployed) or isinstance(deployed[-1], Normalize)
     # Behind a Normalize there is no length left to be seen.
@@ -53,8 +52,8 @@ def embed_behind(
 ) -> np.ndarray:
     """What an encoder gives whose last modules are these, from the deployed embeddings, (Q, d) float32."""
     parts = []
-    keys = max((module.size for module in modules if isinstance(module, Memory)), default=1)
-    at_once = min(_AT_ONCE, max(1, _ATTENDED // keys))
+    widest = max((module.out_features for module in modules if isinstance(module, Dense)), default=1)
+    at_once = min(_AT_ONCE, max(1, _NUMBERS // widest))
     with torch.inference_mode():
         for start in range(0, len(embeddings), at_once):
             part = torch.from_numpy(embeddings[start : start + at_once]).to(device)

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from novelret.artifacts import fingerprint_of, read_json
 from novelret.embedding_api import PREFIX, ApiEmbedding, make_module
 from novelret.errors import UserError
-from novelret.memory import Memory
+from novelret.memory import name_softmax_dimension
 
 # Their bars and retries would mix with ours; what matters comes back as an exception.
 for _name in ("sentence_transformers", "huggingface_hub", "transformers"):
@@ -49,22 +49,23 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: holds no sentence-transformers model (no modules.json)")
     try:
-        return SentenceTransformer(str(path), device=device, trust_remote_code=has_own_modules(Path(path)))
+        model = SentenceTransformer(str(path), device=device, trust_remote_code=has_own_modules(Path(path)))
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: the model cannot be read ({reason})") from None
+    name_softmax_dimension([*model])
+    return model
 
 
 def has_own_modules(folder: Path) -> bool:
-    """Whether modules lie outside sentence-transformers, and all are novelret's own, which may be loaded."""
+    """Whether the only modules outside sentence-transformers are novelret's own, which may then be loaded."""
     if not (folder / "modules.json").is_file():
         return False
     types = {str(module.get("type")) for module in read_json(folder / "modules.json")}
     others = {name for name in types if not name.startswith("sentence_transformers.")}
-    ours = {f"{module.__module__}.{module.__name__}" for module in (ApiEmbedding, Memory)}
-    return bool(others) and others <= ours
+    return others == {f"{ApiEmbedding.__module__}.{ApiEmbedding.__name__}"}
 
 
 def is_api(model: SentenceTransformer) -> bool:

@@ -2,11 +2,10 @@
 
 A matrix is all there is to an adapter: whoever serves embeddings elsewhere, or buys them from an API,
 multiplies the query embeddings they have by it, in front of the unchanged index. A memory in front of the
-matrix adds keys, values and a temperature, which turn deployed query embeddings into new ones like this:
+matrix adds keys and values, which turn deployed query embeddings into new ones like this:
 
     if normalize: queries /= norm(queries)            # of unit length, as the deployed encoder gives them
-    attention = softmax((queries / norm(queries)) @ keys.T / temperature)
-    moved = (queries + attention @ values) @ matrix
+    moved = (queries + softmax(queries @ keys.T) @ values) @ matrix
     if normalize: moved /= norm(moved)
 """
 
@@ -17,7 +16,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from novelret.artifacts import (
 )
 from novelret.errors import UserError
 from novelret.index import open_index
-from novelret.memory import Memory
+from novelret.memory import has_memory, is_attention, read_memory
 from novelret.progress import Reporter
 
 FORMATS = ("st", "onnx", "npz")
@@ -211,14 +210,14 @@ def _write_arrays(
 ) -> tuple[float, int]:
     """Write {matrix (d, d) float32, normalize}: new query = deployed query @ matrix, then normalised.
 
-    Of a memory also {keys (n, d), values (n, d), temperature}: see the module's docstring.
+    Of a memory also {keys (n, d), values (n, d)}: see the module's docstring.
 
     Returns:
         the largest difference to the encoder's own modules on random embeddings, and the number of keys.
     """
     modules = list(encoder)
     first = len(modules)
-    while first and (_is_adapter(modules[first - 1]) or isinstance(modules[first - 1], Memory | Normalize)):
+    while first and (_is_behind(modules[first - 1]) or (first > 1 and is_attention(modules[first - 2]))):
         first -= 1
     # The deployed encoder may end with a Normalize of its own; it stands before the first adapter.
     while first < len(modules) and isinstance(modules[first], Normalize):
@@ -229,7 +228,7 @@ def _write_arrays(
             f"{model}: is no adapter behind a frozen encoder (train it with --tune adapter or memory); "
             "use --format st"
         )
-    if any(isinstance(module, Memory) for module in behind[1:]):
+    if has_memory(behind[1:]):
         raise UserError(
             f"{model}: its memory stands behind another adapter, and arrays hold one in front of a matrix "
             "only; use --format st or onnx"
@@ -256,24 +255,28 @@ def _write_arrays(
 def _arrays(behind: list[nn.Module], dimension: int, normalized: bool) -> dict[str, np.ndarray]:
     matrix = torch.eye(dimension)
     for module in behind:
-        if isinstance(module, Dense):
-            matrix = matrix + matrix @ module.linear.weight.detach().float().T
+        if _is_adapter(module):
+            weight = cast(Dense, module).linear.weight
+            matrix = matrix + matrix @ weight.detach().float().T
     arrays = {"matrix": matrix.numpy(), "normalize": np.array(normalized)}
-    if isinstance(behind[0], Memory):
-        memory = behind[0].float()
-        arrays["keys"] = memory.keys.numpy()
-        arrays["values"] = memory.scaled_values().detach().numpy()
-        arrays["temperature"] = np.array(memory.temperature, dtype=np.float32)
+    if is_attention(behind[0]):
+        memory = read_memory(cast(Dense, behind[0]), cast(Dense, behind[1]))
+        arrays |= {"keys": memory.keys, "values": memory.values}
     return arrays
 
 
 def _serve(queries: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """What whoever holds the arrays computes from deployed embeddings of unit length, (Q, d)."""
     if "keys" in arrays:
-        attention = np.exp((queries @ arrays["keys"].T - 1) / arrays["temperature"])
+        logits = queries @ arrays["keys"].T
+        attention = np.exp(logits - logits.max(axis=1, keepdims=True))
         queries = queries + attention / attention.sum(axis=1, keepdims=True) @ arrays["values"]
     moved: np.ndarray = queries @ arrays["matrix"]
     return moved / np.linalg.norm(moved, axis=1, keepdims=True) if arrays["normalize"] else moved
+
+
+def _is_behind(module: nn.Module) -> bool:
+    return isinstance(module, Normalize) or _is_adapter(module) or is_attention(module)
 
 
 def _is_adapter(module: nn.Module) -> bool:

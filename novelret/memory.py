@@ -1,106 +1,131 @@
 """A memory of the training queries, which moves a query towards what is relevant to queries like it.
 
-    m(x) = x + s · Σ_j a_j v_j,   a = softmax_j(cos(x, k_j) / t)
+    m(x) = x + s · Σ_j a_j v_j,   a = softmax_j(x · k_j / (t · l))
 
-Keys k_j are the deployed embeddings of training queries. Values v_j start at the mean embedding of the items
-known to be relevant to query j and are trained, as is the scale s, which starts at 0: the deployed encoder.
+Keys k_j are the deployed embeddings of training queries, of unit length, and l is the length that queries
+have on average, 1 where they are normalised. Values v_j start at the mean embedding of the items known to be
+relevant to query j and are trained, as is the scale s, which starts at 0: the deployed encoder.
+
+It is served by two of sentence-transformers' own Dense modules, so the result loads anywhere: the first
+turns x into (a, x), d dimensions wider than there are keys, the second adds the values up.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 import torch
-from sentence_transformers.base.modules import Module
+from sentence_transformers.base.modules import Dense
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 TEMPERATURE = 0.06
 _SCALE = 10.0  # s = 10 · `scale`, so that one learning rate does for a residual map, values and scale
 _SAME = 1 - 1e-5  # cosine from which on two queries are the same one
+_NEVER = -1e4  # a logit whose share is 0, in float16 too
 
 
-class Memory(Module):
-    """A module behind a query encoder; it keeps the dimension of `sentence_embedding`.
+class Memory(nn.Module):
+    """What is trained.
 
     Attributes:
-        dimension: d, of an embedding.
-        size: n, the number of keys.
-        temperature: t of the attention.
+        temperature: t · l, what products of queries and keys are divided by.
         keys: (n, d) buffer, of unit length.
         values: (n, d) parameter.
         scale: () parameter, a tenth of s.
     """
 
-    config_keys = ["dimension", "size", "temperature"]  # noqa: RUF012 (the base class declares it so)
-
     keys: Tensor
 
-    def __init__(self, dimension: int, size: int, temperature: float = TEMPERATURE) -> None:
+    def __init__(self, dimension: int, size: int, length: float = 1.0) -> None:
         super().__init__()
-        self.dimension = dimension
-        self.size = size
-        self.temperature = temperature
+        self.temperature = TEMPERATURE * length
         self.register_buffer("keys", torch.zeros(size, dimension))
         self.values = nn.Parameter(torch.zeros(size, dimension))
         self.scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Shifts `sentence_embedding`, (b, d), as when serving: any key may be attended to."""
-        features["sentence_embedding"] = self.shift(features["sentence_embedding"])
-        return features
-
-    def shift(self, queries: Tensor, *, leave_one_out: bool = False) -> Tensor:
+    def forward(self, queries: Tensor, shares: Tensor | None = None) -> Tensor:
         """m(x) of queries, (b, d).
 
         Args:
             queries: (b, d).
-            leave_one_out: attend to no key that equals the query. While training on the very queries that
-                the memory holds, each would only learn to copy what it already knows of itself. A query
-                that is left with no key stays where it is.
+            shares: (b,) from 0 to 1, given while training: query i is moved by that share of its shift, and
+                attends to no key that equals it. A memory trained at every share can be served at any,
+                and one that showed queries their own values would only learn to copy what it knows of them. A
+                query that is left with no key stays where it is.
         """
-        cosines = normalize(queries, dim=1) @ self.keys.T
-        logits = cosines / self.temperature
-        if leave_one_out:
-            same = cosines >= _SAME
-            # Not −∞: a row of nothing else would be NaN.
-            logits = logits.masked_fill(same, torch.finfo(logits.dtype).min)
-            attention = torch.softmax(logits, dim=1).masked_fill(same, 0.0)
-        else:
-            attention = torch.softmax(logits, dim=1)
-        return queries + _SCALE * self.scale * (attention @ self.values)
+        products = queries @ self.keys.T
+        logits = products / self.temperature
+        if shares is None:
+            return queries + torch.softmax(logits, dim=1) @ self.scaled_values()
+        same = products >= _SAME * torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+        # Not −∞: a row of nothing else would be NaN.
+        logits = logits.masked_fill(same, torch.finfo(logits.dtype).min)
+        attention = torch.softmax(logits, dim=1).masked_fill(same, 0.0)
+        return queries + shares[:, None] * (attention @ self.scaled_values())
 
     def scaled_values(self) -> Tensor:
         """Values times s, (n, d)."""
         return _SCALE * self.scale * self.values
 
-    def get_embedding_dimension(self) -> int:
-        """Dimensions of an embedding."""
-        return self.dimension
+    def modules_to_serve(self) -> tuple[Dense, Dense]:
+        """The memory as it is now, as two modules behind an encoder."""
+        size, dimension = self.keys.shape
+        wide = size + dimension
+        attend = Dense(dimension, wide, activation_function=nn.Softmax(dim=1), use_residual=True)
+        add = Dense(wide, dimension, bias=False, activation_function=nn.Identity())
+        with torch.no_grad():
+            for weights in (*attend.parameters(), *add.parameters()):
+                weights.zero_()
+            attend.linear.weight[:size] = self.keys / self.temperature
+            attend.linear.bias[size:] = _NEVER
+            attend.residual.weight[size:].fill_diagonal_(1.0)
+            add.linear.weight[:, :size] = self.scaled_values().T
+            add.linear.weight[:, size:].fill_diagonal_(1.0)
+        device = self.keys.device
+        return attend.to(device), add.to(device)
 
-    def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Write the configuration, and keys, values and scale as safetensors."""
-        self.save_config(output_path)
-        self.save_torch_weights(output_path)
 
-    @classmethod
-    def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **_: Any,
-    ) -> Memory:
-        """Read what `save` wrote."""
-        where = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        memory = cls(**cls.load_config(model_name_or_path, **where))
-        return cls.load_torch_weights(model_name_or_path, model=memory, **where)
+@dataclass(frozen=True)
+class Served:
+    """A memory found in an encoder: a query moves by softmax(query @ keys.T) @ values.
+
+    Attributes:
+        keys: (n, d) float32, divided by the temperature.
+        values: (n, d) float32, times the scale.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is the first of the two that serve a memory."""
+    return (
+        isinstance(module, Dense)
+        and module.use_residual
+        and isinstance(module.activation_function, nn.Softmax)
+        and module.out_features > module.in_features
+    )
+
+
+def has_memory(modules: Sequence[nn.Module]) -> bool:
+    """Whether a memory is among an encoder's modules."""
+    return any(is_attention(module) for module in modules)
+
+
+def read_memory(attend: Dense, add: Dense) -> Served:
+    """The arrays of the two modules that serve a memory."""
+    size = attend.out_features - attend.in_features
+    keys = attend.linear.weight[:size].detach().float().cpu()
+    values = add.linear.weight[:, :size].T.detach().float().cpu().contiguous()
+    return Served(keys.numpy(), values.numpy())
+
+
+def name_softmax_dimension(modules: Sequence[nn.Module]) -> None:
+    """Say along which dimension loaded memories attend; a folder cannot, and torch would warn of guessing."""
+    for module in modules:
+        if is_attention(module):
+            cast(nn.Softmax, module.activation_function).dim = 1

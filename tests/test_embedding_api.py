@@ -16,7 +16,7 @@ from novelret.cli import main
 from novelret.embedding_api import ApiEmbedding, embed_texts
 from novelret.errors import UserError
 from novelret.index import open_index
-from novelret.memory import Memory
+from novelret.memory import TEMPERATURE, read_memory
 from tests.loopback import LoopbackJudge, send
 
 D = 24
@@ -176,9 +176,17 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
     assert np.abs(model[1].linear.weight.detach().numpy()).max() > 1e-3
     # So is the API with a memory, whose keys are embeddings that were paid for already.
     remembering = encode.load_encoder(tmp_path / "memory")
-    assert [type(module) for module in remembering] == [ApiEmbedding, Normalize, Memory, Dense, Normalize]
+    assert [type(module) for module in remembering] == [
+        ApiEmbedding,
+        Normalize,
+        Dense,
+        Dense,
+        Dense,
+        Normalize,
+    ]
     paid = torch.tensor([embedding(text) for text in api.billed])
-    assert (remembering[2].keys @ normalize(paid).T).amax(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+    keys = TEMPERATURE * read_memory(remembering[2], remembering[3]).keys
+    assert (keys @ normalize(paid).numpy().T).max(axis=1) == pytest.approx(1, abs=1e-5)
     assert not np.allclose(encode.encode_queries(remembering, [text])[0], base, atol=1e-3)
     # Nothing that was written holds the key.
     for path in tmp_path.rglob("*"):

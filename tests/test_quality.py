@@ -172,11 +172,23 @@ def test_a_path_goes_along_the_checkpoints_and_back_along_the_blends() -> None:
     assert quality_runs.path_of(points[:3]) == points[:3]
 
 
+def test_a_path_goes_on_along_the_lines_with_less_of_the_memory() -> None:
+    blends = [(9, share, memory) for memory in (1, 0.5, 0.1) for share in (0.3, 0.6, 1)]
+    keys = dict.fromkeys([(0, 1, 1), (5, 1, 1), *blends])
+    points = [{"step": step, "share": share, "memory": memory} for step, share, memory in keys]
+    path = [(point["step"], point["share"], point["memory"]) for point in quality_runs.path_of(points)]
+    assert path == [
+        (0, 1, 1), (5, 1, 1), (9, 1, 1), (9, 0.6, 1), (9, 0.3, 1), (0, 1, 1),
+        (9, 0.3, 0.5), (9, 0.6, 0.5), (9, 1, 0.5), (9, 1, 0.1), (9, 0.6, 0.1), (9, 0.3, 0.1), (0, 1, 1),
+    ]  # fmt: skip
+
+
 def test_published_methods_do_not_move_with_the_defaults() -> None:
     names = set(quality.NAMED)
-    assert all(names <= settings.keys() for name, settings in quality.METHODS.items() if name != "default")
+    tuned = set(quality.METHODS) - set(quality.UNTUNED)
+    assert all(names <= quality.METHODS[name].keys() for name in tuned)
     # Their identity holds no setting but those named; the default's holds all of the program's.
-    assert quality.METHODS["default"].keys() == {"objective"}
+    assert quality.METHODS["default"].keys() == {"objective", "tune"}
     whole = quality_runs.explicit({"data": "d", "index": "i", "objective": "pg-ret"})
     assert {"loss", "temperature", "window"} <= whole.keys()
     one, other = ({"loss": loss} for loss in ("boundary", "aggressive"))

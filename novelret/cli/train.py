@@ -161,7 +161,10 @@ def train(
     ] = 0,
     blends: Annotated[
         int,
-        typer.Option(help="Parts of the line from start to last weights that are validated too; 1: none."),
+        typer.Option(
+            help="Parts of the line from start to last weights that are validated too, with --tune memory "
+            "also with less of it; 1: none."
+        ),
     ] = 10,
     keep: Annotated[int, typer.Option(help="Further checkpoints to save, the best first.")] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
@@ -183,7 +186,7 @@ def train(
     from novelret.encode import has_own_modules
     from novelret.train.config import TrainConfig
     from novelret.train.trainer import train_model
-    from novelret.train.validation import pareto
+    from novelret.train.validation import pareto, worth_showing
 
     values: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
@@ -205,10 +208,13 @@ def train(
         names = ("step", f"Novelty@{base_depth}", f"RelevantNovel@{base_depth}", f"Recall@{base_depth}")
         for name in names:
             table.add_column(name, justify="right")
-        for point, is_best in zip(trained.points, pareto(trained.points), strict=True):
+        best = [
+            point for point, is_best in zip(trained.points, pareto(trained.points), strict=True) if is_best
+        ]
+        for point in worth_showing(trained.points, trained.chosen):
             mark = " ←" if point is trained.chosen else ""
             table.add_row(
-                f"{point.name}{'*' if is_best else ''}{mark}",
+                f"{point.name}{'*' if point in best else ''}{mark}",
                 f"{point.novelty:.2f}",
                 f"{point.relevant_novel:.3f}",
                 f"{point.recall:.4f}",

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 from novelret.index import Index
 from novelret.train.config import TrainConfig
-from novelret.train.validation import Point
+from novelret.train.validation import Point, worth_showing
 
 _TEMPLATE = """---
 library_name: sentence-transformers
@@ -96,7 +96,7 @@ def _results(config: TrainConfig, points: list[Point], chosen: Point | None) -> 
         f"| step | Novelty@{length} | RelevantNovel@{length} | Recall@{length}{of_known} |",
         "| --- | --- | --- | --- |",
     ]
-    for point in points:
+    for point in worth_showing(points, chosen):
         mark = " (kept)" if point is chosen else ""
         lines.append(
             f"| {point.name}{mark} | {point.novelty:.2f} | {point.relevant_novel:.3f} | {point.recall:.4f} |"

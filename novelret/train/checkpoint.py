@@ -67,13 +67,23 @@ def load(
     return points, step
 
 
-def load_weights(tower: Tower, folder: Path, step: int, share: float = 1.0) -> None:
-    """Put the weights of a saved step into the tower, or those at a share of the line from step 0 to it."""
+def load_weights(tower: Tower, folder: Path, step: int, share: float = 1.0, memory: float = 1.0) -> None:
+    """Put the weights of a saved step into the tower, or others near them.
+
+    Args:
+        tower: whose weights are set.
+        folder: of the run.
+        step: which checkpoint.
+        share: of the line from step 0 to it.
+        memory: a memory keeps this share of its scale.
+    """
     weights = load_file(folder / "resume" / f"weights-{step}.safetensors")
     first = weights if share == 1 else load_file(folder / "resume" / "weights-0.safetensors")
     with torch.no_grad():
         for name, parameter in _trained(tower).items():
             parameter.copy_(torch.lerp(first[name], weights[name], share))
+        if tower.memory is not None:
+            tower.memory.scale.mul_(memory)
 
 
 def _trained(tower: Tower) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def say_choice(
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
         )
-    last = [point for point in points if point.share == 1][-1]
+    last = [point for point in points if point.is_checkpoint][-1]
     if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:
         report.warn(
             f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "

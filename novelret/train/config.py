@@ -94,7 +94,8 @@ class TrainConfig:
         patience: stop after so many validations in a row below the recall budget, if recall still falls; 0
             never stops early.
         blends: the line from the starting weights to the last ones is validated at so many equal parts too,
-            and the best of all points is chosen; 1 validates trained checkpoints alone.
+            where there is a memory also with less of it, and the best of all points is chosen; 1 validates
+            trained checkpoints alone.
         keep: how many checkpoints to save besides the chosen one's weights, the best first.
         seed: decides every draw.
         precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.

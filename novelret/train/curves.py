@@ -29,7 +29,7 @@ def curves(lines: list[dict[str, Any]], points: list[Point], max_recall_drop: fl
         (name, [(line["step"], line[name]) for line in lines if line.get(name) is not None], None)
         for name in ("loss", "reward", "entropy")
     ]
-    points = [point for point in points if point.share == 1]
+    points = [point for point in points if point.is_checkpoint]
     if points:
         budget = points[0].base_recall * (1 - max_recall_drop)
         charts += [

@@ -42,6 +42,7 @@ from novelret.train.validation import (
 
 _ENTROPY_QUERIES = 16
 _LEAST_LABELLED = 0.01
+_MEMORY_SHARES = (0.5, 0.25, 0.1)
 
 
 @dataclass
@@ -189,7 +190,7 @@ class _States:
         mine = batch.states_of(run.processes.share(run.config.batch_size))
         places = mine[batch.sources[mine] == POLICY]
         with torch.no_grad():
-            batch = _draw_from_policy(run, batch, _embed(run, batch.queries[places]), places, step)
+            batch = _draw_from_policy(run, batch, _embed(run, batch.queries[places], step), places, step)
         if run.judging is not None:
             unknown = np.flatnonzero((batch.sources == POLICY) & np.isnan(batch.rewards))
             run.judging.ask(step, batch.queries[unknown], batch.items[unknown])
@@ -230,10 +231,10 @@ def _draw_from_policy(
     return replace(batch, items=items, rewards=rewards, trust=run.material.trust_of(batch.queries, items))
 
 
-def _embed(run: Run, queries: np.ndarray) -> torch.Tensor:
+def _embed(run: Run, queries: np.ndarray, step: int) -> torch.Tensor:
     if len(queries) == 0:
         return torch.zeros((0, run.index.dimension), device=run.processes.device)
-    return run.tower.embed(queries)
+    return run.tower.embed(queries, step)
 
 
 def _top(run: Run, embeddings: torch.Tensor, excluded: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,7 +264,7 @@ def _step(
     if size >= most and run.judging is None:
         # One forward pass serves both to draw from the policy and to train it.
         batch = draw_batch(run.material, config, step)
-        embeddings = _embed(run, batch.queries_of(mine))
+        embeddings = _embed(run, batch.queries_of(mine), step)
         if _has_policy_states(batch, config):
             states_here = batch.states_of(mine)
             places = states_here[batch.sources[states_here] == POLICY]
@@ -275,7 +276,7 @@ def _step(
     for start in range(0, most, size):
         here = mine[start : start + size]
         if embeddings is None or start:
-            embeddings = _embed(run, batch.queries_of(here))
+            embeddings = _embed(run, batch.queries_of(here), step)
         part = batch_loss(embeddings, here, batch, run.material, config, run.items, step)
         if part.loss.requires_grad:
             scaler.scale(part.loss).backward()
@@ -309,25 +310,30 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.peak_learning_rate * scale[config.schedule]
 
 
-def _validate(run: Run, points: list[Point], step: int, share: float = 1.0) -> None:
+def _validate(run: Run, points: list[Point], step: int, share: float = 1.0, memory: float = 1.0) -> None:
     assert run.validation is not None
     figures = measure(run.validation, run.tower.embed_validation(), run.index, run.processes.device)
-    points.append(make_point(step, run.processes.concatenate(figures), share))
+    points.append(make_point(step, run.processes.concatenate(figures), share, memory))
 
 
 def validate_blends(run: Run, points: list[Point], step: int) -> None:
     """Add points on the line from the starting weights to those of the last step.
 
     Weights between two models are often better than either at what both can do (Wortsman et al., 2022):
-    here they trade recall for novelty far better than stopping earlier does.
+    here they trade recall for novelty far better than stopping earlier does. Where they hold a memory, the
+    line is followed with less of it as well: how far a query is to be moved by queries like it differs
+    between data sets, and a memory that was trained at every share needs no second training for that.
     """
     if run.validation is None or step == 0:
         return
-    with run.report.bar("validating blends", run.config.blends - 1) as advance:
-        for part in range(1, run.config.blends):
-            share = part / run.config.blends
-            checkpoint.load_weights(run.tower, run.folder, step, share)
-            _validate(run, points, step, share)
+    line = [part / run.config.blends for part in range(1, run.config.blends)]
+    blends = [(share, 1.0) for share in line]
+    if line and run.tower.memory is not None:
+        blends += [(share, memory) for memory in _MEMORY_SHARES for share in (*line, 1.0)]
+    with run.report.bar("validating blends", len(blends)) as advance:
+        for share, memory in blends:
+            checkpoint.load_weights(run.tower, run.folder, step, share, memory)
+            _validate(run, points, step, share, memory)
             advance(1)
 
 
@@ -383,7 +389,7 @@ def _log_line(run: Run, batch: Batch, loss: StepLoss, norm: float, step: int) ->
         "labelled": round(loss.known / loss.drawn, 4) if loss.drawn else None,
         "grad_norm": round(norm, 6) if math.isfinite(norm) else None,  # fp16 overflow: the step is skipped
         "learning_rate": learning_rate(config, step),
-        **_policy_figures(run, batch),
+        **_policy_figures(run, batch, step),
         "memory_gb": round(peak_memory(), 3),
     }
     if run.judging is not None:
@@ -404,7 +410,7 @@ def _shares(batch: Batch) -> Line:
     return shares
 
 
-def _policy_figures(run: Run, batch: Batch) -> Line:
+def _policy_figures(run: Run, batch: Batch, step: int) -> Line:
     """Mean entropy of the policy over the whole catalog, in nats, on a few of the batch's queries.
 
     Where draws keep to the top items, also the mean share of the policy's mass that these cover.
@@ -412,7 +418,7 @@ def _policy_figures(run: Run, batch: Batch) -> Line:
     some = batch.queries[:: max(1, len(batch.queries) // _ENTROPY_QUERIES)][:_ENTROPY_QUERIES]
     mine = some[run.processes.share(len(some))]
     with torch.no_grad():
-        embeddings = _embed(run, mine)
+        embeddings = _embed(run, mine, step)
         left_out = run.material.split.excluded[mine]
         excluded = torch.from_numpy(left_out).to(embeddings.device)
         entropies = run.items.entropy(embeddings, run.config.temperature, excluded)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from novelret.errors import UserError
 from novelret.memory import Memory
@@ -40,9 +39,10 @@ def make_memory(
         rows = np.sort(np.random.default_rng((seed, 0x3E3)).choice(rows, size, replace=False))
         kept = np.isin(query, rows)
         query, item = query[kept], item[kept]
-    memory = Memory(embeddings.shape[1], len(rows))
+    lengths = np.linalg.norm(embeddings[rows], axis=1, keepdims=True)
+    memory = Memory(embeddings.shape[1], len(rows), float(lengths.mean()))
     with torch.no_grad():
-        memory.keys.copy_(normalize(torch.from_numpy(embeddings[rows]), dim=1))
+        memory.keys.copy_(torch.from_numpy(embeddings[rows] / lengths))
         memory.values.copy_(torch.from_numpy(_means(np.searchsorted(rows, query), item, items)))
     return memory
 

@@ -17,9 +17,11 @@ from torch.nn.functional import normalize
 from novelret import encode
 from novelret.errors import UserError
 from novelret.memory import Memory
+from novelret.train.noise import uniform
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LENGTH_CLASSES = 4
+_SHARES = 0  # the stream of their random numbers, of a key of its own
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,19 @@ class Tower:
 
     Attributes:
         module: holds the trainable parameters.
-        embed: (rows of the training queries) → (n, d) float32 embeddings with gradient.
+        embed: (rows of the training queries, step) → (n, d) float32 embeddings with gradient.
         embed_validation: () → (V, d) float32 embeddings of the validation queries, without gradient.
         finished: () → the whole query encoder as it is now, ready to be saved.
-        behind: the trained modules of it, where they stand behind a frozen encoder.
+        frozen: how many of its first modules are not trained.
+        memory: the one among what is trained.
     """
 
     module: nn.Module
-    embed: Callable[[np.ndarray], Tensor]
+    embed: Callable[[np.ndarray, int], Tensor]
     embed_validation: Callable[[], np.ndarray]
     finished: Callable[[], SentenceTransformer]
-    behind: tuple[nn.Module, ...] = ()
+    frozen: int = 0
+    memory: Memory | None = None
 
 
 def full_tower(
@@ -65,7 +69,7 @@ def full_tower(
     if gradient_checkpointing:
         _checkpoint_layers(model)
 
-    def embed(rows: np.ndarray) -> Tensor:
+    def embed(rows: np.ndarray, _: int) -> Tensor:
         # A query that stands in the batch twice is embedded once; on a CPU, where padding costs as much as
         # words do, queries of like length go together.
         unique, place = np.unique(rows, return_inverse=True)
@@ -170,6 +174,7 @@ def adapter_tower(
     validation: np.ndarray,
     device: str,
     memory: Memory | None = None,
+    seed: int = 0,
 ) -> Tower:
     """Train a residual linear map behind the frozen encoder, from embeddings computed once.
 
@@ -181,8 +186,9 @@ def adapter_tower(
         train: (Q, d) float32 its embeddings of the training queries.
         validation: (V, d) float32 its embeddings of the validation queries.
         device: where to train.
-        memory: trained too, in front of the map, which then takes m(q). Training queries do not see their
-            own keys.
+        memory: trained too, in front of the map, which then takes m(q), at a share of the memory that is
+            drawn anew for each query and step.
+        seed: decides these shares.
     """
     dimension = train.shape[1]
     dense = Dense(
@@ -194,14 +200,19 @@ def adapter_tower(
         use_residual=True,
     ).to(device)
     normalized = encode.is_normalized(model)
-    behind: tuple[nn.Module, ...] = (dense,) if memory is None else (memory.to(device), dense)
+    module = dense if memory is None else nn.ModuleList([memory.to(device), dense])
 
-    def apply(embeddings: np.ndarray, *, leave_one_out: bool = False) -> Tensor:
+    def apply(embeddings: np.ndarray, shares: Tensor | None = None) -> Tensor:
         batch = torch.from_numpy(embeddings).to(device)
         if memory is not None:
-            batch = memory.shift(batch, leave_one_out=leave_one_out)
+            batch = memory(batch, shares)
         moved: Tensor = dense({"sentence_embedding": batch})["sentence_embedding"]
         return normalize(moved, dim=1) if normalized else moved
+
+    def embed(rows: np.ndarray, step: int) -> Tensor:
+        places = torch.from_numpy(rows)
+        shares = uniform(seed, _SHARES, step, places, torch.zeros_like(places))
+        return apply(train[rows], shares.float().to(device))
 
     def embed_validation() -> np.ndarray:
         with torch.no_grad():
@@ -213,7 +224,8 @@ def adapter_tower(
         modules = [
             *model,
             *([Normalize()] if shortened else []),
-            *behind,
+            *(memory.modules_to_serve() if memory is not None else ()),
+            dense,
             *([Normalize()] if normalized else []),
         ]
         whole = SentenceTransformer(
@@ -225,7 +237,4 @@ def adapter_tower(
         )
         return whole.eval()
 
-    module = dense if memory is None else nn.ModuleList(behind)
-    return Tower(
-        module, lambda rows: apply(train[rows], leave_one_out=True), embed_validation, finished, behind
-    )
+    return Tower(module, embed, embed_validation, finished, len(model), memory)

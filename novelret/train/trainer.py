@@ -49,7 +49,7 @@ from novelret.label.judge import split_judge
 from novelret.label.judges.endpoint import check_key
 from novelret.label.labels import join_labels, open_labels
 from novelret.label.table import LabelTable, make_table
-from novelret.memory import Memory
+from novelret.memory import has_memory
 from novelret.progress import Reporter
 from novelret.train import checkpoint
 from novelret.train.card import model_card
@@ -216,7 +216,7 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
     )
     _check_rewards(config, material)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
-    if any(isinstance(module, Memory) for module in inputs.model):
+    if has_memory([*inputs.model]):
         report.warn(
             f"--init {config.init}: its memory may hold the training queries themselves, which then look "
             "better served than queries that it never saw; better start from the deployed encoder"
@@ -275,7 +275,7 @@ def _write(
     _save_checkpoints(run.tower, folder, order[: config.keep])
     chosen = order[0] if order else None
     if chosen is not None:
-        checkpoint.load_weights(run.tower, folder, chosen.step, chosen.share)
+        checkpoint.load_weights(run.tower, folder, chosen.step, chosen.share, chosen.memory)
     finished = run.tower.finished()
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
@@ -305,19 +305,15 @@ def _save_checkpoints(tower: Tower, folder: Path, points: list[Point]) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that was killed here
     first: Path | None = None
     for point in points:
-        checkpoint.load_weights(tower, folder, point.step, point.share)
+        checkpoint.load_weights(tower, folder, point.step, point.share, point.memory)
         path = folder / "checkpoints" / point.name
         finished = tower.finished()
-        if first is None or not tower.behind:
+        if first is None or not tower.frozen:
             finished.save(str(path), create_model_card=False)
             first = path
             continue
         folders = [module["path"] for module in read_json(first / "modules.json")]
-        own = {
-            place: module
-            for place, module in zip(folders, finished, strict=True)
-            if any(module is trained for trained in tower.behind)
-        }
+        own = dict(list(zip(folders, finished, strict=True))[tower.frozen :])
         shutil.copytree(first, path, copy_function=_link, ignore=shutil.ignore_patterns(*own))
         for place, module in own.items():
             (path / place).mkdir()
@@ -407,4 +403,6 @@ def _make_tower(
         memory = make_memory(
             material, embeddings[train_rows], index.embeddings, config.memory_size, config.seed
         )
-    return adapter_tower(model, embeddings[train_rows], embeddings[validation_rows], device, memory)
+    return adapter_tower(
+        model, embeddings[train_rows], embeddings[validation_rows], device, memory, config.seed
+    )

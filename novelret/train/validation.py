@@ -50,6 +50,7 @@ class Point:
         base_recall: the deployed model's recall on the same queries.
         recall_error: standard error of the mean difference between the two recalls.
         share: weights lie at this share of the line from the start to those of the step; 1 for a checkpoint.
+        memory: queries move by this share of what their memory adds; 1 for a checkpoint, or without one.
     """
 
     step: int
@@ -60,11 +61,18 @@ class Point:
     base_recall: float
     recall_error: float
     share: float = 1.0
+    memory: float = 1.0
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the weights are just what training left after the step."""
+        return self.share == self.memory == 1
 
     @property
     def name(self) -> str:
         """What it is called in tables, charts and folders."""
-        return f"step-{self.step}" + ("" if self.share == 1 else f"-share-{self.share:g}")
+        blend = "" if self.share == 1 else f"-share-{self.share:g}"
+        return f"step-{self.step}{blend}" + ("" if self.memory == 1 else f"-memory-{self.memory:g}")
 
 
 def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,13 +142,13 @@ def judged_top(validation: Validation) -> float:
     return float((verdicts != UNKNOWN).mean()) if verdicts.size else 0.0
 
 
-def make_point(step: int, figures: np.ndarray, share: float = 1.0) -> Point:
+def make_point(step: int, figures: np.ndarray, share: float = 1.0, memory: float = 1.0) -> Point:
     """The means of `measure`'s figures over the validation queries that have them."""
     novelty, relevant_novel, judged, mean_recall, base_recall = np.nanmean(figures, axis=0).tolist()
     differences = (figures[:, 3] - figures[:, 4])[~np.isnan(figures[:, 3])]
     error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else 0.0
     judged_share = judged / novelty if novelty else 0.0
-    return Point(step, novelty, relevant_novel, mean_recall, judged_share, base_recall, error, share)
+    return Point(step, novelty, relevant_novel, mean_recall, judged_share, base_recall, error, share, memory)
 
 
 def keeps_budget(point: Point, max_recall_drop: float) -> bool:
@@ -172,6 +180,15 @@ def left_for_good(points: list[Point], max_recall_drop: float, patience: int) ->
         and not any(keeps_budget(point, max_recall_drop) for point in last)
         and last[-1].recall <= min(point.recall for point in last)
     )
+
+
+def worth_showing(points: list[Point], chosen: Point | None) -> list[Point]:
+    """The checkpoints, and of the blends, which may be dozens, the chosen one and those of the Pareto set."""
+    return [
+        point
+        for point, is_best in zip(points, pareto(points), strict=True)
+        if point.is_checkpoint or is_best or point is chosen
+    ]
 
 
 def pareto(points: list[Point]) -> list[bool]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from novelret.progress import Reporter
 from novelret.train.choice import say_budget, say_choice
 from novelret.train.config import TrainConfig
-from novelret.train.validation import Point
+from novelret.train.validation import Point, worth_showing
 
 START = Point(0, 0.0, 0.0, 0.60, 0.0, 0.60, 0.0)
 GOOD = Point(40, 9.0, 2.0, 0.62, 1.0, 0.60, 0.001)
@@ -67,3 +67,17 @@ def test_no_point_within_the_budget_and_too_few_queries() -> None:
     said = warnings_of(broken, replace(START, recall=0.4), broken)
     assert any("no checkpoint keeps recall" in text for text in said)
     assert any("coarser than the budget" in text for text in said)
+
+
+def test_of_dozens_of_blends_those_are_shown_that_no_other_beats() -> None:
+    last = replace(GOOD, step=80, relevant_novel=1.0, recall=0.5)
+    better = replace(last, share=0.5, relevant_novel=1.5, recall=0.63)
+    beaten = replace(last, share=0.5, memory=0.1, relevant_novel=1.4, recall=0.61)
+    points = [START, GOOD, last, better, beaten]
+    assert worth_showing(points, GOOD) == points[:4]
+    assert worth_showing(points, beaten) == points
+    assert [point.name for point in points[2:]] == [
+        "step-80",
+        "step-80-share-0.5",
+        "step-80-share-0.5-memory-0.1",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -15,14 +16,15 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
+from torch import nn
 
 from novelret import adapted, encode, index
 from novelret.cli import main
 from novelret.data.split import load_split, make_split
 from novelret.errors import UserError
 from novelret.label.table import make_table
-from novelret.memory import Memory
-from novelret.train import memorise
+from novelret.memory import Memory, read_memory
+from novelret.train import memorise, trainer
 from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
 from novelret.train.tower import adapter_tower
@@ -97,15 +99,15 @@ def log_of(folder):
 
 
 def load(folder) -> SentenceTransformer:
-    return SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    return SentenceTransformer(str(folder), device="cpu")
 
 
 # The module
 
 
-def random_memory(size=7, dimension=5, seed=0, dtype=torch.float32) -> Memory:
+def random_memory(size=7, dimension=5, seed=0, dtype=torch.float32, length=1.0) -> Memory:
     generator = torch.Generator().manual_seed(seed)
-    memory = Memory(dimension, size).to(dtype)
+    memory = Memory(dimension, size, length).to(dtype)
     with torch.no_grad():
         keys = torch.randn(size, dimension, generator=generator, dtype=dtype)
         memory.keys.copy_(torch.nn.functional.normalize(keys, dim=1))
@@ -114,40 +116,42 @@ def random_memory(size=7, dimension=5, seed=0, dtype=torch.float32) -> Memory:
     return memory
 
 
-def by_hand(memory: Memory, query: np.ndarray, left_out: set[int] = frozenset()) -> np.ndarray:
+def by_hand(memory, query, left_out=frozenset(), share=1.0, length=1.0) -> np.ndarray:
     keys, values = memory.keys.double().numpy(), memory.values.detach().double().numpy()
-    unit = query / np.sqrt((query**2).sum())
-    weights = {j: np.exp(keys[j] @ unit / 0.06) for j in range(len(keys)) if j not in left_out}
+    weights = {j: np.exp(keys[j] @ query / length / 0.06) for j in range(len(keys)) if j not in left_out}
     moved = query.astype(np.float64)
     for j, weight in weights.items():
-        moved = moved + 10 * 0.07 * weight / sum(weights.values()) * values[j]
+        moved = moved + share * 10 * 0.07 * weight / sum(weights.values()) * values[j]
     return moved
 
 
-def test_the_shift_is_the_formula_for_queries_of_any_length():
-    memory = random_memory()
+@pytest.mark.parametrize("length", [1.0, 2.5])
+def test_the_shift_is_the_formula_for_queries_of_any_length(length):
+    memory = random_memory(length=length)
     queries = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
-    found = memory({"sentence_embedding": torch.from_numpy(queries)})["sentence_embedding"].detach().numpy()
+    found = memory(torch.from_numpy(queries)).detach().numpy()
     for row, query in zip(found, queries, strict=True):
-        assert row == pytest.approx(by_hand(memory, query), abs=1e-5)
+        assert row == pytest.approx(by_hand(memory, query, length=length), abs=1e-5)
         assert np.abs(row - query).max() > 0.01
 
 
-def test_training_queries_do_not_see_keys_that_equal_them():
-    memory = random_memory()
+@pytest.mark.parametrize("length", [1.0, 2.5])
+def test_training_queries_do_not_see_keys_that_equal_them(length):
+    memory = random_memory(length=length)
     with torch.no_grad():
         memory.keys[4] = memory.keys[1]  # the same query twice
         memory.keys[5] = torch.nn.functional.normalize(
             memory.keys[1] + 0.02, dim=0
         )  # one that is only like it
-    query = memory.keys[1].clone()
-    found = memory.shift(query[None], leave_one_out=True)[0].detach().numpy()
-    assert found == pytest.approx(by_hand(memory, query.numpy(), {1, 4}), abs=1e-5)
-    whole = memory.shift(query[None])[0].detach().numpy()
-    assert whole == pytest.approx(by_hand(memory, query.numpy()), abs=1e-5)
+    query = length * memory.keys[1]
+    found = memory(query[None], torch.tensor([0.3]))[0].detach().numpy()
+    expected = by_hand(memory, query.numpy(), {1, 4}, share=0.3, length=length)
+    assert found == pytest.approx(expected, abs=1e-5)
+    whole = memory(query[None])[0].detach().numpy()
+    assert whole == pytest.approx(by_hand(memory, query.numpy(), length=length), abs=1e-5)
     assert np.abs(whole - found).max() > 0.05
     # What a query's own values are has no say in its loss.
-    memory.shift(query[None], leave_one_out=True).square().sum().backward()
+    memory(query[None], torch.ones(1)).square().sum().backward()
     assert memory.values.grad[[1, 4]].abs().max() == 0
     assert memory.values.grad[5].abs().max() > 0
 
@@ -157,14 +161,14 @@ def test_a_query_that_equals_every_key_stays_where_it_is():
     with torch.no_grad():
         memory.keys[:] = memory.keys[0]
     query = (2.5 * memory.keys[:1]).clone().requires_grad_()
-    found = memory.shift(query, leave_one_out=True)
+    found = memory(query, torch.ones(1))
     assert torch.equal(found, query)
     found.sum().backward()
     assert all(torch.isfinite(part.grad).all() for part in (query, memory.values, memory.scale))
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_gradients_are_those_of_finite_differences(leave_one_out):
+@pytest.mark.parametrize("shares", [None, torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)])
+def test_gradients_are_those_of_finite_differences(shares):
     queries = torch.from_numpy(np.random.default_rng(2).normal(size=(3, 5)))
     memory = random_memory(dtype=torch.float64)
     queries[0] = memory.keys[2]
@@ -173,18 +177,20 @@ def test_gradients_are_those_of_finite_differences(leave_one_out):
 
     def shifted(x, values, scale):
         memory.values, memory.scale = values, scale
-        return memory.shift(x, leave_one_out=leave_one_out)
+        return memory(x, shares)
 
     assert torch.autograd.gradcheck(shifted, [part.requires_grad_() for part in (queries, *parameters)])
 
 
-def test_a_saved_memory_is_read_back(tmp_path):
-    memory = random_memory()
-    memory.save(str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    again = Memory.load(str(tmp_path))
-    queries = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.shift(queries), memory.shift(queries))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_dense_modules_serve_it(dtype, tmp_path):
+    memory = random_memory(length=1.5)
+    served = nn.Sequential(*memory.modules_to_serve()).to(dtype)
+    queries = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    found = served({"sentence_embedding": queries.to(dtype)})["sentence_embedding"].float()
+    loose = {torch.float32: 1e-6, torch.bfloat16: 0.2, torch.float16: 0.02}[dtype]
+    torch.testing.assert_close(found, memory(queries), atol=loose, rtol=0)
+    assert (found - queries).abs().max() > 0.3
 
 
 # Where it starts
@@ -213,14 +219,14 @@ KNOWN = {0: {3, 8, 9}, 1: {5}, 2: {5}, 3: {1, 4}, 5: {0}, 6: {11}, 8: {7}}
 def test_values_start_at_the_mean_of_what_is_known(material, monkeypatch, numbers):
     monkeypatch.setattr(memorise, "_NUMBERS", numbers)  # parts that cut through a query's items
     memory = memorise.make_memory(material, QUERIES, ITEMS, 100, 0)
-    assert memory.size == len(KNOWN)
+    assert len(memory.keys) == len(KNOWN)
     for row, (query, items) in enumerate(KNOWN.items()):
         key = QUERIES[query] / np.linalg.norm(QUERIES[query])
         assert memory.keys[row].numpy() == pytest.approx(key, abs=1e-6)
         mean = np.mean([ITEMS[item].astype(float) for item in items], axis=0)
         assert memory.values[row].detach().numpy() == pytest.approx(mean, abs=1e-6)
     queries = torch.from_numpy(QUERIES)
-    assert torch.equal(memory.shift(queries), queries)
+    assert torch.equal(memory(queries), queries)
 
 
 def test_at_most_so_many_keys_drawn_by_the_seed(material):
@@ -255,15 +261,25 @@ def test_training_leaves_one_out_and_serving_nothing(encoder):
     memory = random_memory(size=3, dimension=16)
     with torch.no_grad():
         memory.keys.copy_(torch.from_numpy(queries[:3]))
-    tower = adapter_tower(deployed, queries, queries, "cpu", memory)
-    rows = np.array([3, 0, 1])
-    trained = tower.embed(rows).detach().numpy()
+    tower = adapter_tower(deployed, queries, queries, "cpu", memory, seed=5)
     served = tower.embed_validation()
-    for place, (row, left_out) in enumerate(zip(rows, ({}, {0, 2}, {1}), strict=True)):
-        for found, out in ((trained[place], left_out), (served[row], set())):
-            expected = by_hand(memory, queries[row], set(out))
-            assert found == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
-    assert np.abs(served[[0, 1]] - trained[[1, 2]]).max() > 0.01
+    for row, found in enumerate(served):
+        expected = by_hand(memory, queries[row])
+        assert found == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
+    # While training, each at a share of its own.
+    left_out = {0: {0, 2}, 1: {1}, 3: set()}
+    for row, out in left_out.items():
+        shares = []
+        for step in range(40):
+            found = tower.embed(np.array([row, 2]), step)[0].detach().numpy()
+            both = tower.embed(np.array([2, row]), step)[1].detach().numpy()
+            assert np.array_equal(found, both)  # wherever it stands in the batch
+            moved = [by_hand(memory, queries[row], out, share) for share in np.linspace(0, 1, 201)]
+            away = [np.abs(found - vector / np.linalg.norm(vector)).max() for vector in moved]
+            assert min(away) < 5e-3
+            shares.append(np.argmin(away) / 200)
+        assert 0.35 < np.mean(shares) < 0.65
+        assert np.std(shares) > 0.2
 
 
 # What a user does with it
@@ -293,13 +309,13 @@ def test_a_trained_model_is_loaded_by_sentence_transformers_and_evaluated_from_d
     model, index_folder
 ):
     whole = load(model)
-    assert [type(module) for module in whole][-3:] == [Memory, Dense, Normalize]
-    memory, dense = whole[-3], whole[-2]
-    assert memory.scale.abs() > 0.005
+    assert [type(module) for module in whole][-4:] == [Dense, Dense, Dense, Normalize]
+    memory, dense = read_memory(whole[-4], whole[-3]), whole[-2]
+    assert np.abs(memory.values).max() > 0.005
     assert dense.linear.weight.abs().max() > 0.01
     deployed = index.open_index(index_folder).query_encoder("cpu")
     behind = adapted.modules_behind(whole, deployed)
-    assert [type(module) for module in behind] == [Memory, Dense, Normalize]
+    assert [type(module) for module in behind] == [Dense, Dense, Dense, Normalize]
     embeddings = encode.encode_queries(deployed, TEXTS)
     found = adapted.embed_behind(behind, embeddings, normalized=True, device="cpu")
     expected = whole.encode_query(TEXTS, normalize_embeddings=True)
@@ -307,11 +323,11 @@ def test_a_trained_model_is_loaded_by_sentence_transformers_and_evaluated_from_d
     assert np.abs(found - embeddings).max() > 0.01
     # In small parts too.
     parts = pytest.MonkeyPatch()
-    parts.setattr(adapted, "_ATTENDED", 30)
+    parts.setattr(adapted, "_NUMBERS", 30)
     again = adapted.embed_behind(behind, embeddings, normalized=True, device="cpu")
     parts.undo()
     np.testing.assert_allclose(again, expected, atol=1e-6)
-    assert "trust_remote_code=True" in (model / "README.md").read_text()
+    assert "trust_remote_code" not in (model / "README.md").read_text()
 
 
 def test_a_memory_of_an_encoder_that_does_not_normalise_itself(encoder, tmp_path):
@@ -324,11 +340,11 @@ def test_a_memory_of_an_encoder_that_does_not_normalise_itself(encoder, tmp_path
     again = encode.load_encoder(tmp_path / "model")
     np.testing.assert_allclose(encode.encode_queries(again, TEXTS), tower.embed_validation(), atol=1e-6)
     behind = adapted.modules_behind(again, deployed)
-    assert [type(module) for module in behind] == [Normalize, Memory, Dense, Normalize]
+    assert [type(module) for module in behind] == [Normalize, Dense, Dense, Dense, Normalize]
     found = adapted.embed_behind(behind, queries, normalized=True, device="cpu")
     np.testing.assert_allclose(found, tower.embed_validation(), atol=1e-6)
     # A memory straight behind it would see the length that is normalised away in the deployed embeddings.
-    bare = SentenceTransformer(modules=[*deployed, memory], device="cpu")
+    bare = SentenceTransformer(modules=[*deployed, *memory.modules_to_serve()], device="cpu")
     assert adapted.modules_behind(bare, deployed) is None
 
 
@@ -350,11 +366,16 @@ def test_an_encoder_whose_scores_are_dot_products(world, encoder, capsys, tmp_pa
     queries = encode.encode_queries(deployed, TEXTS)
     expected = encode.encode_queries(finetuned, TEXTS)
     assert np.linalg.norm(queries, axis=1).max() > 1.5
-    memory, dense = finetuned[2], finetuned[3]
-    assert torch.linalg.norm(memory.keys, dim=1).numpy() == pytest.approx(1, abs=1e-5)
-    shifted = memory.shift(torch.from_numpy(queries))
-    moved = (shifted + dense.linear(shifted)).detach().numpy()
-    np.testing.assert_allclose(moved, expected, atol=1e-5)
+    # Queries attend as sharply as if they had the length that they have on average.
+    memory, matrix = read_memory(finetuned[2], finetuned[3]), finetuned[4].linear.weight.detach().numpy()
+    split = load_split(str(world), "train", index.open_index(folder).catalog)
+    lengths = np.linalg.norm(encode.encode_queries(deployed, split.query_texts), axis=1)
+    sharpness = 1 / np.linalg.norm(memory.keys, axis=1)
+    assert sharpness == pytest.approx(0.06 * lengths.mean(), rel=0.1)  # of those that are not held back
+    logits = queries @ memory.keys.T
+    attention = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    shifted = queries + attention @ memory.values
+    np.testing.assert_allclose(shifted + shifted @ matrix.T, expected, atol=1e-5)
     exported = tmp_path / "memory.npz"
     assert run(capsys, "export", "--model", out, "--format", "npz", "--out", exported)[0] == 0
     np.testing.assert_allclose(serve(exported, queries), expected, atol=1e-5)
@@ -363,21 +384,26 @@ def test_an_encoder_whose_scores_are_dot_products(world, encoder, capsys, tmp_pa
 def test_kept_checkpoints_load_and_share_what_is_frozen(command, index_folder, capsys, tmp_path):
     found = train(capsys, command, tmp_path / "model", *TUNE, "--keep", 20, "--blends", 4)
     folders = sorted((tmp_path / "model" / "checkpoints").iterdir())
-    assert len(folders) == len(found["points"]) == 7
+    # 4 checkpoints, 3 blends, and the whole line with less of the memory.
+    assert len(folders) == len(found["points"]) == 4 + 3 + 3 * 4
     assert len({(folder / "model.safetensors").stat().st_ino for folder in folders}) == 1
     weights = {folder.name: weights_of(folder) for folder in folders}
     deployed = index.open_index(index_folder).query_encoder("cpu")
     embeddings = encode.encode_queries(deployed, TEXTS)
     (start, last, half) = (weights[name] for name in ("step-0", "step-12", "step-12-share-0.5"))
-    own = {"3_Memory/model.safetensors/values", "3_Memory/model.safetensors/scale",
-           "4_Dense/model.safetensors/linear.weight"}  # fmt: skip
-    assert {name for name in last if not torch.equal(start[name], last[name])} == own
-    for name in own:
-        assert torch.allclose(half[name], (start[name] + last[name]) / 2, atol=1e-6)
+    adds, maps = "4_Dense/model.safetensors/linear.weight", "5_Dense/model.safetensors/linear.weight"
+    assert {name for name in last if not torch.equal(start[name], last[name])} == {adds, maps}
+    assert torch.allclose(half[maps], (start[maps] + last[maps]) / 2, atol=1e-6)
+    for name, whole_share in (("step-12", last), ("step-12-share-0.5", half)):
+        tenth = weights[f"{name}-memory-0.1"]
+        assert torch.equal(tenth[maps], whole_share[maps])
+        assert torch.allclose(tenth[adds][:, :-16], whole_share[adds][:, :-16] / 10, atol=1e-7)
+        assert torch.equal(tenth[adds][:, -16:], torch.eye(16))
+    assert last[adds][:, :-16].abs().max() > half[adds][:, :-16].abs().max() > 0
     # The start is the deployed encoder; the others are what they say, as whole encoders of text.
     np.testing.assert_allclose(encode.encode_queries(load(folders[0]), TEXTS), embeddings, atol=1e-6)
     whole = load(tmp_path / "model" / "checkpoints" / "step-12-share-0.5")
-    assert torch.equal(whole[-3].values, half["3_Memory/model.safetensors/values"])
+    assert torch.equal(whole[-3].linear.weight, half[adds])
     behind = adapted.modules_behind(whole, deployed)
     served = adapted.embed_behind(behind, embeddings, normalized=True, device="cpu")
     np.testing.assert_allclose(encode.encode_queries(whole, TEXTS), served, atol=1e-6)
@@ -436,20 +462,29 @@ def test_several_deployed_models(command, world, capsys, tmp_path):
     found = train(capsys, command, tmp_path / "model", *TUNE, "--index", tmp_path / "second")
     assert found["points"][0]["novelty"] == 0
     assert found["points"][3]["novelty"] > 0
-    assert load(tmp_path / "model")[-3].keys.shape[1] == 16
+    assert load(tmp_path / "model")[-4].in_features == 16
 
 
-def test_plain_supervised_training_remembers_feedback_alone(command, world, index_folder, capsys, tmp_path):
+def test_plain_supervised_training_remembers_feedback_alone(
+    command, world, index_folder, capsys, tmp_path, monkeypatch
+):
+    remembered = []
+
+    def keep(*given):
+        memory = memorise.make_memory(*given)
+        remembered.append(copy.deepcopy(memory))
+        return memory
+
+    monkeypatch.setattr(trainer, "make_memory", keep)
     train(capsys, command, tmp_path / "model", *TUNE, "--objective", "supervised", "--validation-fraction", 0.2,
-          "--steps", 4, "--eval-every", 2, "--keep", 20, "--memory-size", 100)  # fmt: skip
-    start = weights_of(tmp_path / "model" / "checkpoints" / "step-0")
+          "--steps", 4, "--memory-size", 100)  # fmt: skip
     found = index.open_index(index_folder)
     split = load_split(str(world), "train", found.catalog)
     embeddings = index.base_query_embeddings(found, split)
     feedback = {}
     for query, item in zip(split.feedback_queries, split.feedback_items, strict=True):
         feedback.setdefault(tuple(embeddings[query].round(4)), []).append(np.array(found.embeddings[item]))
-    keys, values = (start[f"3_Memory/model.safetensors/{name}"].numpy() for name in ("keys", "values"))
+    keys, values = remembered[0].keys.numpy(), remembered[0].values.detach().numpy()
     assert len(keys) == 16  # of twenty queries four are held back
     for key, value in zip(keys, values, strict=True):
         assert value == pytest.approx(np.mean(feedback[tuple(key.round(4))], axis=0), abs=1e-5)
@@ -457,7 +492,7 @@ def test_plain_supervised_training_remembers_feedback_alone(command, world, inde
 
 def test_the_size_is_a_cap_and_bad_ones_are_one_line(command, capsys, tmp_path):
     train(capsys, command, tmp_path / "five", *TUNE, "--memory-size", 5)
-    assert load(tmp_path / "five")[-3].keys.shape == (5, 16)
+    assert load(tmp_path / "five")[-4].out_features == 5 + 16
     assert json.loads((tmp_path / "five" / "manifest.json").read_text())["config"]["memory_size"] == 5
     out = ("--out", tmp_path / "none")
     assert "--memory-size 0: must be at least 1" in fails(capsys, *command, *TUNE, "--memory-size", 0, *out)
@@ -473,8 +508,7 @@ def test_the_size_is_a_cap_and_bad_ones_are_one_line(command, capsys, tmp_path):
 def serve(file: Path, queries: np.ndarray) -> np.ndarray:
     """What the README says, with numpy alone; `queries` as the deployed encoder gives them."""
     with np.load(file) as arrays:  # no pickle in it
-        unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-        attention = np.exp((unit @ arrays["keys"].T - 1) / arrays["temperature"])
+        attention = np.exp(queries @ arrays["keys"].T)
         shift = attention / attention.sum(axis=1, keepdims=True) @ arrays["values"]
         moved = (queries + shift) @ arrays["matrix"]
         if arrays["normalize"]:
@@ -488,7 +522,7 @@ def test_the_exported_arrays_serve_the_same_embeddings(model, index_folder, caps
     assert code == 0, err
     made = json.loads(found)
     assert made["difference"] < 1e-5
-    assert made["keys"] == load(model)[-3].size == 20
+    assert made["keys"] == load(model)[-4].out_features - 16 == 20
     queries = encode.encode_queries(index.open_index(index_folder).query_encoder(), TEXTS)
     expected = load(model).encode_query(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(serve(out, queries), expected, atol=1e-5)
@@ -513,10 +547,9 @@ def test_arrays_hold_one_memory_in_front_of_what_stands_behind_it(
     out = tmp_path / "arrays.npz"
     assert run(capsys, "export", "--model", tmp_path / "second", "--format", "npz", "--out", out)[0] == 0
     second = load(tmp_path / "second")
-    assert [type(module) for module in second][-5:] == [Memory, Dense, Normalize, Dense, Normalize]
+    assert [type(module) for module in second][-5:] == [Dense, Dense, Normalize, Dense, Normalize]
     queries = encode.encode_queries(index.open_index(index_folder).query_encoder(), TEXTS)
     np.testing.assert_allclose(serve(out, queries), encode.encode_queries(second, TEXTS), atol=1e-5)
-    assert "trust_remote_code=True" in (tmp_path / "second" / "README.md").read_text()
     # A second memory asks what the first one gives: no arrays, but any other way of serving it.
     code, _, err = run(capsys, *command, *TUNE, "--init", model, "--out", tmp_path / "third", "--quiet")
     assert code == 0
