@@ -64,7 +64,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "reinforce": NAMED | {"objective": "reinforce"},
     "v-pg": NAMED | {"objective": "v-pg"},
     "ca-pg": NAMED | {"objective": "ca-pg"},
-    "supervised-memory": NAMED | {"objective": "supervised", "tune": "memory", "blends": 10},
+    "supervised-memory": NAMED
+    | {"objective": "supervised", "tune": "memory", "memory_size": 10_000, "blends": 10},
     "default-adapter": {"objective": "pg-ret"},
     "default": {"objective": "pg-ret", "tune": "memory"},
 }

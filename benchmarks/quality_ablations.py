@@ -1,5 +1,6 @@
-"""Ablations of the quality benchmark: the default with one setting varied, at its own learning rate.
+"""Ablations of the quality benchmark: "default-adapter" with one setting varied, at its own learning rate.
 
+There it is called the default: what a memory adds to it is a method of its own.
 Each writes OUT/ablation-SET-NAME.md, .csv and .svg (pip install matplotlib). Labels that a variant needs are
 made from the true ones by a seeded draw; figures are always measured against the truth.
 """
@@ -26,6 +27,7 @@ from novelret.artifacts import write_json
 
 # Eq. 6 differs from Eq. 7 only where states are drawn that the judge calls irrelevant.
 EQ6 = {"reward": "eq6", "negative_share": 0.5, "trust": False}
+MEMORY = {"tune": "memory"}
 # Ways to learn from a judge that errs: settings, and whether its yeses are asked about a second time.
 REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
     ("Eq. 7, as judged", {"trust": False}, False),
@@ -33,8 +35,9 @@ REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
     ("Eq. 7, trust", {}, False),
     ("Eq. 7, yeses asked twice", {"trust": False}, True),
     ("Eq. 7, trust, asked twice", {}, True),
+    ("Eq. 7, trust, with a memory", MEMORY, False),
 ]
-FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.4,)
+FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.0, 0.4)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
 MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5))
@@ -82,11 +85,10 @@ class Variant:
 
 def noise() -> Iterator[Variant]:
     for name, settings, twice in REMEDIES:
-        for share in FALSE_POSITIVES:
-            if share or not twice:  # asked again about what is right, a judge says the same
-                yield Variant(name, f"{share:g} / 0", settings, _noisy(share, 0.0, twice))
-        for share in MISSES:
-            yield Variant(name, f"0.02 / {share:g}", settings, _noisy(0.02, share, twice))
+        for misses in MISSES:
+            for share in FALSE_POSITIVES:
+                if share or misses or not twice:  # asked again about what is right, a judge says the same
+                    yield Variant(name, f"{share:g} / {misses:g}", settings, _noisy(share, misses, twice))
 
 
 def _noisy(false_positives: float, misses: float, twice: bool) -> dict[str, Any] | None:
@@ -103,10 +105,14 @@ def parts() -> Iterator[Variant]:
 
 def bought() -> Iterator[Variant]:
     """As many labels spent on all ranks of some queries, or on some ranks of any query."""
-    for series, kind in (("all ranks of some queries", "bought"), ("pairs at random", "scattered")):
+    for series, kind, settings in (
+        ("all ranks of some queries", "bought", {}),
+        ("pairs at random", "scattered", {}),
+        ("pairs at random, with a memory", "scattered", MEMORY),
+    ):
         for count in BOUGHT:
-            yield Variant(series, f"{count:,}", labels={"kind": kind, "count": count})
-        yield Variant(series, "all")
+            yield Variant(series, f"{count:,}", settings, {"kind": kind, "count": count})
+        yield Variant(series, "all", settings)
 
 
 def negatives() -> Iterator[Variant]:
@@ -192,7 +198,7 @@ def ablate(pool: ProcessPoolExecutor, setting: Setting, wanted: str, out: Path) 
 
 
 def _job(setting: Setting, name: str, variant: Variant, seed: int) -> Job:
-    given = METHODS[OURS] | variant.settings
+    given = METHODS["default-adapter"] | variant.settings
     if variant.labels is not None:
         given["labels"] = str(_labels_folder(setting, variant.labels))
     if variant.starts_supervised:

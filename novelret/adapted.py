@@ -52,13 +52,16 @@ def embed_behind(
 ) -> np.ndarray:
     """What an encoder gives whose last modules are these, from the deployed embeddings, (Q, d) float32."""
     parts = []
+    # The modules of an encoder that is stored in half precision are, too.
+    dtype = next((weights.dtype for module in modules for weights in module.parameters()), torch.float32)
     widest = max((module.out_features for module in modules if isinstance(module, Dense)), default=1)
     at_once = min(_AT_ONCE, max(1, _NUMBERS // widest))
     with torch.inference_mode():
         for start in range(0, len(embeddings), at_once):
-            part = torch.from_numpy(embeddings[start : start + at_once]).to(device)
+            part = torch.from_numpy(embeddings[start : start + at_once]).to(device, dtype)
             for module in modules:
                 part = module({"sentence_embedding": part})["sentence_embedding"]
+            part = part.float()
             parts.append((nn.functional.normalize(part, dim=1) if normalized else part).cpu().numpy())
     result: np.ndarray = np.concatenate(parts)
     encode.check_finite(result, "queries")

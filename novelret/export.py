@@ -37,7 +37,7 @@ from novelret.artifacts import (
 )
 from novelret.errors import UserError
 from novelret.index import open_index
-from novelret.memory import has_memory, is_attention, read_memory
+from novelret.memory import is_attention, memory_modules, read_memory
 from novelret.progress import Reporter
 
 FORMATS = ("st", "onnx", "npz")
@@ -228,12 +228,14 @@ def _write_arrays(
             f"{model}: is no adapter behind a frozen encoder (train it with --tune adapter or memory); "
             "use --format st"
         )
-    if has_memory(behind[1:]):
+    if memory_modules(behind[1:]):
         raise UserError(
             f"{model}: its memory stands behind another adapter, and arrays hold one in front of a matrix "
             "only; use --format st or onnx"
         )
     _check_starts_at_deployed(model, modules[:first], encoder, report)
+    for module in behind:
+        module.float()  # an encoder that is stored in half precision has its adapter so, too
     arrays = _arrays(behind, int(encoder.get_embedding_dimension() or 0), encode.is_normalized(encoder))
     samples = nn.functional.normalize(
         torch.randn(64, arrays["matrix"].shape[0], generator=torch.Generator().manual_seed(0)), dim=1
@@ -242,14 +244,19 @@ def _write_arrays(
     with torch.no_grad():
         for module in behind:
             features = module(features)
-    expected = features["sentence_embedding"].numpy()
+    difference = _difference(_serve(samples.numpy(), arrays), features["sentence_embedding"].numpy())
+    if difference > TOLERANCE:
+        raise UserError(
+            f"{model}: arrays would give embeddings that differ from the encoder's by {difference:.1e}, more "
+            f"than {TOLERANCE:g}; use --format st or onnx"
+        )
     temporary = out.with_name(out.name + ".tmp")
     with writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         temporary.replace(out)
-    return _difference(_serve(samples.numpy(), arrays), expected), len(arrays.get("keys", ()))
+    return difference, len(arrays.get("keys", ()))
 
 
 def _arrays(behind: list[nn.Module], dimension: int, normalized: bool) -> dict[str, np.ndarray]:

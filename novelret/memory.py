@@ -111,9 +111,10 @@ def is_attention(module: nn.Module) -> bool:
     )
 
 
-def has_memory(modules: Sequence[nn.Module]) -> bool:
-    """Whether a memory is among an encoder's modules."""
-    return any(is_attention(module) for module in modules)
+def memory_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those among an encoder's modules that serve a memory, two for each."""
+    firsts = [place for place, module in enumerate(modules) if is_attention(module)]
+    return [module for place in firsts for module in modules[place : place + 2]]
 
 
 def read_memory(attend: Dense, add: Dense) -> Served:

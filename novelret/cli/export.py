@@ -49,13 +49,9 @@ def export(
             soft_wrap=True,
         )
         if form == "npz":
-            moved = (
-                "query"
-                if not made.keys
-                else "(query + softmax(query / |query| @ keys.T / temperature) @ values)"
-            )
+            moved = "query" if not made.keys else "(query + softmax(query @ keys.T) @ values)"
             console.print(
-                f"new = {moved} @ matrix, divided by its length where `normalize` is set",
+                f"new = {moved} @ matrix; where `normalize` is set, divide by the length before and after",
                 style="dim",
                 soft_wrap=True,
             )

@@ -23,7 +23,7 @@ from novelret.index import (
     Index,
     base_lists,
     base_query_embeddings,
-    embed_queries,
+    finetuned_query_embeddings,
     load_finetuned,
     open_deployed,
     pooled_lists,
@@ -33,6 +33,7 @@ from novelret.label.judge import same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig
 from novelret.label.table import LabelTable, make_table
+from novelret.memory import memory_modules
 from novelret.progress import Reporter
 
 
@@ -86,15 +87,15 @@ def gather(config: EvalConfig, report: Reporter) -> Gathered:
         for name, path in runs.items()
     }
     deployed = index.query_encoder(device) if models else None
-    # Adapters are small and stay loaded from here on; whole encoders are loaded again when their turn comes.
+    # A matrix is small and stays loaded from here on; whole encoders and memories are loaded again in turn.
     adapters: dict[str, list[Module]] = {}
     for name, path in models.items():
         model = load_finetuned(path, index, device)
         inputs[f"model {name}"] = encode.fingerprint_encoder(model)
         behind = adapted.modules_behind(model, deployed)
-        if behind is not None:
+        if behind is not None and not memory_modules(behind):
             adapters[name] = behind
-        _warn_of_same_judge(name, path, config, report)
+        _warn_of_training(name, path, config, split, report)
     depth = max(longest, config.base_depth)
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     found[BASE] = base_lists(index, split, depth, device=device, report=report)
@@ -108,7 +109,8 @@ def gather(config: EvalConfig, report: Reporter) -> Gathered:
                 device=device,
             )
         else:
-            embeddings = embed_queries(load_finetuned(path, index, device), split.query_texts, report)
+            model = load_finetuned(path, index, device)
+            embeddings = finetuned_query_embeddings(model, index, split, device=device, report=report)
         what = f"top lists of {name}"
         found[name] = index.search(
             embeddings, longest, split.excluded, device=device, report=report, what=what
@@ -173,14 +175,21 @@ def label_config(config: EvalConfig) -> LabelConfig:
     )
 
 
-def _warn_of_same_judge(name: str, path: str, config: EvalConfig, report: Reporter) -> None:
+def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, report: Reporter) -> None:
+    """Say what of its training makes a model look better than it is."""
+    if not (Path(path) / "manifest.json").is_file():
+        return
+    manifest = read_manifest(Path(path), "model")
+    if manifest.inputs.get("split") == split.fingerprint:
+        report.warn(
+            f"{name} was trained on these queries (--split {config.split}), so its figures say little of "
+            "others; evaluate on a split that it has not seen"
+        )
     if config.judge is None or config.judge.startswith("file:"):
         return
-    if (Path(path) / "manifest.json").is_file():
-        facts = read_manifest(Path(path), "model").facts
-        trained_by = facts.get("judges", [facts.get("judge")])  # models of before know one judge
-        if any(same_judge(str(judge), config.judge) for judge in trained_by):
-            report.warn(
-                f"{name} was trained on labels of {config.judge}, which now judges it; "
-                "another, stronger judge would be fairer"
-            )
+    trained_by = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
+    if any(same_judge(str(judge), config.judge) for judge in trained_by):
+        report.warn(
+            f"{name} was trained on labels of {config.judge}, which now judges it; "
+            "another, stronger judge would be fairer"
+        )

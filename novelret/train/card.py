@@ -23,7 +23,7 @@ against the index it was trained with.
     from sentence_transformers import SentenceTransformer
     query_encoder = SentenceTransformer("this folder"{trust})
     embeddings = query_encoder.encode_query(["a query"]{normalize})
-
+{remark}
 ## Results on held-back training queries
 
 {results}
@@ -42,6 +42,10 @@ against the index it was trained with.
 {settings}
 """
 
+_REMARK = """
+torch may warn once that a softmax guesses its dimension; it guesses right.
+"""
+
 
 def model_card(
     config: TrainConfig,
@@ -52,6 +56,7 @@ def model_card(
     version: str,
     *,
     own_modules: bool,
+    has_memory: bool,
 ) -> str:
     """The card's text, in Markdown.
 
@@ -63,6 +68,7 @@ def model_card(
         chosen: that of the weights kept.
         version: novelret's.
         own_modules: whether the encoder holds modules of novelret, which have to be installed and allowed.
+        has_memory: whether it holds a memory.
     """
     made = index.manifest.config
     labels = ", ".join(
@@ -72,6 +78,7 @@ def model_card(
         version=version,
         depth=config.base_depth,
         trust=", trust_remote_code=True" if own_modules else "",
+        remark=_REMARK if has_memory else "",
         normalize=", normalize_embeddings=True" if index.normalized else "",
         results=_results(config, points, chosen),
         data=config.data,

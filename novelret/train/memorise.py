@@ -30,6 +30,7 @@ def make_memory(
     split = material.split
     query, item = material.labels.relevant_and(split.feedback_queries, split.feedback_items)
     rows = np.unique(query)
+    rows = rows[np.linalg.norm(embeddings[rows], axis=1) > 0]  # an encoder may know none of a query's words
     if len(rows) == 0:
         raise UserError(
             "--tune memory: no training query has feedback or an item that is labelled relevant; "
@@ -37,8 +38,8 @@ def make_memory(
         )
     if len(rows) > size:
         rows = np.sort(np.random.default_rng((seed, 0x3E3)).choice(rows, size, replace=False))
-        kept = np.isin(query, rows)
-        query, item = query[kept], item[kept]
+    kept = np.isin(query, rows)
+    query, item = query[kept], item[kept]
     lengths = np.linalg.norm(embeddings[rows], axis=1, keepdims=True)
     memory = Memory(embeddings.shape[1], len(rows), float(lengths.mean()))
     with torch.no_grad():

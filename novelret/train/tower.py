@@ -16,12 +16,14 @@ from torch.nn.functional import normalize
 
 from novelret import encode
 from novelret.errors import UserError
-from novelret.memory import Memory
+from novelret.memory import Memory, memory_modules
 from novelret.train.noise import uniform
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LENGTH_CLASSES = 4
-_SHARES = 0  # the stream of their random numbers, of a key of its own
+_SHARES = (
+    0  # the stream of a memory's random shares; the sampler's by the same number are by place, not query
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def full_tower(
         raise UserError("--tune full: the query encoder is an embedding API; use --tune adapter or memory")
     normalized = encode.is_normalized(model)
     model.requires_grad_(True)
+    for module in memory_modules([*model]):
+        module.requires_grad_(False)  # half of their weights are constants that make them what they are
     model.eval()
     if gradient_checkpointing:
         _checkpoint_layers(model)
@@ -218,9 +222,10 @@ def adapter_tower(
         with torch.no_grad():
             return apply(validation).cpu().numpy()
 
+    # A memory adds to embeddings of the length that it was trained with.
+    shortened = memory is not None and normalized and not isinstance(model[-1], Normalize)
+
     def finished() -> SentenceTransformer:
-        # A memory adds to embeddings of the length that it was trained with.
-        shortened = memory is not None and normalized and not isinstance(model[-1], Normalize)
         modules = [
             *model,
             *([Normalize()] if shortened else []),
@@ -237,4 +242,6 @@ def adapter_tower(
         )
         return whole.eval()
 
-    return Tower(module, embed, embed_validation, finished, len(model), memory)
+    # Of a memory only the values are trained, the second of its modules.
+    frozen = len(model) + (0 if memory is None else 1 + shortened)
+    return Tower(module, embed, embed_validation, finished, frozen, memory)

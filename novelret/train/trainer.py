@@ -49,7 +49,7 @@ from novelret.label.judge import split_judge
 from novelret.label.judges.endpoint import check_key
 from novelret.label.labels import join_labels, open_labels
 from novelret.label.table import LabelTable, make_table
-from novelret.memory import has_memory
+from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.train import checkpoint
 from novelret.train.card import model_card
@@ -216,7 +216,7 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
     )
     _check_rewards(config, material)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
-    if has_memory([*inputs.model]):
+    if memory_modules([*inputs.model]):
         report.warn(
             f"--init {config.init}: its memory may hold the training queries themselves, which then look "
             "better served than queries that it never saw; better start from the deployed encoder"
@@ -280,8 +280,16 @@ def _write(
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
     write_json(folder / "validation.json", [asdict(point) for point in points])
-    ours = encode.has_own_modules(folder)
-    card = model_card(config, run.index, judges, points, chosen, version("novelret"), own_modules=ours)
+    card = model_card(
+        config,
+        run.index,
+        judges,
+        points,
+        chosen,
+        version("novelret"),
+        own_modules=encode.has_own_modules(folder),
+        has_memory=bool(memory_modules([*finished])),
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     picture = curves(read_log(folder), points, config.max_recall_drop)
     (folder / "curves.svg").write_text(picture, encoding="utf-8")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import softmax
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import nn
@@ -22,6 +23,7 @@ from novelret import adapted, encode, index
 from novelret.cli import main
 from novelret.data.split import load_split, make_split
 from novelret.errors import UserError
+from novelret.export import export_model
 from novelret.label.table import make_table
 from novelret.memory import Memory, read_memory
 from novelret.train import memorise, trainer
@@ -242,6 +244,19 @@ def test_at_most_so_many_keys_drawn_by_the_seed(material):
     assert len(set(drawn)) > 2
 
 
+def test_a_query_without_an_embedding_is_no_key(material):
+    queries = QUERIES.copy()
+    queries[3] = 0  # none of its words is known to the encoder
+    memory = memorise.make_memory(material, queries, ITEMS, 100, 0)
+    full = memorise.make_memory(material, QUERIES, ITEMS, 100, 0)
+    others = [row for row, query in enumerate(KNOWN) if query != 3]
+    assert torch.equal(memory.keys, full.keys[others])
+    assert torch.equal(memory.values, full.values[others])
+    assert memory.temperature == pytest.approx(
+        0.06 * np.mean([np.linalg.norm(QUERIES[query]) for query in KNOWN if query != 3])
+    )
+
+
 def test_nothing_known_is_nothing_to_remember(material):
     split = make_split(
         "train", list("ab"), list("ab"), *np.zeros((2, 0), dtype=np.int64), np.full((2, 1), -1)
@@ -300,6 +315,7 @@ def test_it_brings_relevant_novel_items_to_queries_it_never_saw(
                 "--base-depth", 3, "--k", 3, "--out", report, "--quiet"]  # fmt: skip
     code, _, err = run(capsys, *evaluate)
     assert code == 0, err
+    assert "was trained on these queries" not in err  # but on those of another split
     means = json.loads((report / "metrics.json").read_text())["models"]
     assert means["base"]["RelevantNovel@3"] == 0
     assert means["new"]["RelevantNovel@3"] > 0.2
@@ -339,6 +355,10 @@ def test_a_memory_of_an_encoder_that_does_not_normalise_itself(encoder, tmp_path
     tower.finished().save(str(tmp_path / "model"))
     again = encode.load_encoder(tmp_path / "model")
     np.testing.assert_allclose(encode.encode_queries(again, TEXTS), tower.embed_validation(), atol=1e-6)
+    export_model(tmp_path / "model", "npz", tmp_path / "memory.npz")
+    bare = deployed.encode_query(TEXTS)  # as they are served, of any length
+    assert np.linalg.norm(bare, axis=1).min() > 1.5
+    np.testing.assert_allclose(serve(tmp_path / "memory.npz", bare), tower.embed_validation(), atol=1e-5)
     behind = adapted.modules_behind(again, deployed)
     assert [type(module) for module in behind] == [Normalize, Dense, Dense, Dense, Normalize]
     found = adapted.embed_behind(behind, queries, normalized=True, device="cpu")
@@ -381,12 +401,70 @@ def test_an_encoder_whose_scores_are_dot_products(world, encoder, capsys, tmp_pa
     np.testing.assert_allclose(serve(exported, queries), expected, atol=1e-5)
 
 
+def test_whole_encoders_with_a_memory_keep_it(command, model, capsys, tmp_path):
+    out = tmp_path / "full"
+    train(
+        capsys,
+        command,
+        out,
+        "--tune",
+        "full",
+        "--init",
+        model,
+        "--learning-rate",
+        1e-3,
+        "--validation-fraction",
+        0,
+    )
+    before, after = weights_of(model), weights_of(out)
+    same = {name for name in after if torch.equal(before[name], after[name]) and "pooler" not in name}
+    assert same == {name for name in after if name.startswith(("3_Dense", "4_Dense"))}
+    # No arrays take the deployed embeddings to what another encoder gives.
+    line = fails(capsys, "export", "--model", out, "--format", "npz", "--out", tmp_path / "no.npz")
+    assert "whose weights are not the deployed ones" in line
+
+
+def test_arrays_that_would_give_other_embeddings_are_not_written(model, capsys, tmp_path):
+    broken = load(model)
+    with torch.no_grad():
+        broken[-3].linear.weight[:, -16:] *= 1.1  # what a memory passes through
+    broken.save(str(tmp_path / "broken"))
+    out = tmp_path / "no.npz"
+    line = fails(capsys, "export", "--model", tmp_path / "broken", "--format", "npz", "--out", out)
+    assert "arrays would give embeddings that differ" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("tune", ["adapter", "memory"])
+def test_an_encoder_that_is_stored_in_half_precision(world, encoder, capsys, tmp_path, tune):
+    encode.load_encoder(encoder).half().save(str(tmp_path / "half"))
+    judge = ("--judge", f"file:{world}/judgements.tsv", "--missing", "irrelevant")
+    common = ["--data", world, "--index", tmp_path / "index"]
+    labels = ("--labels", tmp_path / "labels")
+    how = (*SHORT, "--tune", tune, "--learning-rate", 0.02, "--validation-fraction", 0)
+    against = ("--split", "test", "--model", f"new={tmp_path / 'model'}", "--base-depth", 3, "--k", 3)
+    for words in (
+        ("index", "--data", world, "--model", tmp_path / "half", "--out", tmp_path / "index"),
+        ("label", *common, *judge, "--base-depth", 3, "--depth", 12, "--out", tmp_path / "labels"),
+        ("train", *common, *labels, *how, "--out", tmp_path / "model"),
+        ("eval", *common, *judge, *against, "--out", tmp_path / "report"),
+        ("export", "--model", tmp_path / "model", "--format", "npz", "--out", tmp_path / "a.npz"),
+    ):
+        code, _, err = run(capsys, *words)
+        assert code == 0, err
+    deployed, finetuned = (encode.load_encoder(tmp_path / name) for name in ("half", "model"))
+    queries, expected = (encode.encode_queries(model, TEXTS) for model in (deployed, finetuned))
+    np.testing.assert_allclose(serve(tmp_path / "a.npz", queries), expected, atol=5e-3)
+    assert np.abs(queries - expected).max() > 0.01
+
+
 def test_kept_checkpoints_load_and_share_what_is_frozen(command, index_folder, capsys, tmp_path):
     found = train(capsys, command, tmp_path / "model", *TUNE, "--keep", 20, "--blends", 4)
     folders = sorted((tmp_path / "model" / "checkpoints").iterdir())
     # 4 checkpoints, 3 blends, and the whole line with less of the memory.
     assert len(folders) == len(found["points"]) == 4 + 3 + 3 * 4
-    assert len({(folder / "model.safetensors").stat().st_ino for folder in folders}) == 1
+    for shared in ("model.safetensors", "3_Dense/model.safetensors"):  # keys are not trained
+        assert len({(folder / shared).stat().st_ino for folder in folders}) == 1
     weights = {folder.name: weights_of(folder) for folder in folders}
     deployed = index.open_index(index_folder).query_encoder("cpu")
     embeddings = encode.encode_queries(deployed, TEXTS)
@@ -508,9 +586,11 @@ def test_the_size_is_a_cap_and_bad_ones_are_one_line(command, capsys, tmp_path):
 def serve(file: Path, queries: np.ndarray) -> np.ndarray:
     """What the README says, with numpy alone; `queries` as the deployed encoder gives them."""
     with np.load(file) as arrays:  # no pickle in it
-        attention = np.exp(queries @ arrays["keys"].T)
-        shift = attention / attention.sum(axis=1, keepdims=True) @ arrays["values"]
-        moved = (queries + shift) @ arrays["matrix"]
+        if "keys" in arrays:
+            if arrays["normalize"]:
+                queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+            queries = queries + softmax(queries @ arrays["keys"].T, axis=1) @ arrays["values"]
+        moved = queries @ arrays["matrix"]
         if arrays["normalize"]:
             moved /= np.linalg.norm(moved, axis=1, keepdims=True)
     return moved

@@ -85,8 +85,12 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), name
         exact = {name: one[name] for name in one if name.startswith(("rewarded/", "unknown/"))}
         assert exact == {name: two[name] for name in exact}
-    assert [point["step"] for point in both["points"]] == [0, 3, 6, *[6] * 9]
-    assert [point["share"] for point in both["points"][3:]] == pytest.approx(np.arange(1, 10) / 10)
+    blends = [(share, 1.0) for share in np.arange(1, 10) / 10]
+    if case == "memory":
+        blends += [(share, memory) for memory in (0.5, 0.25, 0.1) for share in np.arange(1, 11) / 10]
+    assert [point["step"] for point in both["points"]] == [0, 3, 6, *[6] * len(blends)]
+    found = [(point["share"], point["memory"]) for point in both["points"][3:]]
+    np.testing.assert_allclose(found, blends)
     for one, two in zip(alone["points"], both["points"], strict=True):
         assert two["recall"] == pytest.approx(one["recall"], abs=0.02)
     files = sorted((tmp_path / "alone").rglob("*.safetensors"))
