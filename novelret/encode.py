@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
         raise UserError(f"{path}: no such model folder")
     if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: holds no sentence-transformers model (no modules.json)")
+    gc.collect()  # encoders refer to themselves: of a sweep, each would stay in memory
     try:
         model = SentenceTransformer(str(path), device=device, trust_remote_code=has_own_modules(Path(path)))
     except UserError:

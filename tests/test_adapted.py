@@ -1,6 +1,8 @@
 """Adapters behind the deployed encoder: embeddings without encoding anew, and only where that is right."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,15 @@ def test_a_sweep_of_checkpoints_encodes_the_queries_once(
     )
     for name, rows in expected.items():
         np.testing.assert_array_equal(evaluation.lists[name].rows, rows)
+
+
+def test_of_a_sweep_of_models_only_the_last_stays_in_memory(encoder):
+    gc.collect()
+    gc.disable()  # it would come sooner or later
+    try:
+        first = weakref.ref(encode.load_encoder(encoder))
+        again = encode.load_encoder(encoder)
+        assert first() is None
+        assert len(again) == 3
+    finally:
+        gc.enable()
