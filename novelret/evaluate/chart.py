@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-_WIDTH, _LEAST_HEIGHT = 680, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 190, 16, 52
+_WIDTH, _LEAST_HEIGHT = 740, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 250, 16, 52
 # Stands in the picture itself, so that a chart also looks right as a file of its own.
 _STYLE = (
     "svg text{font:13px system-ui,sans-serif}.grid,.leader{stroke:#8884}"
     ".rule{stroke:#888;stroke-dasharray:5 4}.ring,.front{fill:none;stroke:#888;stroke-width:1.5}"
 )
 _GAP = 20  # between the labels of two points
+_LONGEST = 32  # characters of a label that fit
 _SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 
 
@@ -92,12 +93,13 @@ def scatter(marks: list[Mark], x_title: str, y_title: str, *, line_at: float | N
     label_heights = _spread([down(mark.y) for mark in marks], height - _BOTTOM)
     for number, (mark, beside) in enumerate(zip(marks, label_heights, strict=True)):
         x, y = across(mark.x), down(mark.y)
+        name = escape(mark.label[:_LONGEST])
         ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>' if mark.ringed else ""
         parts.append(
             f'<g class="mark mark{number % len(_SHAPES)}"><title>{escape(mark.label)}: {escape(x_title)} '
             f"{mark.x:.4f}, {escape(y_title)} {mark.y:.3f}</title>{_shape(number, x, y)}{ring}"
             f'<line class="leader" x1="{x + 7:.1f}" y1="{y:.1f}" x2="{edge + 8}" y2="{beside:.1f}"/>'
-            f'<text class="name" x="{edge + 12}" y="{beside + 4:.1f}">{escape(mark.label[:18])}</text></g>'
+            f'<text class="name" x="{edge + 12}" y="{beside + 4:.1f}">{name}</text></g>'
         )
     return "".join(parts) + f"<style>{_STYLE}</style></svg>"
 

@@ -4,7 +4,7 @@ MODEL/
   modules.json, …       the finetuned query encoder, a sentence-transformers folder
   README.md             model card
   log.jsonl             one line every so many steps; tensorboard/ holds the same
-  frontier.parquet      every validated checkpoint; frontier.svg and curves.svg show them
+  frontier.parquet      every validated point; frontier.svg and curves.svg show the best
   checkpoints/step-N/   further checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
 """
@@ -75,6 +75,7 @@ from novelret.train.validation import (
     keeps_budget,
     known_pairs,
     pareto,
+    worth_showing,
 )
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
@@ -336,7 +337,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: TrainConfig) -> None:
-    """Every validated checkpoint: relevant novel items against recall, the deployed recall dashed."""
+    """Every validated point; drawn are the checkpoints and the best blends, the deployed recall dashed."""
     columns: dict[str, list[Any]] = {
         name: [getattr(point, name) for point in points] for name in Point.__dataclass_fields__
     }
@@ -344,7 +345,11 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
     columns["pareto"] = pareto(points)
     columns["chosen"] = [point is chosen for point in points]
     pq.write_table(pa.table(columns), folder / "frontier.parquet")
-    marks = [Mark(point.name, point.recall, point.relevant_novel) for point in points]
+    best = [point for point, is_best in zip(points, columns["pareto"], strict=True) if is_best]
+    marks = [
+        Mark(point.name, point.recall, point.relevant_novel, point in best)
+        for point in worth_showing(points, chosen)
+    ]
     length = config.base_depth
     titles = (f"Recall@{length}", f"RelevantNovel@{length}")
     picture = scatter(marks, *titles, line_at=chosen.base_recall)
