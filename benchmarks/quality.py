@@ -69,8 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "default-adapter": {"objective": "pg-ret"},
     "default": {"objective": "pg-ret", "tune": "memory"},
 }
-# An exact draw of lists from the whole catalog makes a step of these cost ten times another's.
-FIRST_L_ONLY = ("reinforce", "v-pg", "ca-pg")
+# An exact draw of lists from the whole catalog makes a step of the first three cost ten times another's.
+FIRST_L_ONLY = ("reinforce", "v-pg", "ca-pg", "supervised-memory")
 OURS, UNTUNED = "default", ("default", "default-adapter")
 COLUMNS = (
     "Novelty@10", "Novelty@20", "Novelty@50", "RelevantNovel@20", "RelevantNovel@50", "Recall@50",
