@@ -186,7 +186,7 @@ def train(
     from novelret.encode import has_own_modules
     from novelret.train.config import TrainConfig
     from novelret.train.trainer import train_model
-    from novelret.train.validation import pareto, worth_showing
+    from novelret.train.validation import pareto_set, worth_showing
 
     values: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
@@ -208,9 +208,7 @@ def train(
         names = ("step", f"Novelty@{base_depth}", f"RelevantNovel@{base_depth}", f"Recall@{base_depth}")
         for name in names:
             table.add_column(name, justify="right")
-        best = [
-            point for point, is_best in zip(trained.points, pareto(trained.points), strict=True) if is_best
-        ]
+        best = pareto_set(trained.points)
         for point in worth_showing(trained.points, trained.chosen):
             mark = " ←" if point is trained.chosen else ""
             table.add_row(

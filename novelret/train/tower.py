@@ -21,9 +21,7 @@ from novelret.train.noise import uniform
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LENGTH_CLASSES = 4
-_SHARES = (
-    0  # the stream of a memory's random shares; the sampler's by the same number are by place, not query
-)
+_SHARES = 0  # the stream of a memory's random shares, by query; the sampler's of that number are by place
 
 
 @dataclass(frozen=True)
@@ -214,6 +212,8 @@ def adapter_tower(
         return normalize(moved, dim=1) if normalized else moved
 
     def embed(rows: np.ndarray, step: int) -> Tensor:
+        if memory is None:
+            return apply(train[rows])
         places = torch.from_numpy(rows)
         shares = uniform(seed, _SHARES, step, places, torch.zeros_like(places))
         return apply(train[rows], shares.float().to(device))

@@ -75,6 +75,7 @@ from novelret.train.validation import (
     keeps_budget,
     known_pairs,
     pareto,
+    pareto_set,
     worth_showing,
 )
 
@@ -345,7 +346,7 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
     columns["pareto"] = pareto(points)
     columns["chosen"] = [point is chosen for point in points]
     pq.write_table(pa.table(columns), folder / "frontier.parquet")
-    best = [point for point, is_best in zip(points, columns["pareto"], strict=True) if is_best]
+    best = pareto_set(points)
     marks = [
         Mark(point.name, point.recall, point.relevant_novel, point in best)
         for point in worth_showing(points, chosen)

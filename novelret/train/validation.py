@@ -184,11 +184,13 @@ def left_for_good(points: list[Point], max_recall_drop: float, patience: int) ->
 
 def worth_showing(points: list[Point], chosen: Point | None) -> list[Point]:
     """The checkpoints, and of the blends, which may be dozens, the chosen one and those of the Pareto set."""
-    return [
-        point
-        for point, is_best in zip(points, pareto(points), strict=True)
-        if point.is_checkpoint or is_best or point is chosen
-    ]
+    best = pareto_set(points)
+    return [point for point in points if point.is_checkpoint or point in best or point is chosen]
+
+
+def pareto_set(points: list[Point]) -> list[Point]:
+    """The points that `pareto` says no other beats, in their order."""
+    return [point for point, is_best in zip(points, pareto(points), strict=True) if is_best]
 
 
 def pareto(points: list[Point]) -> list[bool]:
