@@ -10,7 +10,7 @@ from itertools import takewhile
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Module, Normalize
+from sentence_transformers.base.modules import Dense, Normalize
 from torch import nn
 
 from novelret import encode
@@ -72,27 +72,10 @@ def _is_same(ours: nn.Module, theirs: nn.Module) -> bool:
     """Whether two modules are interchangeable; False too where that cannot be seen."""
     return (
         type(ours) is type(theirs)
-        and _settings(ours) == _settings(theirs)
-        and _tokenizer(ours) == _tokenizer(theirs) != ""
+        and encode.settings_of(ours) == encode.settings_of(theirs)
+        and encode.tokenizer_of(ours) == encode.tokenizer_of(theirs) != ""
         and _same_weights(ours, theirs)
     )
-
-
-def _settings(module: nn.Module) -> tuple[object, ...]:
-    config = getattr(getattr(module, "model", None), "config", None)
-    architecture = {} if config is None else config.to_dict()
-    architecture.pop("_name_or_path", None)  # where it was loaded from
-    known = module.get_config_dict() if isinstance(module, Module) else {}
-    return architecture, known, getattr(module, "max_seq_length", None)
-
-
-def _tokenizer(module: nn.Module) -> str | None:
-    """The whole tokenizer as text; None for a module without one, "" for one that cannot be written."""
-    tokenizer = getattr(module, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return str(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else ""
 
 
 def _same_weights(ours: nn.Module, theirs: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
 from transformers.utils.logging import disable_progress_bar
 
 from novelret.artifacts import fingerprint_of, read_json
@@ -88,15 +90,36 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 def fingerprint_encoder(model: SentenceTransformer) -> str:
     """Identity of an encoder: its weights and everything else that decides an embedding."""
-    modules = [type(module).__name__ for module in model]
     return fingerprint_of(
         fingerprint_weights(model),
-        modules,
+        [(type(module).__name__, settings_of(module), tokenizer_of(module)) for module in model],
         model.prompts,
         model.default_prompt_name,
         model.max_seq_length,
         model.truncate_dim,
     )
+
+
+def settings_of(module: torch.nn.Module) -> list[Any]:
+    """What decides a module's output beside its weights: pooling, activations, heads, the longest input."""
+    config = getattr(getattr(module, "model", None), "config", None)
+    architecture = {} if config is None else config.to_dict()
+    for told in ("_name_or_path", "transformers_version"):  # where it came from and who wrote it
+        architecture.pop(told, None)
+    known = module.get_config_dict() if isinstance(module, Module) else {}
+    return [architecture, known, getattr(module, "max_seq_length", None)]
+
+
+def tokenizer_of(module: torch.nn.Module) -> str | None:
+    """The whole tokenizer as text; None for a module without one, "" for one that cannot be written."""
+    tokenizer = getattr(module, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(tokenizer, "to_str"):
+        return ""
+    # Padding and truncation are what the last call asked for.
+    return json.dumps(json.loads(tokenizer.to_str()) | {"padding": None, "truncation": None}, sort_keys=True)
 
 
 def is_normalized(model: SentenceTransformer) -> bool:

@@ -12,6 +12,7 @@ cache/            embeddings and top lists of queries met before; may be deleted
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,13 +158,9 @@ def open_deployed(folders: tuple[str, ...], data: str) -> list[Index]:
     """Open the indexes of several deployed models of one catalog.
 
     Raises:
-        UserError: one cannot be opened, or they hold different catalogs.
+        UserError: one cannot be opened, or was made from another corpus than that of `data`.
     """
-    indexes = [open_index(folder, data) for folder in folders]
-    for index in indexes[1:]:
-        if index.manifest.inputs["corpus"] != indexes[0].manifest.inputs["corpus"]:
-            raise UserError(f"{index.folder}: holds another catalog than {indexes[0].folder}")
-    return indexes
+    return [open_index(folder, data) for folder in folders]
 
 
 def pooled_lists(
@@ -172,15 +169,35 @@ def pooled_lists(
     """T_L of several deployed models: the union of their top lists (PG-Ret, Definition 1).
 
     Returns:
-        (Q, models × depth) int64 catalog rows, each at most once in a row, −1 padded.
+        (Q, models × depth) int64 catalog rows of the first index, each at most once in a row, −1 padded.
     """
-    lists = [base_lists(index, split, depth, device=device, report=report)[0] for index in indexes]
+    first = indexes[0]
+    lists = []
+    for index in indexes:
+        same = index is first or index.catalog.ids.equals(first.catalog.ids)
+        # Imported and appended indexes may hold the items in another order.
+        there = split if same else split.with_items(_translated(first, index))
+        rows = base_lists(index, there, depth, device=device, report=report)[0]
+        lists.append(rows if same else _translated(index, first)(rows))
     pool = np.concatenate(lists, axis=1)
     for start in range(depth, pool.shape[1], depth):
         part = pool[:, start : start + depth]
         for row, known in zip(part, pool[:, :start], strict=True):
             row[np.isin(row, known)] = -1
     return pool
+
+
+def _translated(of: Index, to: Index) -> Callable[[np.ndarray], np.ndarray]:
+    """Rows of one index, −1 padded, as rows of the same items in another."""
+
+    def translated(rows: np.ndarray) -> np.ndarray:
+        unique, place = np.unique(rows, return_inverse=True)
+        found = np.full(len(unique), -1, dtype=np.int64)
+        is_item = unique >= 0
+        found[is_item] = to.catalog.rows_of(of.catalog.ids_at(unique[is_item]))
+        return found[place].reshape(rows.shape)
+
+    return translated
 
 
 def base_query_embeddings(

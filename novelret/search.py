@@ -18,6 +18,7 @@ DECIMALS = 6
 _SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once
 _QUERY_CHUNK = 32_768
 _BLOCK_BYTES = 128 << 20
+_PAIRS = 1 << 24  # candidates fetched at a time, of some 50 bytes each
 
 
 def nothing(_: int) -> None:
@@ -80,16 +81,26 @@ def _search_chunk(
     width = k + _SPARE + (0 if excluded is None else excluded.shape[1])
     rows = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float64)
-    todo = np.arange(len(queries))
+    is_zero = ~queries.any(axis=1)
+    if is_zero.any():  # a tie of all items, of which the tie rule alone says the first
+        first = np.argsort(-id_rank, kind="stable")[:width]
+        top_rows = np.repeat(first[None], is_zero.sum(), axis=0)
+        left_out = None if excluded is None else excluded[is_zero]
+        rows[is_zero], scores[is_zero], _ = _finish(top_rows, np.zeros(top_rows.shape), k, id_rank, left_out)
+    todo = np.flatnonzero(~is_zero)
     while len(todo):
         width = min(width, len(items))
-        top_rows, top_scores = _top(queries[todo], items, width, device)
-        left_out = None if excluded is None else excluded[todo]
-        rows[todo], scores[todo], cut_in_tie = _finish(top_rows, top_scores, k, id_rank, left_out)
+        tied = []
+        step = max(1, _PAIRS // width)
+        for part in np.split(todo, range(step, len(todo), step)):
+            top_rows, top_scores = _top(queries[part], items, width, device)
+            left_out = None if excluded is None else excluded[part]
+            rows[part], scores[part], cut_in_tie = _finish(top_rows, top_scores, k, id_rank, left_out)
+            tied.append(part[cut_in_tie])
         if width == len(items):
             break
         # A tie that reaches the end of what was fetched may go on beyond it: look further for those.
-        todo = todo[cut_in_tie]
+        todo = np.concatenate(tied)
         width *= 4
     return rows, scores
 

@@ -63,6 +63,28 @@ def test_another_query_side_is_kept(world, encoder, tmp_path):
     )
 
 
+def test_whatever_decides_an_embedding_is_part_of_an_encoders_identity(encoder):
+    def changed(change):
+        model = encode.load_encoder(encoder)
+        change(model)
+        return encode.fingerprint_encoder(model)
+
+    def shorten(model):
+        model.max_seq_length = 3
+
+    same = changed(lambda model: encode.encode_queries(model, ["buy red", "buy"]))
+    others = [
+        changed(lambda model: model.prompts.update(query="q: ")),
+        changed(lambda model: setattr(model[1], "pooling_mode", "cls")),
+        changed(lambda model: setattr(model[0].model.config, "hidden_act", "relu")),
+        changed(lambda model: model.tokenizer.add_tokens(["blueish"])),
+        changed(lambda model: model[0].model.pooler.dense.bias.data.add_(1)),
+        changed(shorten),
+    ]
+    assert same == encode.fingerprint_encoder(encode.load_encoder(encoder))
+    assert len({same, *others}) == 7
+
+
 def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):
     index = build(world, encoder, tmp_path / "index")
     split = load_split(str(world), "train", index.catalog)

@@ -30,6 +30,27 @@ def test_matches_brute_force_with_ties(monkeypatch, block_bytes, dtype):
     assert np.allclose(scores, np.take_along_axis(queries @ items.astype(np.float32).T, rows, axis=1))
 
 
+def test_ties_of_many_are_fetched_a_few_queries_at_a_time(monkeypatch):
+    rng = np.random.default_rng(2)
+    items = np.repeat(rng.integers(-1, 2, size=(3, 4)), 200, axis=0).astype(np.float32)
+    queries = np.concatenate([np.zeros((6, 4)), rng.integers(-1, 2, size=(30, 4))]).astype(np.float32)
+    id_rank = rng.permutation(600)
+    excluded = np.argsort(-id_rank)[rng.integers(-1, 30, size=(36, 2))]
+    fetched = []
+    real = search._top
+
+    def top(queries, items, width, device):
+        fetched.append(len(queries) * width)
+        assert queries.any(axis=1).all()  # without an embedding all items tie: nothing to search for
+        return real(queries, items, width, device)
+
+    monkeypatch.setattr(search, "_top", top)
+    monkeypatch.setattr(search, "_PAIRS", 700)
+    rows, _ = search.search_exact(queries, items, 25, id_rank, excluded)
+    assert rows.tolist() == brute_force(queries, items, 25, id_rank, excluded)
+    assert max(fetched) <= 700
+
+
 def test_pads_where_too_few_items_are_left():
     items = np.eye(3, dtype=np.float32)
     rows, scores = search.search_exact(items[:1], items, 3, np.arange(3), np.array([[0, 2]]))

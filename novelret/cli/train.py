@@ -145,7 +145,7 @@ def train(
     ] = "unknown",
     prompt: PromptOption = "query-document",
     store: StoreOption = None,
-    max_judgements: Annotated[int | None, typer.Option(help="Ask at most so many questions.")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of queries held back.")] = 0.1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,6 +56,17 @@ class Split:
             new_row[self.feedback_queries[kept]],
             self.feedback_items[kept],
             self.excluded[rows],
+        )
+
+    def with_items(self, translated: Callable[[np.ndarray], np.ndarray]) -> Split:
+        """The split with its items as rows of a catalog of the same items in another order."""
+        return make_split(
+            self.name,
+            self.query_ids,
+            self.query_texts,
+            self.feedback_queries,
+            translated(self.feedback_items),
+            translated(self.excluded),
         )
 
 

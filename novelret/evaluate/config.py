@@ -7,6 +7,7 @@ from pathlib import Path
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
+from novelret.label.cost import Caps
 from novelret.label.judge import split_judge
 
 BASE = "base"
@@ -121,6 +122,7 @@ def _check_numbers(config: EvalConfig, catalog_size: int) -> None:
 
 
 def _check_judge(config: EvalConfig) -> None:
+    Caps(config.max_requests, config.max_cost)  # refuses what is below 0
     if config.judge is not None:
         split_judge(config.judge)
     if config.human is not None and config.judge is None:

@@ -63,6 +63,9 @@ from novelret.label.labels import read_table
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
 
+_HOW = ("max_requests", "max_cost", "price", "device")
+"""Settings that decide how, and how far, a judge is asked; raised after a stop, the same report goes on."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -126,7 +129,8 @@ def evaluate_models(
         raise UserError(f"--human {config.human}: lies in {out}, which would be replaced; copy it elsewhere")
     gathered = gather(config, report)
     index, split = gathered.index, gathered.split
-    identity = fingerprint_of(config, gathered.inputs)
+    what = {name: value for name, value in asdict(config).items() if name not in _HOW}
+    identity = fingerprint_of(what, gathered.inputs)
     with open_output(out, identity, force=force) as folder:
         table = gathered.known
         if table is None:

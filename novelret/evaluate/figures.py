@@ -163,6 +163,6 @@ def human_corrections(
     if fewest < FEW_PAIRS:
         report.warn(
             f"{config.human}: only {fewest} human labels fall on {figure}; intervals from fewer than "
-            f"{FEW_PAIRS} are not to be relied on, label more pairs"
+            f"{FEW_PAIRS} are too narrow, label more pairs"
         )
     return found

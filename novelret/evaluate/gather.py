@@ -172,6 +172,7 @@ def label_config(config: EvalConfig) -> LabelConfig:
         max_requests=config.max_requests,
         max_cost=config.max_cost,
         price=config.price,
+        device=config.device,
     )
 
 

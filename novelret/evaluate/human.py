@@ -24,8 +24,8 @@ from novelret.evaluate.metrics.novelty import novel
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 
 _LEAST_QUERIES = 5
-FEW_PAIRS = 30
-"""Fewer human-labelled pairs than this give an interval that is not to be relied on."""
+FEW_PAIRS = 200
+"""Fewer human-labelled pairs than this give an interval that is too narrow: the judge's errors are rare."""
 
 
 @dataclass(frozen=True)

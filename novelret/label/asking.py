@@ -19,7 +19,7 @@ from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
 from novelret.label.candidates import Candidates
-from novelret.label.cost import Price
+from novelret.label.cost import Caps, Price
 from novelret.label.judge import Judge
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
 from novelret.label.questions import Feed, Messages, Reader, Tally
@@ -105,6 +105,7 @@ def ask_and_write(
     *,
     retry_unusable: bool,
     send: bool,
+    caps: Caps,
     may_be_empty: bool = False,
     earlier: Manifest | None = None,
 ) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def ask_and_write(
         report: where to say how it goes.
         retry_unusable: ask again where the stored answer cannot be read.
         send: False to use stored answers alone.
+        caps: how far to go.
         may_be_empty: whether it is fine that all questions fail.
         earlier: LABELS that this goes on from; the caps count what they cost, and what was spent on `out`
             by runs that were killed or left (its folder's asking.json).
@@ -133,7 +135,7 @@ def ask_and_write(
     spent, note = spent_on(earlier), out.with_name("asking.json")
     if note.is_file():
         spent = _sum(spent, read_json(note))
-    tally = Tally(earlier_requests=spent["requests"], earlier_cost=spent["cost"])
+    tally = Tally(earlier_requests=spent["requests"], earlier_cost=spent["cost"], caps=caps)
     with closing(Store(store_path)) as store:
         feed = Feed(
             index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent

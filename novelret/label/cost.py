@@ -22,6 +22,35 @@ _BATCH_SHARE = 0.5
 
 
 @dataclass(frozen=True)
+class Caps:
+    """How far asking may go; None for no end.
+
+    Attributes:
+        max_requests: stop before more requests than this.
+        max_cost: stop before this many dollars could be exceeded; needs a price.
+
+    Raises:
+        UserError: one is below 0.
+    """
+
+    max_requests: int | None = None
+    max_cost: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, cap in (("--max-requests", self.max_requests), ("--max-cost", self.max_cost)):
+            if cap is not None and not cap >= 0:
+                raise UserError(f"{option} {cap:g}: must be at least 0")
+
+    def reached(self, requests: int, cost: float) -> str | None:
+        """The cap that so many requests and dollars would exceed, as it is told; None where both hold."""
+        if self.max_requests is not None and requests > self.max_requests:
+            return f"--max-requests {self.max_requests} reached"
+        if self.max_cost is not None and cost > self.max_cost:
+            return f"--max-cost {self.max_cost} reached"
+        return None
+
+
+@dataclass(frozen=True)
 class Price:
     """Dollars per million tokens."""
 

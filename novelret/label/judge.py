@@ -119,8 +119,6 @@ def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
         limits = Limits(
             concurrency=config.concurrency,
             timeout=config.timeout,
-            max_requests=config.max_requests,
-            max_cost=config.max_cost,
             price=price,
             rpm=config.rpm,
             tpm=config.tpm,

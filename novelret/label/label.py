@@ -26,6 +26,7 @@ from novelret.errors import UserError
 from novelret.index import Index, open_index
 from novelret.label.asking import Plan, ask_and_write, plan_asking, spent_on
 from novelret.label.candidates import Candidates, gather_candidates
+from novelret.label.cost import Caps
 from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
@@ -34,7 +35,7 @@ from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
 
 _ROWS = 100_000  # judgements written at a time
-_HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price")
+_HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price", "device")
 """Settings that decide how, and how far, questions are asked, not which."""
 
 
@@ -250,6 +251,7 @@ def _label_by_asking(
         retry_unusable=config.retry_unusable,
         send=not config.reparse,
         earlier=earlier,
+        caps=Caps(config.max_requests, config.max_cost),
     )
 
 
@@ -337,10 +339,15 @@ def _label_from_file(
 
 def _check(config: LabelConfig) -> None:
     """Refuse settings that make no sense, before any work is done."""
-    at_least_one = {"per-query": config.per_query, "concurrency": config.concurrency}
+    at_least_one = {
+        "per-query": config.per_query,
+        "concurrency": config.concurrency,
+        "base-depth": config.base_depth,
+    }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    Caps(config.max_requests, config.max_cost)  # refuses what is below 0
     above_zero = {"timeout": config.timeout, "rpm": config.rpm, "tpm": config.tpm}
     for name, limit in above_zero.items():
         if limit is not None and not limit > 0:

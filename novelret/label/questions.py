@@ -15,7 +15,7 @@ import numpy as np
 from novelret.data.split import Split
 from novelret.index import Index
 from novelret.label.candidates import Candidates
-from novelret.label.cost import Price
+from novelret.label.cost import Caps, Price
 from novelret.label.order import asking_order
 from novelret.label.store import KEY_SIZE, Store
 from novelret.label.table import UNKNOWN
@@ -57,6 +57,7 @@ class Tally:
         note: what goes on, in a few words.
         earlier_requests: of runs that this one goes on from; the caps count these too.
         earlier_cost: of the same, in dollars.
+        caps: how far to go.
     """
 
     requests: int = 0
@@ -71,6 +72,14 @@ class Tally:
     note: str = ""
     earlier_requests: int = 0
     earlier_cost: float = 0.0
+    caps: Caps = field(default_factory=Caps)
+
+    def may_spend(self, requests: int, cost: float) -> bool:
+        """Whether the caps allow so many requests and dollars beyond those counted; if not, asking stops."""
+        requests += self.earlier_requests + self.requests
+        reached = self.caps.reached(requests, self.earlier_cost + self.cost + cost)
+        self.stopped = reached or self.stopped
+        return reached is None
 
     def bill(
         self, prompt_tokens: int | None, completion_tokens: int | None, price: Price | None, counted: int = 0

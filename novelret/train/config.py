@@ -83,7 +83,7 @@ class TrainConfig:
         missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
         prompt: name or file of the judge's prompt.
         store: the judgement store.
-        max_judgements: stop asking before more requests than this.
+        max_requests: stop asking before more requests than this.
         max_cost: stop asking before this many dollars could be exceeded.
         price: "INPUT,OUTPUT" in dollars per million tokens.
         validation_fraction: share of the split's queries held back to choose the checkpoint.
@@ -144,7 +144,7 @@ class TrainConfig:
     missing: str = "unknown"
     prompt: str = "query-document"
     store: str | None = None
-    max_judgements: int | None = None
+    max_requests: int | None = None
     max_cost: float | None = None
     price: str | None = None
     validation_fraction: float = 0.1
@@ -221,7 +221,7 @@ def _check_choices(config: TrainConfig) -> None:
 
 def _check_numbers(config: TrainConfig) -> None:
     sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
-    optional = ("micro_batch", "eval_every", "support", "max_judgements")
+    optional = ("micro_batch", "eval_every", "support", "max_requests")
     positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         ((*sizes, "memory_size", "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from novelret.artifacts import read_json, write_json
+from novelret.artifacts import read_json, read_manifest, write_json
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
 from novelret.label.asking import ask_and_write, say_failed
 from novelret.label.candidates import Candidates
-from novelret.label.judge import make_judge, split_judge
+from novelret.label.cost import Caps
+from novelret.label.judge import make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig
 from novelret.label.labels import judgement_rows, read_table
@@ -71,13 +71,14 @@ class Judging:
             judge=config.judge,
             split=config.split,
             prompt=config.prompt,
+            **_as_labelled(config),
             store=config.store,
+            max_cost=config.max_cost,
             price=config.price,
             device=config.device,
         )
-        # A model is loaded once; an endpoint's judge is made anew each time, with what is left of the caps.
-        self.model = make_judge(self.settings) if kind == "cross-encoder" and processes.is_first else None
-        self.max_requests, self.max_cost = config.max_judgements, config.max_cost
+        self.judge = make_judge(self.settings) if kind != "file" and processes.is_first else None
+        self.caps = Caps(config.max_requests, config.max_cost)
         self.pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.futures: dict[int, Future[LabelTable]] = {}
         self.fresh: list[LabelTable] = []
@@ -161,22 +162,23 @@ class Judging:
             every = np.arange(len(queries))
             pq.write_table(judgement_rows(self.index, self.split, candidates, every, columns), path)
             return make_table(queries, items, verdicts, len(self.index), grades=grades)
-        settings = replace(
-            self.settings,
-            max_requests=_left(self.max_requests, self.spent["requests"]),
-            max_cost=_left(self.max_cost, self.spent["cost"]),
-        )
+        assert self.judge is not None
+        store = self.settings.store
         facts = ask_and_write(
-            self.model or make_judge(settings),
+            self.judge,
             self.index,
             self.split,
             candidates,
-            Path(settings.store) if settings.store else default_store(),
+            Path(store) if store else default_store(),
             path,
             Reporter(),
             retry_unusable=False,
             send=True,
             may_be_empty=True,
+            caps=Caps(
+                _left(self.caps.max_requests, self.spent["requests"]),
+                _left(self.caps.max_cost, self.spent["cost"]),
+            ),
         )
         # What a killed run spent on this step was not known yet.
         self.spent["requests"] += facts["requests"] + facts["earlier"]["requests"]
@@ -185,7 +187,7 @@ class Judging:
         if facts["stopped"] and not self.spent.get("stopped"):
             self.spent["stopped"] = facts["stopped"]
             self.report.warn(
-                f"step {step}: no more questions are asked, --max-judgements or --max-cost is reached; "
+                f"step {step}: no more questions are asked, --max-requests or --max-cost is reached; "
                 "policy states without a label are left out from here on"
             )
         self._check_alive(facts, step)
@@ -207,6 +209,15 @@ class Judging:
     def _empty(self) -> LabelTable:
         none = np.empty(0, dtype=np.int64)
         return make_table(none, none, none.astype(np.int8), len(self.index))
+
+
+def _as_labelled(config: TrainConfig) -> dict[str, Any]:
+    """How answers were read for LABELS of the same judge, so that one answer means the same in both."""
+    for folder in config.label_folders:
+        made = read_manifest(Path(folder), "labels").config
+        if same_judge(made["judge"], str(config.judge)):
+            return {"answer": made["answer"], "threshold": made["threshold"]}
+    return {}
 
 
 def _left(limit: Any, spent: Any) -> Any:

@@ -88,6 +88,7 @@ def run_steps(run: Run) -> tuple[list[Point], int]:
         (run.folder / "resume").mkdir(exist_ok=True)
     processes.wait()
     points, first = checkpoint.load(run.tower, optimizer, scaler, run.folder)
+    scaler.scale(torch.zeros((), device=processes.device))  # it unscales only after it has scaled
     if run.judging is not None:
         run.material = with_more_labels(run.material, run.judging.forget_after(first))
     if first:

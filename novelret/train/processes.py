@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -48,13 +49,18 @@ class Processes:
         return tensor
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Give each parameter the sum of all processes' gradients; one message for all of them."""
+        """Give each parameter the sum of all processes' gradients; one message for all of them.
+
+        What no process has a gradient for stays without, as with one process.
+        """
         if self.size == 1:
             return
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.sum(torch.cat([part.flatten() for part in parts]))
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        known = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        flat = self.sum(torch.cat([known, *(part.flatten() for part in parts)]))
+        known, *sums = flat.split([len(parameters), *(p.numel() for p in parameters)])
+        for parameter, total, is_known in zip(parameters, sums, known.tolist(), strict=True):
+            parameter.grad = total.view_as(parameter) if is_known else None
 
     def concatenate(self, array: np.ndarray) -> np.ndarray:
         """Float arrays of all processes, one after the other along the first dimension."""
@@ -94,6 +100,7 @@ def join(device: str) -> Iterator[Processes]:
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    # The others wait while the first encodes and searches, or a judge answers: hours, with a large catalog.
+    dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=timedelta(days=7))
     yield Processes(rank, size, device)
     dist.destroy_process_group()

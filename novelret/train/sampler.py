@@ -364,7 +364,7 @@ def _condition(free: Tensor, maximum: Tensor) -> Tensor:
 def _inverse(masses: Tensor, numbers: Tensor) -> Tensor:
     """Columns of (R, m) masses in which uniform numbers, (R,) or (R, n), fall; never one of mass 0."""
     cumulated = torch.cumsum(masses, dim=1)
-    wanted = numbers.reshape(len(masses), -1) * cumulated[:, -1:]
+    wanted = (numbers if numbers.dim() == 2 else numbers[:, None]) * cumulated[:, -1:]
     positions = torch.searchsorted(cumulated, wanted, right=True)
     # Rounding may put a number on the last sum itself, beyond the last column that has mass.
     last = masses.shape[1] - 1 - torch.argmax((masses > 0).flip(1).to(torch.int8), dim=1)

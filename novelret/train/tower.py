@@ -56,7 +56,8 @@ def full_tower(
     """Train every weight of the query encoder.
 
     Dropout stays off: the reward is about a ranking that the deployed encoder would give, and a run is
-    then the same however it is cut into micro-batches.
+    then the same however it is cut into micro-batches. Weights that are stored in half precision are trained
+    and saved in single precision, which small updates need; `precision` is of the forward pass alone.
 
     Raises:
         UserError: the encoder is an embedding API, whose weights are out of reach.
@@ -64,7 +65,7 @@ def full_tower(
     if encode.is_api(model):
         raise UserError("--tune full: the query encoder is an embedding API; use --tune adapter or memory")
     normalized = encode.is_normalized(model)
-    model.requires_grad_(True)
+    model.float().requires_grad_(True)
     for module in memory_modules([*model]):
         module.requires_grad_(False)  # half of their weights are constants that make them what they are
     model.eval()
@@ -133,6 +134,7 @@ def lora_tower(
         raise UserError(
             f"--tune lora: {type(model[0]).__name__} is no transformer; use --tune adapter or memory"
         )
+    transformer.float()  # the updates are merged into these weights
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not ours to mend

@@ -29,6 +29,7 @@ from novelret.artifacts import (
     fingerprint_of,
     open_output,
     read_json,
+    read_manifest,
     write_config,
     write_json,
     write_manifest,
@@ -80,7 +81,7 @@ from novelret.train.validation import (
 )
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
-_NOT_IDENTITY_OF_JUDGE = ("max_judgements", "max_cost", "price")
+_NOT_IDENTITY_OF_JUDGE = ("max_requests", "max_cost", "price")
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
         pool[train_rows],
     )
     _check_rewards(config, material)
+    _warn_of_other_split(config, inputs, report)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
     if memory_modules([*inputs.model]):
         report.warn(
@@ -236,6 +238,21 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
         known = known_pairs(split, table, config.recall_of)
         validation = Validation(split, known, lists[mine, : config.base_depth], pool[mine], table)
     return _Prepared(material, validation, tower, len(validation_rows))
+
+
+def _warn_of_other_split(config: TrainConfig, inputs: _Inputs, report: Reporter) -> None:
+    """Say where the model to start from was trained on queries that are held back now."""
+    if config.init is None or not (Path(config.init) / "manifest.json").is_file():
+        return
+    before = read_manifest(Path(config.init), "model")
+    held_back = {name: before.config[name] for name in ("seed", "validation_fraction")}
+    now = {name: getattr(config, name) for name in held_back}
+    if before.inputs["split"] == inputs.split.fingerprint and held_back != now:
+        report.warn(
+            f"--init {config.init}: was trained with --seed {held_back['seed']} and --validation-fraction "
+            f"{held_back['validation_fraction']}, so on some of the queries that are held back here, and "
+            "looks better on them than it is; give the same two"
+        )
 
 
 def _check_judge(judge: str) -> None:

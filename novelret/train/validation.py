@@ -76,7 +76,7 @@ class Point:
 
 
 def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of training and validation queries, each ascending.
+    """Rows of training and validation queries, each ascending; queries of the same text stay together.
 
     Raises:
         UserError: one of the two would be empty or without feedback.
@@ -90,6 +90,12 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
             "give more queries or another fraction"
         )
     order = np.random.default_rng((seed % (1 << 32), 0x5EED)).permutation(len(split))
+    # Queries of one text, as a log of events holds them, stay on one side.
+    texts = [" ".join(split.query_texts[row].split()).casefold() for row in order]
+    first = {text: place for place, text in reversed(list(enumerate(texts)))}
+    group = np.array([first[text] for text in texts])
+    order, group = order[np.argsort(group, kind="stable")], np.sort(group)
+    count = int(np.searchsorted(group, group[count - 1], side="right"))
     training, validation = np.sort(order[count:]), np.sort(order[:count])
     for rows, what in ((training, "training"), (validation, "held-back")):
         if not np.isin(split.feedback_queries, rows).any():

@@ -143,6 +143,10 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
         assert plan["pairs"] == {
             "eval": len({(q, i) for of in (lists, base) for q, row in of.items() for i in row})
         }
+        asked = len(server.seen)
+        unasked = [*arguments, "--store", tmp_path / "new.sqlite", "--out", tmp_path / "capped"]
+        result(capsys, *unasked, "--price", "1,2", "--max-cost", plan["cost"] / 4)
+        assert asked < len(server.seen) < 1.5 * asked
     assert "--plan: there is nothing to ask" in fails(capsys, *common[:5], "--plan")
     assert "--out is missing" in fails(capsys, *common[:5])
 

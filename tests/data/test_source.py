@@ -110,6 +110,13 @@ def test_pairs_are_sorted_single_and_count_every_bad_line(data, tmp_path):
         load_split(str(data), "train", catalog_of(data, tmp_path))
 
 
+def test_what_is_left_out_is_part_of_the_identity(data, tmp_path):
+    catalog = catalog_of(data, tmp_path)
+    before = load_split(str(data), "train", catalog).fingerprint
+    write_qrels(data / "excluded" / "train.tsv", [("q00", "i30", 1)])
+    assert load_split(str(data), "train", catalog).fingerprint != before
+
+
 def test_subset_renumbers_queries(data, tmp_path):
     split = load_split(str(data), "train", catalog_of(data, tmp_path))
     part = split.subset(np.array([1, 3]))

@@ -82,6 +82,21 @@ def test_verdicts_are_the_models_scores_against_a_threshold(arguments, world, tm
     assert 0 < verdicts.sum() < 120
 
 
+def test_a_cap_holds_and_a_higher_one_goes_on(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("novelret.label.judges.cross_encoder._AT_ONCE", 16)
+    code, facts, err = label(capsys, *arguments, "--out", tmp_path / "a", "--max-requests", 50)
+    assert (code, facts["requests"], facts["pairs"]) == (0, 50, 50)
+    assert "--max-requests 50 reached; 70 pairs are not judged" in " ".join(err.split())
+    code, facts, _ = label(capsys, *arguments, "--out", tmp_path / "a", "--max-requests", 51)
+    assert (code, facts["requests"], facts["pairs"]) == (0, 1, 51)
+
+
+@pytest.mark.parametrize("bad", [("--base-depth", -5), ("--max-requests", -3), ("--max-cost", -1)])
+def test_settings_without_sense_are_refused(arguments, tmp_path, capsys, bad):
+    code, _, err = label(capsys, *arguments, "--out", tmp_path / "a", *bad)
+    assert (code, f"{bad[0]} {bad[1]}: must be at least" in err) == (2, True)
+
+
 def test_no_pair_is_scored_twice_and_another_threshold_is_free(arguments, tmp_path, capsys, monkeypatch):
     label(capsys, *arguments, "--out", tmp_path / "a", "--threshold", 0.4)
     code, facts, _ = label(capsys, *arguments, "--depth", 11, "--out", tmp_path / "b", "--threshold", 0.4)

@@ -169,7 +169,51 @@ def test_supervised_loss_is_written_out(material):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"draw": "plain"}, {"draw": "states", "negative_share": 0.5, "reward": "eq6"}, {}], ids=str
+    ("changes", "ranks"),
+    [
+        ({}, range(5, 10)),
+        ({"window": "0.4,1.2"}, range(2, 6)),
+        ({"loss": "aggressive"}, range(3)),
+        ({"loss": "conservative"}, range(1)),
+        ({"loss": "inclusion"}, None),
+    ],
+    ids=str,
+)
+def test_losses_of_states_are_written_out(material, changes, ranks):
+    settings = config(gamma=0.0, **changes)
+    batch = draw_batch(material, settings, 0)
+    assert (batch.rewards == 1).all()
+    losses = []
+    for query, item in zip(batch.queries, batch.items, strict=True):
+        scores = (QUERIES[query].numpy() @ ITEMS.T).astype(np.float64)
+        if ranks is None:  # Gumbel: the L-th best of the other items is the threshold
+            threshold = np.sort(np.delete(scores, item))[-L]
+            rate = np.exp((scores[item] - threshold) / settings.temperature)
+            losses.append(-np.log(-np.expm1(-rate)))
+            continue
+        others = [other for other in material.base_rows[query, list(ranks)] if other != item]
+        if settings.loss == "conservative":
+            losses.append(max(0, scores[others[0]] - scores[item]))
+            continue
+        if settings.loss == "boundary":
+            others = [other for other in others if not material.known_relevant(query, np.array(other))]
+        against = np.exp(scores[others] / settings.temperature).sum()
+        losses.append(np.log1p(against / np.exp(scores[item] / settings.temperature)))
+    passes = np.arange(24)
+    embeddings = QUERIES[torch.from_numpy(batch.queries_of(passes))]
+    found = batch_loss(embeddings, passes, batch, material, settings, MATRIX, 0)
+    assert found.loss.item() == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hard_negatives": 3},
+        {"draw": "plain"},
+        {"draw": "states", "negative_share": 0.5, "reward": "eq6"},
+        {},
+    ],
+    ids=str,
 )
 def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(material, changes):
     settings = config(objective="supervised-judged", gamma=0.25, **changes)
@@ -179,7 +223,7 @@ def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(materi
     is_feedback = batch.sources == FEEDBACK
     is_pair = is_feedback | (batch.rewards > 0)
     assert is_pair.any()
-    assert changes == {} or not is_pair.all()  # some drawn states are not relevant
+    assert changes in ({}, {"hard_negatives": 3}) or not is_pair.all()  # some drawn states are not relevant
     pairs = np.flatnonzero(is_pair)
     expected = {"feedback": [], "judged": []}
     for n in pairs:
@@ -187,7 +231,9 @@ def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(materi
         known = {m for m in pairs if material.known_relevant(np.array(q), batch.items[m])}
         others = [m for m in pairs if m not in known and batch.items[m] != own]
         scores = (QUERIES[q] @ torch.from_numpy(ITEMS).T / settings.temperature).double()
-        against = scores[[own, *batch.items[others]]]
+        hard = material.base_rows[q, : settings.hard_negatives]
+        hard = [item for item in hard if not material.known_relevant(np.array(q), np.array(item))]
+        against = scores[[own, *batch.items[others], *hard]]
         loss = (torch.logsumexp(against, 0) - scores[own]).item()
         expected["feedback" if is_feedback[n] else "judged"].append(loss)
     whole = 0.25 * np.mean(expected["feedback"]) + 0.75 * np.mean(expected["judged"])

@@ -217,6 +217,18 @@ def test_list_objectives_credit_items_by_their_trust(weighed):
         )
     queries = weighed.positives[[0, -1], 0]
     rows = torch.from_numpy(weighed.positives[[0, -1], 1][:, None])
+    passes = np.arange(24)
+    gradients = []
+    for believed in (0.0, 0.25, 1.0):
+        alike = dataclasses.replace(weighed, trust=np.full_like(weighed.trust, believed))
+        settings = config(objective="reinforce", alpha=1.0, gamma=0.0, list_size=40, temperature=1.0)
+        batch = draw_batch(alike, settings, 0)
+        table = torch.from_numpy(QUERIES[batch.queries_of(passes)]).requires_grad_()
+        batch_loss(table, passes, batch, alike, settings, ItemMatrix(ITEMS, ITEMS), 0).loss.backward()
+        gradients.append(table.grad)
+    nothing, quarter, whole = gradients
+    assert (whole - nothing).abs().max() > 1e-4
+    assert torch.allclose(quarter - nothing, 0.25 * (whole - nothing), atol=1e-7)
     rewards, believed = _rewards(weighed, queries, rows)
     assert rewards.tolist() == [[1], [1]]
     assert believed[:, 0].tolist() == weighed.trust[[0, -1]].tolist()

@@ -68,13 +68,16 @@ def score_all(
     tally: Tally,
     advance: Callable[[int], None],
 ) -> None:
-    """Score every question and store the scores, 0 to 1, some thousand at a time.
+    """Score every question that the caps allow and store the scores, 0 to 1, some thousand at a time.
 
     Raises:
         UserError: a score is not finite.
     """
     wanted = (question for question in questions if question is not None)
-    while some := list({q.key: q for q in islice(wanted, _AT_ONCE)}.values()):
+    while new := {question.key: question for question in islice(wanted, _AT_ONCE)}:
+        some = [question for count, question in enumerate(new.values(), 1) if tally.may_spend(count, 0.0)]
+        if not some:
+            return
         pairs = [(q.messages[0]["query"], q.messages[0]["item"]) for q in some]
         # The logistic function whatever the model's own default: one threshold means the same for all.
         scores: np.ndarray = model.predict(

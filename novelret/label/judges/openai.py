@@ -39,22 +39,18 @@ _DEAD, _DEAD_AFTER = 32, 20.0  # faults in a row, and seconds, of an endpoint th
 
 @dataclass(frozen=True)
 class Limits:
-    """How hard and how far to ask.
+    """How hard to ask.
 
     Attributes:
         concurrency: requests under way at once.
         timeout: seconds for one request.
-        max_requests: stop before more requests than this.
-        max_cost: stop before this many dollars could be exceeded.
-        price: of the model; needed for max_cost.
+        price: of the model; needed for a cap on the cost.
         rpm: requests per minute; None to learn it from the endpoint.
         tpm: tokens per minute; None to learn it from the endpoint.
     """
 
     concurrency: int = 32
     timeout: float = 60.0
-    max_requests: int | None = None
-    max_cost: float | None = None
     price: Price | None = None
     rpm: float | None = None
     tpm: float | None = None
@@ -181,16 +177,7 @@ class _Asking:
 
     def may_send(self) -> bool:
         """Whether the caps hold even if everything under way costs the most it can."""
-        limits, tally = self.limits, self.tally
-        requests = tally.earlier_requests + tally.requests + len(tally.under_way)
-        cost = tally.earlier_cost + tally.cost + self.reserved
-        if limits.max_requests is not None and requests > limits.max_requests:
-            tally.stopped = f"--max-requests {limits.max_requests} reached"
-            return False
-        if limits.max_cost is not None and cost > limits.max_cost:
-            tally.stopped = f"--max-cost {limits.max_cost} reached"
-            return False
-        return True
+        return self.tally.may_spend(len(self.tally.under_way), self.reserved)
 
     def receive(self, question: Question, text: str | None, usage: Any) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""

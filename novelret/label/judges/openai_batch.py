@@ -272,8 +272,7 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     price, longest = run.limits.price, longest_answer(run.parameters)
     open_now = run.ledger.open()
     tally = run.tally
-    requests = tally.earlier_requests + tally.requests + sum(s.requests for s in open_now)
-    cost = tally.earlier_cost + tally.cost + sum(s.cost for s in open_now)
+    requests, cost = sum(s.requests for s in open_now), sum(s.cost for s in open_now)
     sent = 0
     file = _File(run)
     for question in unanswered():
@@ -287,22 +286,13 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
             tally.failed[question.key] = failure
             continue
         worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-        if not _may_send(run, requests + 1, cost + worst):
+        if tally.stopped or not tally.may_spend(requests + 1, cost + worst):
             continue  # go on all the same: what comes after may be under way or have failed
         file.add(question, worst)
         requests, cost, sent = requests + 1, cost + worst, sent + 1
     file.send()
     run.missing = False
     return sent
-
-
-def _may_send(run: _Run, requests: int, cost: float) -> bool:
-    limits = run.limits
-    if limits.max_requests is not None and requests > limits.max_requests:
-        run.tally.stopped = f"--max-requests {limits.max_requests} reached"
-    elif limits.max_cost is not None and cost > limits.max_cost:
-        run.tally.stopped = f"--max-cost {limits.max_cost} reached"
-    return run.tally.stopped is None
 
 
 class _File:

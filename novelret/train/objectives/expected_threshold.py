@@ -1,4 +1,4 @@
-"""Inclusion probabilities from the threshold that lets K items through on average: CA-PG without its bias.
+"""Inclusion probabilities from the threshold that lets K items through on average: CA-PG with less bias.
 
 With Gumbel noise, item a is among the K largest when its exponential clock of rate e^{φ_a} rings before the
 (K+1)-th. Replacing that random time by the time t at which K clocks have rung on average gives
