@@ -42,6 +42,7 @@ BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
 MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0), (0.25, 0.5))
 TUNED = ("supervised", "conservative")
+WHOLE_RATES = (2e-5, 1e-4)  # the program's own for whole encoders, and five times that
 ALL_STATES = {"draw": "queries", "blends": 10}
 # The default without one of its parts, and other methods with those that are not theirs alone.
 PARTS: list[tuple[str, dict[str, Any]]] = [
@@ -140,13 +141,14 @@ def mixture() -> Iterator[Variant]:
 
 
 def tune() -> Iterator[Variant]:
-    """Whole encoders cost a transformer's pass forward and back: fewer steps, and one checkpoint."""
+    """Whole encoders cost a transformer's pass forward and back: bf16, as one would on a GPU."""
     for method, settings in ((OURS, {}), *((name, METHODS[name]) for name in TUNED)):
-        for name in ("adapter", "full"):
-            yield Variant(method, name, settings | {"tune": name, "steps": 0.1}, evaluate="chosen")
-        longer = settings | {"tune": "full", "steps": 0.3}
-        yield Variant(method, "full, 3 × the steps", longer, evaluate="chosen")
-    yield Variant(OURS, "lora", {"tune": "lora", "steps": 0.1}, evaluate="chosen")
+        yield Variant(method, "adapter", settings)
+        for rate in WHOLE_RATES:
+            whole = settings | {"tune": "full", "precision": "bf16"}
+            yield Variant(method, f"full, rate {rate:g}", whole, rate=rate)
+    yield Variant(OURS, "memory", MEMORY)
+    yield Variant(OURS, "lora", {"tune": "lora", "precision": "bf16"})
 
 
 def start() -> Iterator[Variant]:

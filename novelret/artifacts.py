@@ -134,6 +134,12 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     return Manifest(**known)
 
 
+def is_kind(folder: Path, kind: str) -> bool:
+    """Whether a folder holds a finished artifact of a kind."""
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    return isinstance(found, dict) and found.get("kind") == kind
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest; last of all files, since it says that the folder is whole."""
     write_json(folder / MANIFEST, asdict(manifest))
@@ -195,27 +201,64 @@ def open_output(
     partial = out.with_name(out.name + ".partial")
     with writable(out):
         try:
-            state = _state_of(partial)
-            if partial.exists() and state.get("identity") != identity:
-                if settings is not None and not force and isinstance(state.get("settings"), dict):
-                    raise UserError(_differences(partial, state["settings"], settings))
-                shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
-            write_json(partial / STATE, {"identity": identity, "settings": settings})
         except (FileExistsError, NotADirectoryError):
             raise UserError(
                 f"{out}: cannot be made, a file stands in its way; choose another --out"
             ) from None
-    yield partial
-    if not (partial / MANIFEST).is_file():
-        raise RuntimeError(f"{partial} has no manifest")
-    (partial / STATE).unlink()
-    old = out.with_name(out.name + ".old")
-    if out.exists():
+    with _alone(partial):
+        with writable(out):
+            state = _state_of(partial)
+            if state.get("identity") != identity:
+                if settings is not None and not force and isinstance(state.get("settings"), dict):
+                    raise UserError(_differences(partial, state["settings"], settings))
+                _empty(partial)
+            write_json(partial / STATE, {"identity": identity, "settings": settings})
+        yield partial
+        if not (partial / MANIFEST).is_file():
+            raise RuntimeError(f"{partial} has no manifest")
+        (partial / STATE).unlink()
+        old = out.with_name(out.name + ".old")
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.replace(old)
+        partial.replace(out)
         shutil.rmtree(old, ignore_errors=True)
-        out.replace(old)
-    partial.replace(out)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; a kill frees it.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not Unix
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another novelret is at work there; wait for it, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def fsync_file(path: Path) -> None:

@@ -29,6 +29,7 @@ from novelret.artifacts import (
     Manifest,
     check_output,
     fingerprint_of,
+    is_kind,
     open_output,
     read_manifest,
     writable,
@@ -300,7 +301,7 @@ def _check_starts_at_deployed(
     model: Path, frozen: list[nn.Module], encoder: SentenceTransformer, report: Reporter
 ) -> None:
     """A matrix is for the deployed embeddings; behind a finetuned encoder it is for that one's."""
-    if not (model / "manifest.json").is_file():
+    if not is_kind(model, "model"):
         return
     manifest = read_manifest(model, "model")
     if not manifest.config.get("init"):

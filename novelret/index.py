@@ -26,6 +26,7 @@ from novelret import adapted, encode
 from novelret.artifacts import (
     Manifest,
     fingerprint_of,
+    is_kind,
     read_manifest,
 )
 from novelret.data.catalog import Catalog, open_catalog
@@ -72,12 +73,12 @@ class Index:
     @cached_property
     def embeddings(self) -> np.ndarray:
         """(N, d) item embeddings, memory-mapped, read-only."""
-        return np.load(self.folder / "embeddings.npy", mmap_mode="r")
+        return _mapped(self.folder / "embeddings.npy")
 
     @cached_property
     def id_rank(self) -> np.ndarray:
         """(N,) rank of each item's id in ascending order."""
-        return np.load(self.folder / "id_rank.npy", mmap_mode="r")
+        return _mapped(self.folder / "id_rank.npy")
 
     @cached_property
     def faiss_index(self) -> Any:
@@ -247,7 +248,7 @@ def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> Sente
         UserError: unreadable, of another dimension, or trained for another index.
     """
     folder = Path(path)
-    if (folder / "manifest.json").is_file():
+    if (folder / "manifest.json").is_file() and not is_kind(folder, "export"):
         manifest = read_manifest(folder, "model")
         if not index.descends_from(manifest.inputs["index"]):
             raise UserError(
@@ -259,6 +260,13 @@ def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> Sente
     if dimension != index.dimension:
         raise UserError(f"{path}: gives {dimension} dimensions, {index.folder} holds {index.dimension}")
     return model
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy the INDEX again or make it anew") from None
 
 
 def _depth_of(path: Path) -> int:

@@ -12,12 +12,21 @@ from collections import Counter, deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
+_REFUSALS: dict[str | None, tuple[int, str, dict[str, str]]] = {
+    "429": (429, "slow down", {}),
+    "429-retry-after": (429, "slow down", {"Retry-After": "0.2"}),
+    "429-for-an-hour": (429, "the day is over", {"Retry-After": "3600"}),
+    "500": (500, "oops", {}),
+    "400": (400, "content filtered", {}),
+    "error": (200, "model overloaded", {}),
+}
+
 
 class LoopbackJudge:
     """Answers Yes where query and item share a word; `faults` are used up one per request, in order.
 
     A fault is one of: "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
-    "400", "slow", and "filtered" and "length", replies without text. `always` is the fault of every request
+    "400", "slow", "429-for-an-hour", "no-usage", "error" (in a reply of status 200), and "filtered" and "length", replies without text. `always` is the fault of every request
     that has none of its own. `delivered` counts the replies with a usage: what a vendor puts on the bill.
 
     `rpm` is a token bucket that holds `burst` requests; what exceeds it gets 429 with Retry-After, and where it
@@ -116,16 +125,12 @@ class LoopbackJudge:
         user = body["messages"][-1]["content"]
         if fault == "slow":
             time.sleep(0.3)
-        if fault in ("429", "429-retry-after"):
-            headers = {"Retry-After": "0.2"} if fault.endswith("after") else {}
-            send(request, 429, json.dumps({"error": {"message": "slow down"}}), headers)
-        elif fault == "500":
-            send(request, 500, json.dumps({"error": {"message": "oops"}}))
+        if fault in _REFUSALS:
+            status, message, headers = _REFUSALS[fault]
+            send(request, status, json.dumps({"error": {"message": message}}), headers)
         elif fault == "401":
             key = request.headers["Authorization"].removeprefix("Bearer ")
             send(request, 401, json.dumps({"error": {"message": f"Incorrect API key provided: {key}"}}))
-        elif fault == "400":
-            send(request, 400, json.dumps({"error": {"message": "content filtered"}}))
         elif fault == "cut":
             request.send_response(200)
             request.send_header("Content-Type", "application/json")
@@ -153,7 +158,12 @@ class LoopbackJudge:
                 reason = "content_filter" if fault == "filtered" else "length"
             choices = [{"index": 0, "message": message, "finish_reason": reason}]
             headers = {"x-ratelimit-limit-requests": str(int(self.rpm))} if self.rpm and self.tells else {}
-            send(request, 200, completion(choices), headers)
+            text = completion(choices)
+            if fault == "no-usage":
+                text = json.dumps(
+                    {name: value for name, value in json.loads(text).items() if name != "usage"}
+                )
+            send(request, 200, text, headers)
 
     # Files and batches.
 

@@ -42,6 +42,19 @@ def test_an_artifact_appears_only_when_it_is_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_two_do_not_write_one_output(tmp_path):
+    out = tmp_path / "out"
+    with open_output(out, "a", force=False) as folder:
+        (folder / "half").write_text("x")
+        for identity in ("a", "b"):
+            with pytest.raises(UserError, match="another novelret is at work there"):
+                make(out, "second", identity)
+        assert (folder / "half").exists()
+        write_manifest(folder, Manifest("labels", {}, {}, "a"))
+    make(out, "third", force=True)
+    assert (out / "content").read_text() == "third"
+
+
 def test_force_replaces_only_once_the_new_one_is_whole(tmp_path):
     out = tmp_path / "out"
     make(out, "first")

@@ -172,3 +172,24 @@ def test_a_vector_database_serves_both_encoders_over_one_collection(models, inde
     assert [item for item, _, is_novel in merged if is_novel] == index.catalog.ids_at(novel)
     assert novel
     assert capsys.readouterr().out.count("\n") == len(merged)
+
+
+def test_an_exported_encoder_can_be_evaluated_and_trained_further(
+    models, world, index_folder, tmp_path, capsys
+):
+    export(capsys, "--model", models["full"], "--format", "st", "--out", tmp_path / "served")
+    command = ["eval", "--data", world, "--index", index_folder, "--split", "train", "--base-depth", 3, "--k", 3,
+               "--model", f"a={models['full']}", "--model", f"b={tmp_path / 'served'}", "--out", tmp_path / "report",
+               "--json", "--quiet"]  # fmt: skip
+    assert main([str(word) for word in command]) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)["models"]
+    assert found["a"] == found["b"]
+    train(
+        world,
+        index_folder,
+        models["full"].parent / "further",
+        "--tune",
+        "adapter",
+        "--init",
+        tmp_path / "served",
+    )

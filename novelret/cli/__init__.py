@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when done, 2 when the user's input is wrong, 130 when interrupted, 1 for anything else.
+        0 when done, 2 when the user's input is wrong, 3 when batches are left under way (--no-wait), 130 when
+        interrupted, 1 for anything else.
     """
     try:
         app(arguments, standalone_mode=True)

@@ -19,7 +19,7 @@ EXAMPLES = """
   novelret demo --out /tmp/novelret-demo
 """
 
-DEPTH, BASE_DEPTH, STEPS = 200, 50, 300
+DEPTH, BASE_DEPTH = 200, 50
 
 
 def demo(
@@ -87,7 +87,7 @@ def demo(
     models = {}
     for objective in ("supervised", "pg-ret"):
         models[objective] = out / objective
-        options = ("--objective", objective, "--tune", "adapter", "--depth", DEPTH, "--steps", STEPS)
+        options = ("--objective", objective, "--depth", DEPTH)
         say("train", *common, "--labels", names["labels"], *options, "--out", models[objective])
         train_model(
             TrainConfig(
@@ -95,9 +95,7 @@ def demo(
                 str(names["index"]),
                 labels=str(names["labels"]),
                 objective=objective,
-                tune="adapter",
                 depth=DEPTH,
-                steps=STEPS,
                 device="cpu",
             ),
             models[objective],

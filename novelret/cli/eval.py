@@ -65,7 +65,10 @@ def evaluate(
         typer.Option("--run", help="NAME=FILE, a TREC run of any other retriever; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option(help="The held-out feedback.")] = "test",
-    judge: Annotated[str | None, typer.Option(help="file:PATH.tsv or openai:MODEL.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="file:PATH.tsv, openai:, openai-batch: or cross-encoder:MODEL."),
+    ] = None,
     missing: Annotated[
         str, typer.Option(help="A pair that the judgement file does not list is unknown or irrelevant.")
     ] = "unknown",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from novelret import recipe as recipes
+from novelret.artifacts import MANIFEST, read_json
 from novelret.cli.options import ForceOption, JsonOption, QuietOption, error_console, show_result
 from novelret.errors import UserError
 
@@ -89,12 +91,15 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(yaml.safe_dump(stages, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        ran = None
         for stage, options in stages.items():
-            out = options.get("out")
-            if out is not None and Path(out).exists():
+            out = None if options.get("out") is None else Path(options["out"])
+            if out is not None and out.exists() and not _cap_was_raised(out, options):
+                _check_is_current(stage, out, options, ran)
                 if not quiet:
                     error_console().print(f"{stage}: {out} is there already", soft_wrap=True, markup=False)
                 continue
+            ran = stage
             if not quiet:
                 error_console().print(
                     f"\n$ novelret {stage} --config {name}", style="bold cyan", markup=False
@@ -102,3 +107,38 @@ def run(
             code = main([stage, "--config", str(file), *(["--quiet"] if quiet else [])])
             if code:
                 raise typer.Exit(code)
+
+
+_CAPS = ("max-cost", "max-requests")
+
+
+def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
+    """Whether an output stopped at a cap that the recipe has raised since; its stage then goes on."""
+    before = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+    stopped = str(before.get("facts", {}).get("stopped") or "")
+    caps = [(name, before["config"].get(name.replace("-", "_"))) for name in _CAPS if f"--{name} " in stopped]
+    return any(then is not None and (options.get(name) or math.inf) > then for name, then in caps)
+
+
+def _check_is_current(stage: str, out: Path, options: dict[str, Any], ran: str | None) -> None:
+    """Refuse an output that is not what the recipe would make now.
+
+    Raises:
+        UserError: an earlier stage ran again, or settings differ.
+    """
+    if ran is not None:
+        raise UserError(f"{stage}: {out} was made before {ran} ran; remove it, to have it made again")
+    path = out / "config.yaml"
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changed = []
+    for name, value in options.items():
+        then = before.get(name.replace("-", "_"))
+        # Lists and what the output does not name are written in another form there.
+        is_told = name not in (*_CAPS, "price") and then is not None and not isinstance(then, list)
+        if is_told and str(then) != str(value) and then != value:
+            changed.append(f"{name} {then} → {value}")
+    if changed:
+        raise UserError(
+            f"{stage}: {out} was made with other settings ({', '.join(changed)}); remove it, to have it made "
+            f"again, or keep it with another --set {stage}.out=…"
+        )

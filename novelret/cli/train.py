@@ -34,7 +34,7 @@ EXAMPLES = """
   novelret train --data my-data --split train --index runs/index --objective supervised --out runs/supervised
 
   novelret train --data my-data --split train --index runs/index --labels runs/labels --objective pg-ret
-      --tune adapter --out runs/pg-ret
+      --out runs/pg-ret
 
   novelret train --data my-data --index runs/index --labels runs/labels --alpha 0.25
       --judge openai:gpt-4o-mini --max-cost 20 --out runs/pg-ret
@@ -43,7 +43,7 @@ EXAMPLES = """
       --out runs/pg-ret
 
   torchrun --nproc-per-node 4 -m novelret train --data my-data --index runs/index --labels runs/labels
-      --tune lora --precision bf16 --out runs/pg-ret
+      --tune full --precision bf16 --out runs/pg-ret
 """
 
 
@@ -81,10 +81,10 @@ def train(
     tune: Annotated[
         str,
         typer.Option(
-            help="full query encoder, lora, a residual adapter behind it, or memory: the adapter with a "
-            "memory of the training queries in front."
+            help="memory: a residual map behind the frozen encoder, with a memory of the training queries in "
+            "front; adapter: the map alone; full: the whole query encoder; lora: low-rank updates of it."
         ),
-    ] = "full",
+    ] = "memory",
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = 16,
     memory_size: Annotated[int, typer.Option(help="Most training queries that the memory holds.")] = 10_000,
     init: Annotated[
@@ -166,7 +166,7 @@ def train(
             "also with less of it; 1: none."
         ),
     ] = 10,
-    keep: Annotated[int, typer.Option(help="Further checkpoints to save, the best first.")] = 0,
+    keep: Annotated[int, typer.Option(help="Also save the N best checkpoints.")] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 forward passes.")] = "fp32",
     gradient_checkpointing: Annotated[
@@ -219,7 +219,7 @@ def train(
             )
         if trained.points:
             console.print(table)
-            console.print("* no other has both more relevant novel items and more recall", style="dim")
+            console.print("* no other has as many relevant novel items and as much recall", style="dim")
         trust = ", trust_remote_code=True" if has_own_modules(out) else ""
         console.print(f"[bold]{out}[/]: query encoder, for SentenceTransformer({str(out)!r}{trust})")
 

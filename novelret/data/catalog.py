@@ -137,7 +137,7 @@ def read_id(where: str, row: dict[str, object]) -> str:
     """A row's id as a string.
 
     Raises:
-        UserError: there is none, or it holds a tab or line break, which run files cannot carry.
+        UserError: there is none, or it holds white space, which run files and qrels cannot carry.
     """
     value = row.get("_id")
     if value is None or value == "":
@@ -145,6 +145,8 @@ def read_id(where: str, row: dict[str, object]) -> str:
     text = str(value)
     if not text.isprintable():
         raise UserError(f"{where}: the _id {text!r} holds control characters")
+    if " " in text:
+        raise UserError(f"{where}: the _id {text!r} holds a space, at which run files are cut; replace it")
     return text
 
 

@@ -112,7 +112,9 @@ def read_unclicked(data: str, split: str) -> Iterator[tuple[str, str]]:
 def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 
-    A first line whose last column is no number is a header. Also reads parquet with BEIR's column names.
+    A first line whose last column is no number is a header. Where it names further columns, as to_label.tsv
+    of an evaluation does, these are passed over, as are lines without a score. Also reads parquet with BEIR's
+    column names.
 
     Raises:
         UserError: the file is missing or a line is malformed.
@@ -123,11 +125,14 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
         for where, row in _read_parquet(path):
             yield where, *_qrels_columns(where, row)
         return
+    has_texts = False
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         columns = line.rstrip("\r\n").split("\t")
-        if len(columns) == 1:
-            columns = line.split()
+        has_texts |= number == 1 and len(columns) > 3 and columns[:3] == ["query-id", "corpus-id", "score"]
+        columns = columns[:3] if has_texts else columns if len(columns) > 1 else line.split()
+        if has_texts and not columns[-1].strip():
+            continue
         if len(columns) == 4:  # TREC: query, iteration, item, score
             columns = [columns[0], columns[2], columns[3]]
         if len(columns) != 3:
@@ -199,7 +204,17 @@ def read_jsonl(path: Path, expected: str = "a JSON object with _id and text") ->
             raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected {expected}, found {type(row).__name__}")
+        if "\\u" in line:  # only an escape can hold half of a surrogate pair, of a text cut in an emoji
+            row = {name: _mended(value) for name, value in row.items()}
         yield where, row
+
+
+def _mended(value: Any) -> Any:
+    return (
+        value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -213,7 +228,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
 
 
@@ -242,3 +257,5 @@ def _qrels_columns(where: str, row: dict[str, Any]) -> tuple[str, str, float]:
         return str(row["query-id"]), str(row["corpus-id"]), float(row.get("score", 1))
     except KeyError as error:
         raise UserError(f"{where}: no column {error}; qrels need query-id, corpus-id and score") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: the score {row.get('score')!r} is not a number") from None

@@ -129,7 +129,7 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
         lines = int(np.isin(named.item_numbers, missing).sum())
         raise UserError(
             f"{named.item_at[first]}: item id {item_ids[first]!r} is not in the catalog "
-            f"({lines} such line{'s' if lines > 1 else ''})"
+            f"({lines} such line{'s' if lines > 1 else ''}); leave them out, or index the item"
         )
     query_rows = np.array([row_of[query_id] for query_id in named.queries], dtype=np.int64)
     ids = list(texts)

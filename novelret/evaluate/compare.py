@@ -18,7 +18,7 @@ from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
 from novelret.label.judges.file import file_table
 from novelret.label.labels import read_table
-from novelret.label.table import UNKNOWN, LabelTable, make_table
+from novelret.label.table import UNKNOWN, LabelTable, empty_table
 from novelret.progress import Reporter
 
 MOST = ("gained", "lost")
@@ -183,8 +183,7 @@ def _rows_of(split: Split, query_ids: tuple[str, ...]) -> np.ndarray:
 
 def _judgements(config: CompareConfig, split: Split, index: Index) -> LabelTable:
     if config.judgements is None:
-        none = np.empty(0, dtype=np.int64)
-        return make_table(none, none, none.astype(np.int8), len(index))
+        return empty_table(len(index))
     path = Path(config.judgements)
     if not path.is_dir():
         return file_table(path, split.query_ids, index.catalog, config.missing)

@@ -225,7 +225,9 @@ def _ask_judge(config: EvalConfig, gathered: Gathered, folder: Path, report: Rep
     """Verdicts of everything in some list, asked of an LLM where the store does not know them yet."""
     path = folder / "judgements.parquet"
     candidates = candidates_of(gathered)
-    judge_candidates(label_config(config), gathered.index, gathered.split, candidates, path, report)
+    facts = judge_candidates(label_config(config), gathered.index, gathered.split, candidates, path, report)
+    if facts.get("stopped"):
+        report.note("the same command with --force goes on from there: what is answered costs nothing")
     return read_table(path, gathered.split.query_ids, gathered.index.catalog)
 
 

@@ -11,6 +11,7 @@ from torch.nn import Module
 from novelret import adapted, encode
 from novelret.artifacts import (
     fingerprint_file,
+    is_kind,
     read_manifest,
 )
 from novelret.data.split import Split, load_split
@@ -32,7 +33,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.judge import same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig
-from novelret.label.table import LabelTable, make_table
+from novelret.label.table import LabelTable, empty_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
 
@@ -142,8 +143,7 @@ def _files(config: EvalConfig, runs: dict[str, str]) -> dict[str, Path]:
 def _known_verdicts(config: EvalConfig, index: Index, split: Split, report: Reporter) -> LabelTable | None:
     """Verdicts that need no asking: a file's, or none without a judge; None where an LLM judges."""
     if config.judge is None:
-        none = np.empty(0, dtype=np.int64)
-        return make_table(none, none, none.astype(np.int8), len(index))
+        return empty_table(len(index))
     kind, name = split_judge(config.judge)
     if kind == "file":
         return file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
@@ -178,7 +178,7 @@ def label_config(config: EvalConfig) -> LabelConfig:
 
 def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, report: Reporter) -> None:
     """Say what of its training makes a model look better than it is."""
-    if not (Path(path) / "manifest.json").is_file():
+    if not is_kind(Path(path), "model"):
         return
     manifest = read_manifest(Path(path), "model")
     if manifest.inputs.get("split") == split.fingerprint:

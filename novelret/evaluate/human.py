@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
+from scipy import stats
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics.novelty import novel
@@ -172,19 +172,10 @@ def _correct(
     value = trust * judged.mean() + whole.mean() * (by_human - trust * by_judge)
     terms = without - trust * gained
     error = float(np.sqrt(terms @ terms * queries / (queries - 1)))
-    reach = error * _t_quantile((1 + level) / 2, queries - 1)
+    reach = error * float(stats.t.ppf((1 + level) / 2, queries - 1))
     unexplained = seen_human - trust * seen_judged - (by_human - trust * by_judge) * seen
     if np.abs(unexplained).max() < 1e-9:
         # A sample without any error still allows for −log(1 − level) / n of them (the rule of three).
         reach = float(np.hypot(reach, whole.mean() * -np.log(1 - level) / pairs_of.sum()))
     low, middle, high = (min(max(float(end), 0.0), most) for end in (value - reach, value, value + reach))
     return Corrected(middle, low, high, int(pairs_of.sum()), queries, trust)
-
-
-def _t_quantile(share: float, freedom: int) -> float:
-    """Student's t quantile by its expansion around the normal one (Abramowitz and Stegun, 26.7.5)."""
-    z = NormalDist().inv_cdf(share)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3

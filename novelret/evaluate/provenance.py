@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from novelret.artifacts import MANIFEST, read_manifest
+from novelret.artifacts import MANIFEST, is_kind, read_manifest
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
@@ -29,7 +29,7 @@ def commands(evaluation: Evaluation) -> list[str]:
     labels: dict[str, None] = {}
     trained = []
     for path in evaluation.models.values():
-        if not (Path(path) / MANIFEST).is_file():
+        if not is_kind(Path(path), "model"):
             continue
         settings = read_manifest(Path(path), "model").config
         trained.append(f"{_line('train', settings, _train_defaults())} --out {shlex.quote(path)}")

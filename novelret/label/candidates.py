@@ -140,7 +140,7 @@ def _pairs_called_relevant(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(query rows, catalog rows) of the pairs that a LABELS folder calls relevant, of the split's queries."""
     labels = open_labels(folder, index)
-    table = labels.table(split.query_ids, index.catalog)
+    table = labels.table(split, index.catalog)
     yes = table.verdicts == RELEVANT
     found, all_of_them = int(yes.sum()), int(labels.manifest.facts["verdicts"].get("relevant", 0))
     if found == 0:

@@ -29,7 +29,7 @@ from novelret.label.candidates import Candidates, gather_candidates
 from novelret.label.cost import Caps
 from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
+from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows, write_queries
 from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
@@ -137,6 +137,7 @@ def build_labels(
             facts = _label_by_asking(config, judge, index, split, candidates, path, report, earlier)
             _check_no_loss(config, out, earlier, facts)
         write_config(folder, config)
+        write_queries(folder, split)
         fingerprint = fingerprint_file(path)
         manifest = Manifest("labels", asdict(config), inputs, fingerprint, facts)
         write_manifest(folder, manifest)
@@ -348,6 +349,8 @@ def _check(config: LabelConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     Caps(config.max_requests, config.max_cost)  # refuses what is below 0
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be at least 0")
     above_zero = {"timeout": config.timeout, "rpm": config.rpm, "tpm": config.tpm}
     for name, limit in above_zero.items():
         if limit is not None and not limit > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,39 @@ class Labels:
         """Who gave the answers, as given to --judge."""
         return str(self.manifest.config["judge"])
 
-    def table(self, query_ids: list[str], catalog: Catalog) -> LabelTable:
-        """The usable verdicts of these queries (see `read_table`)."""
-        return read_table(self.folder / "judgements.parquet", query_ids, catalog)
+    def table(self, split: Split, catalog: Catalog) -> LabelTable:
+        """The usable verdicts of a split's queries (see `read_table`).
+
+        Raises:
+            UserError: one of these queries had another text when it was judged, or see `read_table`.
+        """
+        path = self.folder / "queries.parquet"
+        if path.is_file():  # LABELS of before have none
+            before = pq.read_table(path).to_pydict()
+            text_then = dict(zip(before["query_id"], before["text"], strict=True))
+            changed = [
+                query_id
+                for query_id, now in zip(split.query_ids, hash_texts(split.query_texts).tolist(), strict=True)
+                if text_then.get(query_id, now) != now
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.folder}: {len(changed):,} of its queries had another text when they were judged, "
+                    f"{changed[0]!r} for one; label again (what is asked in the same words costs nothing)"
+                )
+        return read_table(self.folder / "judgements.parquet", split.query_ids, catalog)
+
+
+def write_queries(folder: Path, split: Split) -> None:
+    """Keep which text each query had when it was judged, as a hash."""
+    columns = {"query_id": split.query_ids, "text": hash_texts(split.query_texts)}
+    pq.write_table(pa.table(columns), folder / "queries.parquet")
+
+
+def hash_texts(texts: list[str]) -> np.ndarray:
+    """(n,) uint64 hashes, the same on every machine."""
+    digests = b"".join(blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, dtype="<u8")
 
 
 def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:
@@ -70,7 +101,10 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
     verdicts = [np.empty(0, dtype=np.int8)]
     grades = [np.empty(0, dtype=np.float32)]
     wanted = pa.array(query_ids, pa.string())
-    file = pq.ParquetFile(path)
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
     for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict", "grade"]):
         query_rows = pc.index_in(batch["query_id"], value_set=wanted)
         kept = query_rows.is_valid()
@@ -106,7 +140,7 @@ def open_labels(folder: Path, *indexes: Index) -> Labels:
     return Labels(folder, manifest)
 
 
-def join_labels(several: list[Labels], query_ids: list[str], catalog: Catalog) -> LabelTable:
+def join_labels(several: list[Labels], split: Split, catalog: Catalog) -> LabelTable:
     """The usable verdicts of several LABELS together; the last one's count where more hold a pair.
 
     Raises:
@@ -119,9 +153,9 @@ def join_labels(several: list[Labels], query_ids: list[str], catalog: Catalog) -
                     f"--labels {labels.folder} asked again about the yeses of {later.folder}, but comes "
                     f"before it, so that the first answers would count; give --labels {labels.folder} last"
                 )
-    table = several[0].table(query_ids, catalog)
+    table = several[0].table(split, catalog)
     for labels in several[1:]:
-        table = join_tables(table, labels.table(query_ids, catalog))
+        table = join_tables(table, labels.table(split, catalog))
     return table
 
 

@@ -82,15 +82,20 @@ class Tally:
         return reached is None
 
     def bill(
-        self, prompt_tokens: int | None, completion_tokens: int | None, price: Price | None, counted: int = 0
+        self,
+        prompt_tokens: int | None,
+        completion_tokens: int | None,
+        price: Price | None,
+        counted: int = 0,
+        longest: int = 0,
     ) -> None:
-        """Count a delivered reply; `counted` stands for prompt tokens that the endpoint does not tell."""
+        """Count a delivered reply; `counted` and `longest` stand for tokens that the endpoint leaves out."""
         self.requests += 1
         self.prompt_tokens += prompt_tokens or 0
         self.completion_tokens += completion_tokens or 0
         if price:
             prompt = counted if prompt_tokens is None else prompt_tokens
-            self.cost += price.of(prompt, completion_tokens or 0)
+            self.cost += price.of(prompt, longest if completion_tokens is None else completion_tokens)
 
 
 @contextlib.contextmanager

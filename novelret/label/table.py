@@ -88,6 +88,12 @@ def make_table(
     return sort_table(keys, verdicts, catalog_size, missing, grades)
 
 
+def empty_table(catalog_size: int) -> LabelTable:
+    """A table of nothing: every pair is unknown."""
+    none = np.empty(0, dtype=np.int64)
+    return make_table(none, none, none.astype(np.int8), catalog_size)
+
+
 def sort_table(
     keys: np.ndarray,
     verdicts: np.ndarray,

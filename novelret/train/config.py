@@ -96,7 +96,7 @@ class TrainConfig:
         blends: the line from the starting weights to the last ones is validated at so many equal parts too,
             where there is a memory also with less of it, and the best of all points is chosen; 1 validates
             trained checkpoints alone.
-        keep: how many checkpoints to save besides the chosen one's weights, the best first.
+        keep: how many checkpoints to save as well, the best first, the chosen one among them.
         seed: decides every draw.
         precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
@@ -114,7 +114,7 @@ class TrainConfig:
     loss: str = "boundary"
     reward: str = "eq7"
     trust: bool = True
-    tune: str = "full"
+    tune: str = "memory"
     lora_rank: int = 16
     memory_size: int = 10_000
     init: str | None = None

@@ -28,7 +28,7 @@ from novelret.label.judges.file import file_table
 from novelret.label.label import LabelConfig
 from novelret.label.labels import judgement_rows, read_table
 from novelret.label.store import default_store
-from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
+from novelret.label.table import UNKNOWN, LabelTable, empty_table, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
 from novelret.train.processes import Processes
@@ -207,8 +207,7 @@ class Judging:
             )
 
     def _empty(self) -> LabelTable:
-        none = np.empty(0, dtype=np.int64)
-        return make_table(none, none, none.astype(np.int8), len(self.index))
+        return empty_table(len(self.index))
 
 
 def _as_labelled(config: TrainConfig) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class StepLoss:
 
 def batch_loss(
     embeddings: Tensor,
-    here: np.ndarray,
+    passes: np.ndarray,
     batch: Batch,
     material: Material,
     config: TrainConfig,
@@ -77,8 +77,8 @@ def batch_loss(
     queries is encoded here.
 
     Args:
-        embeddings: (b, d) query embeddings of `here`, with gradient.
-        here: (b,) int64, ascending, which forward passes of the batch these are. Where processes share the
+        embeddings: (b, d) query embeddings of `passes`, with gradient.
+        passes: (b,) int64, ascending, which forward passes of the batch these are. Where processes share the
             catalog, all have to make the same number of calls, if need be with none.
         batch: the whole batch. A list objective writes the mean known reward of each list it draws into
             `batch.rewards`.
@@ -89,7 +89,7 @@ def batch_loss(
     """
     infonce = _is_pair(batch, config)
     weights = _weights(batch, infonce, config)
-    here, passes = batch.states_of(here), here
+    here = batch.states_of(passes)
     place = np.searchsorted(passes, batch.passes[here])
     feedback = embeddings.new_zeros(())
     states = embeddings.new_zeros(())

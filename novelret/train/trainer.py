@@ -5,7 +5,7 @@ MODEL/
   README.md             model card
   log.jsonl             one line every so many steps; tensorboard/ holds the same
   frontier.parquet      every validated point; frontier.svg and curves.svg show the best
-  checkpoints/step-N/   further checkpoints (--keep)
+  checkpoints/step-N/   the best checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
 """
 
@@ -27,6 +27,7 @@ from novelret.artifacts import (
     Manifest,
     check_output,
     fingerprint_of,
+    is_kind,
     open_output,
     read_json,
     read_manifest,
@@ -49,7 +50,7 @@ from novelret.index import (
 from novelret.label.judge import split_judge
 from novelret.label.judges.endpoint import check_key
 from novelret.label.labels import join_labels, open_labels
-from novelret.label.table import LabelTable, make_table
+from novelret.label.table import LabelTable, empty_table, make_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.train import checkpoint
@@ -242,7 +243,7 @@ def _prepare(config: TrainConfig, inputs: _Inputs, processes: Processes, report:
 
 def _warn_of_other_split(config: TrainConfig, inputs: _Inputs, report: Reporter) -> None:
     """Say where the model to start from was trained on queries that are held back now."""
-    if config.init is None or not (Path(config.init) / "manifest.json").is_file():
+    if config.init is None or not is_kind(Path(config.init), "model"):
         return
     before = read_manifest(Path(config.init), "model")
     held_back = {name: before.config[name] for name in ("seed", "validation_fraction")}
@@ -376,12 +377,11 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
 
 def _load_labels(config: TrainConfig, indexes: list[Index], split: Split, inputs: dict[str, str]) -> _Labels:
     if not config.label_folders:
-        none = np.empty(0, dtype=np.int64)
-        return _Labels(make_table(none, none, none.astype(np.int8), len(indexes[0])), [])
+        return _Labels(empty_table(len(indexes[0])), [])
     several = [open_labels(Path(folder), *indexes) for folder in config.label_folders]
     for n, labels in enumerate(several, 1):
         inputs["labels" if n == 1 else f"labels {n}"] = labels.manifest.fingerprint
-    table = join_labels(several, split.query_ids, indexes[0].catalog)
+    table = join_labels(several, split, indexes[0].catalog)
     return _Labels(table, [labels.judge for labels in several])
 
 

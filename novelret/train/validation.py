@@ -200,13 +200,12 @@ def pareto_set(points: list[Point]) -> list[Point]:
 
 
 def pareto(points: list[Point]) -> list[bool]:
-    """Whether no other point has both more relevant novel items and more recall."""
+    """Whether no other point has as many relevant novel items and as much recall; of equals, the first."""
+    figures = [(point.relevant_novel, point.recall) for point in points]
     return [
         not any(
-            other.relevant_novel >= point.relevant_novel
-            and other.recall >= point.recall
-            and (other.relevant_novel, other.recall) != (point.relevant_novel, point.recall)
-            for other in points
+            other[0] >= mine[0] and other[1] >= mine[1] and (other != mine or before < n)
+            for before, other in enumerate(figures)
         )
-        for point in points
+        for n, mine in enumerate(figures)
     ]

@@ -14,6 +14,7 @@ from novelret.cli import app, main
 from novelret.evaluate.config import check_config as check_evaluation
 from novelret.label.prompts import load_prompt
 from novelret.train.config import TrainConfig, check_config
+from tests.loopback import LoopbackJudge
 
 CATALOG = 1_000_000
 
@@ -127,6 +128,9 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
     assert "new" in json.dumps(report)
     assert main(command) == 0
     assert capsys.readouterr().err.count("is there already") == 4
+    # Other settings are not passed over in silence.
+    assert main([*command, "--set", "train.steps=6"]) == 2
+    assert "was made with other settings (steps 5 → 6)" in " ".join(capsys.readouterr().err.split())
     # A stage that fails stops the rest.
     assert main([*command, "--set", "train.out=elsewhere", "--set", "train.loss=none"]) == 2
     assert "--loss none: unknown" in capsys.readouterr().err
@@ -151,3 +155,33 @@ def test_what_is_no_recipe_is_one_line(tmp_path, capsys):
     )
     (tmp_path / "bad.yaml").write_text("- a list")
     assert "expected stages" in fails(capsys, "recipe", "run", tmp_path / "bad.yaml")
+
+
+def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
+    world, encoder, index_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
+    stages = {
+        "label": {
+            "data": str(world), "index": str(index_folder), "judge": "openai:tiny", "prompt": "query-keyword",
+            "base-depth": 3, "depth": 9, "max-requests": 60, "out": "labels",
+        },
+        "train": {
+            "data": str(world), "index": str(index_folder), "labels": "labels", "base-depth": 3, "depth": 9,
+            "steps": 2, "out": "model",
+        },
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(stages))
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        for _ in range(2):
+            assert main(["recipe", "run", "mine.yaml"]) == 0, capsys.readouterr().err
+            assert len(server.seen) == 60
+        capsys.readouterr()
+        assert main(["recipe", "run", "mine.yaml", "--set", "label.max-requests=90"]) == 2
+        assert len(server.seen) == 90
+        assert "train: model was made before label ran; remove it" in " ".join(
+            capsys.readouterr().err.split()
+        )

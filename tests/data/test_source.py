@@ -4,6 +4,8 @@ import gzip
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from novelret.data.catalog import open_catalog, write_catalog
@@ -139,6 +141,7 @@ BAD_CORPUS = [
     ('{"_id": "x", "title": "", "text": " "}', r"corpus\.jsonl:3: item 'x' has neither title nor text"),
     ('{"text": "no id"}', r"corpus\.jsonl:3: no _id"),
     ('{"_id": "a\\tb", "text": "tab"}', r"corpus\.jsonl:3: the _id 'a\\tb' holds control characters"),
+    ('{"_id": "a b", "text": "space"}', r"corpus\.jsonl:3: the _id 'a b' holds a space"),
 ]
 
 
@@ -147,6 +150,24 @@ def test_bad_corpus_lines(data, tmp_path, line, message):
     replace_line(data / "corpus.jsonl", 3, line)
     with pytest.raises(UserError, match=message):
         catalog_of(data, tmp_path)
+
+
+def test_texts_that_end_in_half_an_emoji_are_read(data, tmp_path):
+    replace_line(data / "corpus.jsonl", 3, '{"_id": "i02", "text": "cut \\ud83d", "title": "\\ud83d\\ude00"}')
+    assert catalog_of(data, tmp_path).texts_at([2]) == ["😀 cut \ufffd"]
+
+
+def test_tables_for_people_are_read_as_qrels(data):
+    lines = ["query-id\tcorpus-id\tscore\tquery\titem", "q00\ti01\t1\tbuy\ta", "q00\ti02\t\tbuy\tb"]
+    (data / "qrels" / "people.tsv").write_text("\n".join(lines) + "\n")
+    assert [row[1:] for row in read_qrels(str(data), "people")] == [("q00", "i01", 1.0)]
+
+
+def test_parquet_scores_that_are_none(data, tmp_path):
+    table = pa.table({"query-id": ["q00"], "corpus-id": ["i01"], "score": pa.array([None], pa.int64())})
+    pq.write_table(table, data / "qrels" / "bad.parquet")
+    with pytest.raises(UserError, match=r"bad\.parquet: row 1: the score None is not a number"):
+        list(read_qrels(str(data), "bad"))
 
 
 BAD_QRELS = [

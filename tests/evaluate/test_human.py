@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from novelret.evaluate.human import _t_quantile, corrected_precision, corrected_relevant_novelty, is_uneven
+from novelret.evaluate.human import corrected_precision, corrected_relevant_novelty, is_uneven
 from novelret.label.table import make_table
 
 K, LONG = 10, 12
@@ -99,11 +99,6 @@ def test_a_sample_without_errors_is_not_taken_for_certainty():
     found = corrected_precision(rows, verdicts, human, 10)
     assert (found.value, found.low) == (0, 0)
     assert found.high == pytest.approx(stats.beta.ppf(0.95, 1, 200), abs=2e-4)  # the exact bound for 0 of 200
-
-
-@pytest.mark.parametrize("freedom", [5, 20, 300])
-def test_t_quantile_against_scipy(freedom):
-    assert _t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
 
 
 def test_a_sample_of_other_lists_is_noticed():

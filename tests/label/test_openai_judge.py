@@ -158,6 +158,63 @@ def test_caps_hold_where_every_reply_is_repeated(arguments, tmp_path, capsys, mo
         assert f"{cap[0]} {cap[1]} reached" in err
 
 
+def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge(always="no-usage") as server:  # 5 tokens an answer may have, at a dollar a thousand
+        more = ["--max-cost", 0.05, "--price", "0,1000", "--concurrency", 1, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["requests"], server.delivered) == (0, 10, 10), err
+        assert facts["cost"] == pytest.approx(0.05)
+
+
+def test_an_endpoint_that_asks_for_an_hour_stops_the_asking(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge([None] * 20, always="429-for-an-hour") as server:
+        more = ["--concurrency", 1, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["pairs"]) == (0, 20), err
+        assert "stopped: the endpoint asks to wait 60 minutes; 100 pairs are not judged" in " ".join(
+            err.split()
+        )
+        assert len(server.seen) == 21
+
+
+def test_an_error_in_place_of_an_answer_is_told_in_its_own_words(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_module, "_ATTEMPTS", 2)
+    with LoopbackJudge(["error"] * 2) as server:
+        more = ["--concurrency", 1, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["failed"]) == (0, 1), err
+        assert "model overloaded" in (tmp_path / "a" / "failures.jsonl").read_text()
+
+
+def test_labels_of_other_texts_are_refused(world, index_folder, arguments, tmp_path, capsys, monkeypatch):
+    """A new export may give old ids to other queries."""
+    folder = make_world(tmp_path / "data")
+    judge = f"file:{folder}/judgements.tsv"
+    command = ["--data", folder, "--index", index_folder, "--base-depth", 3, "--depth", 9, "--quiet"]
+    label = ["label", *command, "--judge", judge, "--missing", "irrelevant", "--out", tmp_path / "labels"]
+    assert main([str(part) for part in label]) == 0
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    texts = [query["text"] for query in queries]
+    queries = [query | {"text": text} for query, text in zip(queries, [*texts[1:], texts[0]], strict=True)]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)) + "\n")
+    train = ["train", *command, "--labels", tmp_path / "labels", "--steps", 2, "--out", tmp_path / "model"]
+    assert main([str(part) for part in train]) == 2
+    assert "of its queries had another text when they were judged" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    again = [
+        "label",
+        *command,
+        "--from",
+        f"yes:{tmp_path / 'labels'}",
+        "--judge",
+        judge,
+        "--out",
+        tmp_path / "b",
+    ]
+    assert main([str(part) for part in again]) == 2
+
+
 def test_retries_within_a_cap_are_made(arguments, tmp_path, capsys, monkeypatch):
     with LoopbackJudge(["500", None] * 30) as server:
         more = ["--max-requests", 25, "--concurrency", 8, "--out", tmp_path / "a"]

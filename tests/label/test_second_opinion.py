@@ -157,14 +157,14 @@ def test_several_labels_are_joined_in_the_order_given(made, world, index_folder,
     split = load_split(str(world), "train", index.catalog)
     names = ("noisy", "confirmed", "people")
     noisy, confirmed, people = (open_labels(made / name, index) for name in names)
-    joined = join_labels([noisy, confirmed], split.query_ids, index.catalog)
+    joined = join_labels([noisy, confirmed], split, index.catalog)
     expected = verdicts_of(made / "noisy") | verdicts_of(made / "confirmed")
     found = {
         (split.query_ids[q], index.catalog.ids_at([int(i)])[0]): v
         for q, i, v in zip(joined.query_rows, joined.item_rows, joined.verdicts, strict=True)
     }
     assert found == expected == verdicts_of(made / "people")
-    again = join_labels([people, noisy], split.query_ids, index.catalog)
+    again = join_labels([people, noisy], split, index.catalog)
     assert int((again.verdicts == RELEVANT).sum()) == int((joined.verdicts == RELEVANT).sum()) + 30
     # A second answer that cannot be read is no refusal.
     shutil.copytree(made / "confirmed", tmp_path / "unusable")
@@ -172,7 +172,7 @@ def test_several_labels_are_joined_in_the_order_given(made, world, index_folder,
     unread = next(row for row in rows if row["verdict"] == IRRELEVANT)
     unread["verdict"], unread["grade"] = UNKNOWN, None
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "unusable" / "judgements.parquet")
-    kept = join_labels([noisy, open_labels(tmp_path / "unusable", index)], split.query_ids, index.catalog)
+    kept = join_labels([noisy, open_labels(tmp_path / "unusable", index)], split, index.catalog)
     row, item = split.query_ids.index(unread["query_id"]), index.catalog.rows_of([unread["item_id"]])
     assert kept.lookup(np.array([row]), item).tolist() == [RELEVANT]
     assert joined.lookup(np.array([row]), item).tolist() == [IRRELEVANT]

@@ -92,10 +92,21 @@ def text_of(response: Any) -> str:
     Raises:
         ValueError: it holds no message at all.
     """
+    error = getattr(response, "error", None)
+    if error:
+        raise ValueError(str(error.get("message", error) if isinstance(error, dict) else error))
     choices = getattr(response, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
+    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
         raise ValueError(f"no choices in {str(response)[:80]!r}")
     message = choices[0].message
     text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
     # Content that comes in parts, as some endpoints send it, is kept as it came.
-    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be stored nowhere
+
+
+def tokens_of(usage: Any) -> tuple[int | None, int | None]:
+    """Prompt and completion tokens of a reply; None where the endpoint does not tell."""
+    told = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    prompt, completion = (value if isinstance(value, int) else None for value in told)
+    return prompt, completion

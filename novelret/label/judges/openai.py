@@ -24,6 +24,7 @@ from novelret.label.judges.endpoint import (
     reason_of,
     shown_url,
     text_of,
+    tokens_of,
 )
 from novelret.label.judges.pace import Pace, retry_after
 from novelret.label.questions import Messages, Question, Tally
@@ -96,10 +97,16 @@ async def _ask_all(
 ) -> None:
     loop = asyncio.get_running_loop()
     interrupted = False
+    workers: list[asyncio.Task[None]] = []
 
     def interrupt() -> None:
         nonlocal interrupted
+        if interrupted:
+            for worker in workers:
+                worker.cancel()
+            return
         interrupted = asking.stopping = True
+        asking.say(f"finishing {len(asking.tally.under_way)} requests under way; Ctrl-C again leaves at once")
 
     handles_signals = True
     try:
@@ -108,7 +115,7 @@ async def _ask_all(
         handles_signals = False
     try:
         async with _client(asking) as client:
-            workers = [
+            workers += [
                 asyncio.create_task(_work(asking, client, questions, advance))
                 for _ in range(asking.limits.concurrency)
             ]
@@ -120,7 +127,7 @@ async def _ask_all(
         if handles_signals:
             loop.remove_signal_handler(signal.SIGINT)
     for result in done:
-        if isinstance(result, BaseException):
+        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
             raise result
     if interrupted:
         raise KeyboardInterrupt
@@ -182,14 +189,13 @@ class _Asking:
     def receive(self, question: Question, text: str | None, usage: Any) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
         self.heard = True
-        prompt = getattr(usage, "prompt_tokens", None)
-        completion = getattr(usage, "completion_tokens", None)
+        prompt, completion = tokens_of(usage)
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
             self.failed_in_a_row = 0
         price = self.limits.price
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
-        self.tally.bill(prompt, completion, price, counted)
+        self.tally.bill(prompt, completion, price, counted, longest_answer(self.parameters))
 
     def doubt(self, fault: _Fault, url: str, now: float) -> None:
         """Take note of a fault as long as nothing was heard; there may be no such endpoint.
@@ -273,6 +279,9 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         if fault is None:
             return
         asking.doubt(fault, str(client.base_url), clock())
+        if (fault.silence or 0) > _PATIENCE:
+            asking.tally.stopped = f"the endpoint asks to wait {(fault.silence or 0) / 60:.0f} minutes"
+            return
         asking.tally.retries += 1
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
