@@ -72,6 +72,12 @@ def fingerprint_strings(strings: Iterator[str] | list[str]) -> str:
     return digest.hexdigest()
 
 
+def hash_texts(texts: list[str]) -> np.ndarray:
+    """(n,) uint64 hashes of texts, the same on every machine."""
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, dtype="<u8")
+
+
 def fingerprint_array(array: np.ndarray) -> str:
     """Hash of an array's type, shape and values, the same on every machine."""
     values = np.ascontiguousarray(array)

@@ -51,6 +51,8 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
         raise UserError(f"{path}: no such model folder")
     if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: holds no sentence-transformers model (no modules.json)")
+    if not is_path and "/" in str(path) and Path(path).parent.is_dir():  # no hub id, but a slip of the pen
+        raise UserError(f"{path}: no such model folder")
     gc.collect()  # encoders refer to themselves: of a sweep, each would stay in memory
     try:
         model = SentenceTransformer(str(path), device=device, trust_remote_code=has_own_modules(Path(path)))

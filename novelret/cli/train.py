@@ -148,7 +148,9 @@ def train(
     max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
-    validation_fraction: Annotated[float, typer.Option(help="Share of queries held back.")] = 0.1,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of queries held back, 2,000 at most.")
+    ] = 0.2,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between validations. (default: steps / 10)")
     ] = None,

@@ -11,6 +11,7 @@ from torch.nn import Module
 from novelret import adapted, encode
 from novelret.artifacts import (
     fingerprint_file,
+    hash_texts,
     is_kind,
     read_manifest,
 )
@@ -181,11 +182,15 @@ def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, re
     if not is_kind(Path(path), "model"):
         return
     manifest = read_manifest(Path(path), "model")
-    if manifest.inputs.get("split") == split.fingerprint:
-        report.warn(
-            f"{name} was trained on these queries (--split {config.split}), so its figures say little of "
-            "others; evaluate on a split that it has not seen"
-        )
+    hashes = Path(path) / "queries.npy"
+    if hashes.is_file():
+        seen = int(np.isin(hash_texts(split.query_texts), np.load(hashes)).sum())
+        share = "all" if seen == len(split) else f"{seen:,}"
+        if seen:
+            report.warn(
+                f"{name} was trained on {share} of these {len(split):,} "
+                "queries, so its figures say little of others; evaluate on queries that it has not seen"
+            )
     if config.judge is None or config.judge.startswith("file:"):
         return
     trained_by = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from novelret.artifacts import Manifest, read_manifest
+from novelret.artifacts import Manifest, hash_texts, read_manifest
 from novelret.data.catalog import Catalog
 from novelret.data.split import Split
 from novelret.errors import UserError
@@ -81,12 +80,6 @@ def write_queries(folder: Path, split: Split) -> None:
     """Keep which text each query had when it was judged, as a hash."""
     columns = {"query_id": split.query_ids, "text": hash_texts(split.query_texts)}
     pq.write_table(pa.table(columns), folder / "queries.parquet")
-
-
-def hash_texts(texts: list[str]) -> np.ndarray:
-    """(n,) uint64 hashes, the same on every machine."""
-    digests = b"".join(blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(digests, dtype="<u8")
 
 
 def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:

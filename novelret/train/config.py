@@ -147,7 +147,7 @@ class TrainConfig:
     max_requests: int | None = None
     max_cost: float | None = None
     price: str | None = None
-    validation_fraction: float = 0.1
+    validation_fraction: float = 0.2
     eval_every: int | None = None
     max_recall_drop: float = 0.01
     recall_of: str = "feedback"

@@ -7,6 +7,7 @@ MODEL/
   frontier.parquet      every validated point; frontier.svg and curves.svg show the best
   checkpoints/step-N/   the best checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
+  queries.npy           hashes of the split's texts, so that eval can tell what was trained on
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from novelret.artifacts import (
     Manifest,
     check_output,
     fingerprint_of,
+    hash_texts,
     is_kind,
     open_output,
     read_json,
@@ -300,6 +302,7 @@ def _write(
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
     write_json(folder / "validation.json", [asdict(point) for point in points])
+    np.save(folder / "queries.npy", np.unique(hash_texts(inputs.split.query_texts)))
     card = model_card(
         config,
         run.index,

@@ -419,7 +419,7 @@ def test_top_lists_of_several_models_are_pooled(command, world, index_folder, se
                 "--missing", "irrelevant", "--base-depth", 3, "--k", 3, "--out", report]  # fmt: skip
     code, _, err = run(capsys, *evaluate)
     assert code == 0, err
-    assert "new was trained on these queries (--split train)" in " ".join(err.split())
+    assert f"new was trained on all of these {len(split)} queries" in " ".join(err.split())
     means = json.loads((report / "metrics.json").read_text())["models"]
     embeddings = SentenceTransformer(str(tmp_path / "both"), device="cpu").encode_query(split.query_texts)
     lists = indexes[0].search(embeddings, 3, split.excluded)[0]
