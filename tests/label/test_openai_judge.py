@@ -368,6 +368,7 @@ def test_a_dead_or_wrong_endpoint_is_named_soon(arguments, tmp_path, capsys, mon
 
 def test_an_endpoint_that_limits_or_fails_at_first_is_not_dead(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge_module, "_DEAD_AFTER", 0.0)
+    monkeypatch.setattr(judge_module, "_ATTEMPTS", 1000)
     # Rate limits are no faults, however many come first, and whether or not they say for how long.
     for n, faults in enumerate((["429"] * 70, ["429-retry-after"] * 70, (["500"] * 15 + ["429"]) * 4)):
         with LoopbackJudge(faults) as server:
@@ -375,7 +376,6 @@ def test_an_endpoint_that_limits_or_fails_at_first_is_not_dead(arguments, tmp_pa
             code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
             assert (code, facts["failed"], facts["pairs"]) == (0, 0, 120 + 20 * n), err
     # An endpoint that has answered once is alive: its faults are those of the questions.
-    monkeypatch.setattr(judge_module, "_ATTEMPTS", 1000)
     with LoopbackJudge([None, *["500"] * 300]) as server:
         more = ["--concurrency", 1, "--depth", 20, "--out", tmp_path / "x"]
         monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.001)

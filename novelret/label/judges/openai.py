@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from novelret.artifacts import fsync_file
 from novelret.errors import UserError
@@ -34,6 +34,7 @@ _ATTEMPTS = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
+_CONNECT = 10.0  # seconds until a host that does not answer counts as absent
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
 _DEAD, _DEAD_AFTER = 32, 20.0  # faults in a row, and seconds, of an endpoint that never answered at all
 
@@ -139,7 +140,8 @@ def _client(asking: _Asking) -> AsyncOpenAI:
     async def learn(response: Any) -> None:
         asking.pace.learn(response.headers)
 
-    timeout = asking.limits.timeout
+    longest = asking.limits.timeout
+    timeout = Timeout(longest, connect=min(longest, _CONNECT))
     http = DefaultAsyncHttpxClient(timeout=timeout, event_hooks={"response": [learn]})
     return AsyncOpenAI(api_key=check_key(), max_retries=0, timeout=timeout, http_client=http)
 
