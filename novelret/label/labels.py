@@ -61,13 +61,13 @@ class Labels:
         """
         path = self.folder / "queries.parquet"
         if path.is_file():  # LABELS of before have none
-            before = pq.read_table(path).to_pydict()
-            text_then = dict(zip(before["query_id"], before["text"], strict=True))
-            changed = [
-                query_id
-                for query_id, now in zip(split.query_ids, hash_texts(split.query_texts).tolist(), strict=True)
-                if text_then.get(query_id, now) != now
-            ]
+            before = pq.read_table(path)
+            place = pc.index_in(pa.array(split.query_ids, pa.string()), value_set=before["query_id"])
+            then = before["text"].take(place.fill_null(0)).to_numpy()
+            is_other = (then != hash_texts(split.query_texts)) & place.is_valid().to_numpy(
+                zero_copy_only=False
+            )
+            changed = [split.query_ids[row] for row in np.flatnonzero(is_other)]
             if changed:
                 raise UserError(
                     f"{self.folder}: {len(changed):,} of its queries had another text when they were judged, "
