@@ -58,13 +58,16 @@ from novelret.evaluate.trec import write_qrels, write_run
 from novelret.evaluate.weights import Bucket, merged_by_bucket
 from novelret.index import Index
 from novelret.label.asking import Plan
-from novelret.label.label import check_plan, judge_candidates, plan_candidates
+from novelret.label.label import (
+    check_plan,
+    judge_candidates,
+    plan_candidates,
+    stopped_early,
+    what_is_asked,
+)
 from novelret.label.labels import read_table
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
-
-_HOW = ("max_requests", "max_cost", "price", "device")
-"""Settings that decide how, and how far, a judge is asked; raised after a stop, the same report goes on."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +127,20 @@ def evaluate_models(
 
     report = report or Reporter()
     said = len(report.warnings)
-    check_output(out, force=force)
+    earlier = None if force else stopped_early(config, out, "report")
+    if earlier is None:
+        check_output(out, force=force)
     if config.human is not None and out.exists() and out.resolve() in Path(config.human).resolve().parents:
         raise UserError(f"--human {config.human}: lies in {out}, which would be replaced; copy it elsewhere")
     gathered = gather(config, report)
     index, split = gathered.index, gathered.split
-    what = {name: value for name, value in asdict(config).items() if name not in _HOW}
-    identity = fingerprint_of(what, gathered.inputs)
-    with open_output(out, identity, force=force) as folder:
-        table = gathered.known
+    identity = fingerprint_of(what_is_asked(asdict(config)), gathered.inputs)
+    if earlier is not None and earlier.inputs != gathered.inputs:
+        check_output(out, force=False)
+    with open_output(out, identity, force=force or earlier is not None) as folder:
+        table, asked = gathered.known, None
         if table is None:
-            table = _ask_judge(config, gathered, folder, report)
+            table, asked = _ask_judge(config, gathered, folder, report, earlier)
         base, lists = with_verdicts(gathered.found, table, max(config.k))
         pool = gathered.pool
         deployed = Lists(pool, None, table.lookup(np.arange(len(pool))[:, None], pool))
@@ -174,7 +180,7 @@ def evaluate_models(
         write_report(evaluation, folder / "report.html")
         write_config(folder, config)
         settings = {**vars(config), "models": list(config.models)}
-        facts = {"models": evaluation.means}
+        facts = {"models": evaluation.means, "asked": asked}
         write_manifest(folder, Manifest("report", settings, gathered.inputs, identity, facts))
     return evaluation
 
@@ -221,14 +227,15 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
                 )
 
 
-def _ask_judge(config: EvalConfig, gathered: Gathered, folder: Path, report: Reporter) -> LabelTable:
-    """Verdicts of everything in some list, asked of an LLM where the store does not know them yet."""
+def _ask_judge(
+    config: EvalConfig, gathered: Gathered, folder: Path, report: Reporter, earlier: Manifest | None
+) -> tuple[LabelTable, dict[str, Any]]:
+    """Verdicts of all that some list holds, asked where the store does not know them; and what came of it."""
     path = folder / "judgements.parquet"
-    candidates = candidates_of(gathered)
-    facts = judge_candidates(label_config(config), gathered.index, gathered.split, candidates, path, report)
-    if facts.get("stopped"):
-        report.note("the same command with --force goes on from there: what is answered costs nothing")
-    return read_table(path, gathered.split.query_ids, gathered.index.catalog)
+    pairs = candidates_of(gathered)
+    index, split = gathered.index, gathered.split
+    asked = judge_candidates(label_config(config), index, split, pairs, path, report, earlier)
+    return read_table(path, split.query_ids, index.catalog), asked
 
 
 def _with_implied_noes(table: LabelTable, gathered: Gathered) -> LabelTable:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,9 @@ from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows, write_querie
 from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
+
+if TYPE_CHECKING:
+    from novelret.evaluate.config import EvalConfig
 
 _ROWS = 100_000  # judgements written at a time
 _HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price", "device")
@@ -114,7 +117,7 @@ def build_labels(
     """
     report = report or Reporter()
     _check(config)
-    earlier = None if force else _stopped_early(config, out)
+    earlier = None if force else stopped_early(config, out, "labels")
     if earlier is None:
         check_output(out, force=force)
     kind, name = split_judge(config.judge)
@@ -124,7 +127,7 @@ def build_labels(
     _warn_of_same_answers(config, asked, report)
     inputs = asked | {"index": index.manifest.fingerprint, "split": split.fingerprint} | _confirmed(config)
     # A cap that is raised after a kill leaves what the killed run noted where it is.
-    identity = fingerprint_of(_what(asdict(config)), inputs)
+    identity = fingerprint_of(what_is_asked(asdict(config)), inputs)
     if earlier is not None and earlier.inputs != inputs:
         check_output(out, force=False)
     if earlier is not None:
@@ -146,18 +149,22 @@ def build_labels(
     return manifest
 
 
-def _stopped_early(config: LabelConfig, out: Path) -> Manifest | None:
-    """The manifest of LABELS that asked the same and stopped early, so that they can be gone on from.
+def stopped_early(config: LabelConfig | EvalConfig, out: Path, kind: str) -> Manifest | None:
+    """The manifest of LABELS or of a REPORT that asked the same and stopped early, to be gone on from.
+
+    Its facts are what came of the asking.
 
     Raises:
         UserError: what stopped them would do so again at once.
     """
     try:
-        before = read_manifest(out, "labels")
+        before = read_manifest(out, kind)
     except (UserError, OSError):  # nothing there, or nothing to go on from
         return None
+    if kind == "report":
+        before = replace(before, facts=before.facts.get("asked") or {})
     stopped = before.facts.get("stopped")
-    if not stopped or _what(before.config) != _what(asdict(config)):
+    if not stopped or what_is_asked(before.config) != what_is_asked(asdict(config)):
         return None
     for name in ("max_requests", "max_cost"):
         cap, now, option = before.config.get(name), getattr(config, name), f"--{name.replace('_', '-')}"
@@ -170,7 +177,7 @@ def _stopped_early(config: LabelConfig, out: Path) -> Manifest | None:
     return before
 
 
-def _what(config: dict[str, Any]) -> dict[str, Any]:
+def what_is_asked(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what is asked, as JSON holds them."""
     kept = {name: value for name, value in config.items() if name not in _HOW}
     plain: dict[str, Any] = json.loads(json.dumps(kept))
@@ -187,14 +194,23 @@ def _check_no_loss(config: LabelConfig, out: Path, earlier: Manifest | None, fac
 
 
 def judge_candidates(
-    config: LabelConfig, index: Index, split: Split, candidates: Candidates, out: Path, report: Reporter
+    config: LabelConfig,
+    index: Index,
+    split: Split,
+    candidates: Candidates,
+    out: Path,
+    report: Reporter,
+    earlier: Manifest | None = None,
 ) -> dict[str, Any]:
-    """Have given pairs judged and write them as judgements.parquet; returns the counts and the cost."""
+    """Have given pairs judged and write them as judgements.parquet; returns the counts and the cost.
+
+    `earlier` is what this goes on from (see `stopped_early`).
+    """
     kind, name = split_judge(config.judge)
     if kind == "file":
         return _label_from_file(config, Path(name), index, split, candidates, out, report)
     judge = make_judge(config, sends=not config.reparse)
-    return _label_by_asking(config, judge, index, split, candidates, out, report)
+    return _label_by_asking(config, judge, index, split, candidates, out, report, earlier)
 
 
 def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:

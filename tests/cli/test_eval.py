@@ -147,6 +147,18 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
         unasked = [*arguments, "--store", tmp_path / "new.sqlite", "--out", tmp_path / "capped"]
         result(capsys, *unasked, "--price", "1,2", "--max-cost", plan["cost"] / 4)
         assert asked < len(server.seen) < 1.5 * asked
+        # At a higher cap it goes on, and the cap counts what was paid before.
+        price = ("--price", "1,2", "--max-cost")
+        assert "is reached already" in fails(capsys, *unasked, *price, plan["cost"] / 4)
+        before = len(server.seen)
+        result(capsys, *unasked, *price, 0.3 * plan["cost"])
+        assert before < len(server.seen) < 2 * asked
+        spent = json.loads((tmp_path / "capped" / "manifest.json").read_text())["facts"]["asked"]
+        assert spent["requests"] + spent["earlier"]["requests"] == len(server.seen) - asked
+        assert spent["cost"] + spent["earlier"]["cost"] <= 0.3 * plan["cost"]
+        result(capsys, *unasked)
+        assert len(server.seen) == 2 * asked
+        assert "exists already" in fails(capsys, *unasked)
     assert "--plan: there is nothing to ask" in fails(capsys, *common[:5], "--plan")
     assert "--out is missing" in fails(capsys, *common[:5])
 
