@@ -115,7 +115,9 @@ _CAPS = ("max-cost", "max-requests")
 def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
     """Whether an output stopped at a cap that the recipe has raised since; its stage then goes on."""
     before = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
-    stopped = str(before.get("facts", {}).get("stopped") or "")
+    facts = before.get("facts") or {}
+    of_asking = facts.get("asked") if before.get("kind") == "report" else facts
+    stopped = str((of_asking or {}).get("stopped") or "")
     caps = [(name, before["config"].get(name.replace("-", "_"))) for name in _CAPS if f"--{name} " in stopped]
     return any(then is not None and (options.get(name) or math.inf) > then for name, then in caps)
 
