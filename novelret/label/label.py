@@ -120,8 +120,8 @@ def build_labels(
     earlier = None if force else stopped_early(config, out, "labels")
     if earlier is None:
         check_output(out, force=force)
-    kind, name = split_judge(config.judge)
-    judge = None if kind == "file" else make_judge(config, sends=not config.reparse)
+    is_file = split_judge(config.judge)[0] == "file"
+    judge = None if is_file else make_judge(config, sends=not config.reparse)
     asked = _asked(config, judge)
     index, split, candidates = _prepare(config, report)
     _warn_of_same_answers(config, asked, report)
@@ -134,11 +134,8 @@ def build_labels(
         report.note(f"{out}: goes on from {earlier.facts['pairs']:,} judged pairs")
     with open_output(out, identity, force=force or earlier is not None) as folder:
         path = folder / "judgements.parquet"
-        if judge is None:
-            facts = _label_from_file(config, Path(name), index, split, candidates, path, report)
-        else:
-            facts = _label_by_asking(config, judge, index, split, candidates, path, report, earlier)
-            _check_no_loss(config, out, earlier, facts)
+        facts = judge_candidates(config, index, split, candidates, path, report, earlier, judge)
+        _check_no_loss(config, out, earlier, facts)
         write_config(folder, config)
         write_queries(folder, split)
         fingerprint = fingerprint_file(path)
@@ -201,16 +198,28 @@ def judge_candidates(
     out: Path,
     report: Reporter,
     earlier: Manifest | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Have given pairs judged and write them as judgements.parquet; returns the counts and the cost.
 
-    `earlier` is what this goes on from (see `stopped_early`).
+    `earlier` is what this goes on from (see `stopped_early`), `judge` the configuration's, if made already.
     """
     kind, name = split_judge(config.judge)
     if kind == "file":
         return _label_from_file(config, Path(name), index, split, candidates, out, report)
-    judge = make_judge(config, sends=not config.reparse)
-    return _label_by_asking(config, judge, index, split, candidates, out, report, earlier)
+    return ask_and_write(
+        judge or make_judge(config, sends=not config.reparse),
+        index,
+        split,
+        candidates,
+        _store_path(config),
+        out,
+        report,
+        retry_unusable=config.retry_unusable,
+        send=not config.reparse,
+        earlier=earlier,
+        caps=Caps(config.max_requests, config.max_cost),
+    )
 
 
 def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
@@ -245,31 +254,6 @@ def plan_candidates(
     judge = make_judge(config, sends=False)
     again = config.retry_unusable
     return plan_asking(judge, index, split, candidates, _store_path(config), report, retry_unusable=again)
-
-
-def _label_by_asking(
-    config: LabelConfig,
-    judge: Judge,
-    index: Index,
-    split: Split,
-    candidates: Candidates,
-    out: Path,
-    report: Reporter,
-    earlier: Manifest | None = None,
-) -> dict[str, Any]:
-    return ask_and_write(
-        judge,
-        index,
-        split,
-        candidates,
-        _store_path(config),
-        out,
-        report,
-        retry_unusable=config.retry_unusable,
-        send=not config.reparse,
-        earlier=earlier,
-        caps=Caps(config.max_requests, config.max_cost),
-    )
 
 
 def _prepare(config: LabelConfig, report: Reporter) -> tuple[Index, Split, Candidates]:

@@ -63,11 +63,10 @@ class Labels:
         if path.is_file():  # LABELS of before have none
             before = pq.read_table(path)
             place = pc.index_in(pa.array(split.query_ids, pa.string()), value_set=before["query_id"])
-            then = before["text"].take(place.fill_null(0)).to_numpy()
-            is_other = (then != hash_texts(split.query_texts)) & place.is_valid().to_numpy(
-                zero_copy_only=False
-            )
-            changed = [split.query_ids[row] for row in np.flatnonzero(is_other)]
+            known = np.flatnonzero(place.is_valid())
+            then = before["text"].take(place.drop_null()).to_numpy()
+            now = hash_texts([split.query_texts[row] for row in known])
+            changed = [split.query_ids[row] for row in known[then != now]]
             if changed:
                 raise UserError(
                     f"{self.folder}: {len(changed):,} of its queries had another text when they were judged, "

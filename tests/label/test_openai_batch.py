@@ -12,6 +12,7 @@ import pytest
 from novelret.cli import main
 from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger
+from tests import loopback
 from tests.killing import start
 from tests.loopback import LoopbackJudge
 
@@ -242,6 +243,19 @@ def test_replies_without_text_are_answers(ask, monkeypatch):
         assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 120, 120, 1), err
         assert 0 < facts["verdicts"]["unusable"] < 120
         assert set(server.billed.values()) == {1}
+
+
+def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(ask, monkeypatch):
+    real = loopback.completion
+
+    def without_usage(choices):
+        return json.dumps({name: part for name, part in json.loads(real(choices)).items() if name != "usage"})
+
+    monkeypatch.setattr(loopback, "completion", without_usage)
+    with LoopbackJudge() as server:  # an answer may have five tokens
+        code, facts, err = ask(server, "--price", "0,1000")
+        assert (code, facts["requests"]) == (0, 120), err
+        assert facts["cost"] == pytest.approx(120 * 5 * 1000 / 1e6)
 
 
 def test_unusable_answers_are_asked_again_once(ask, monkeypatch):

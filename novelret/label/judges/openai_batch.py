@@ -220,7 +220,7 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
             elif reason is not None:
                 failed[key] = hide_secrets(reason)
             elif usage:  # paid for all the same
-                run.tally.bill(usage.get("prompt_tokens"), usage.get("completion_tokens"), run.limits.price)
+                _bill(run, usage.get("prompt_tokens"), usage.get("completion_tokens"))
             if len(arrived) >= _AT_ONCE:
                 _keep(run, arrived)
                 arrived = []
@@ -263,8 +263,12 @@ def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None
 def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
     run.store.add(f"openai:{run.model}", arrived)
     for _, _, prompt, completion in arrived:
-        run.tally.bill(prompt, completion, run.limits.price)
+        _bill(run, prompt, completion)
     run.advance(len(arrived))
+
+
+def _bill(run: _Run, prompt: int | None, completion: int | None) -> None:
+    run.tally.bill(prompt, completion, run.limits.price, longest=longest_answer(run.parameters))
 
 
 def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
