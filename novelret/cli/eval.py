@@ -14,6 +14,9 @@ from rich.table import Table
 
 from novelret.cli.label import render_plan
 from novelret.cli.options import (
+    JUDGE,
+    AnswerOption,
+    ConcurrencyOption,
     ConfigOption,
     DataOption,
     DeviceOption,
@@ -22,15 +25,23 @@ from novelret.cli.options import (
     IndexesOption,
     JsonOption,
     MaxCostOption,
+    MaxRequestsOption,
+    MissingOption,
     PriceOption,
     PromptOption,
     QuietOption,
+    RpmOption,
     StoreOption,
+    ThresholdOption,
+    TimeoutOption,
+    TpmOption,
+    WaitOption,
     joined,
+    leave_batches,
     reporter,
     show_result,
 )
-from novelret.errors import UserError
+from novelret.errors import BatchesUnderWay, UserError
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
@@ -67,19 +78,31 @@ def evaluate(
     split: Annotated[str, typer.Option(help="The held-out feedback.")] = "test",
     judge: Annotated[
         str | None,
-        typer.Option(help="file:PATH.tsv, openai:, openai-batch: or cross-encoder:MODEL."),
+        typer.Option(
+            help="file:PATH.tsv, openai:, openai-batch: or cross-encoder:MODEL.", rich_help_panel=JUDGE
+        ),
     ] = None,
-    missing: Annotated[
-        str, typer.Option(help="A pair that the judgement file does not list is unknown or irrelevant.")
-    ] = "unknown",
+    missing: MissingOption = "unknown",
     prompt: PromptOption = "query-document",
+    answer: AnswerOption = None,
+    threshold: ThresholdOption = None,
     store: StoreOption = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what the judge would be asked and its cost; send nothing.")
+        bool,
+        typer.Option(
+            "--plan",
+            help="Say what the judge would be asked and its cost; send nothing.",
+            rich_help_panel=JUDGE,
+        ),
     ] = False,
     max_cost: MaxCostOption = None,
-    max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
+    max_requests: MaxRequestsOption = None,
     price: PriceOption = None,
+    concurrency: ConcurrencyOption = 32,
+    timeout: TimeoutOption = 60.0,
+    rpm: RpmOption = None,
+    tpm: TpmOption = None,
+    wait: WaitOption = True,
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     k: Annotated[str, typer.Option(help="Cuts of the lists.")] = "10,20,50",
     human: Annotated[
@@ -125,7 +148,14 @@ def evaluate(
         judge=judge,
         missing=missing,
         prompt=prompt,
+        answer=answer,
+        threshold=threshold,
         store=str(store) if store else None,
+        concurrency=concurrency,
+        timeout=timeout,
+        rpm=rpm,
+        tpm=tpm,
+        wait=wait,
         max_requests=max_requests,
         max_cost=max_cost,
         price=price,
@@ -146,7 +176,10 @@ def evaluate(
         return
     if out is None:
         raise UserError("--out is missing: where should the REPORT go?")
-    evaluation = evaluate_models(settings, out, force=force, report=reporter(quiet))
+    try:
+        evaluation = evaluate_models(settings, out, force=force, report=reporter(quiet))
+    except BatchesUnderWay as waiting:
+        raise leave_batches("report", waiting, as_json=as_json) from None
     result = {**result_of(evaluation), "report": str(out / "report.html")}
     show_result(result, as_json=as_json, render=lambda console: render(console, evaluation, out))
 

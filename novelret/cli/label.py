@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from novelret.cli.options import (
+    JUDGE,
+    AnswerOption,
+    ConcurrencyOption,
     ConfigOption,
     DataOption,
     DeviceOption,
@@ -17,14 +20,23 @@ from novelret.cli.options import (
     IgnoreIdenticalOption,
     IndexOption,
     JsonOption,
+    MaxCostOption,
+    MaxRequestsOption,
+    MissingOption,
+    PriceOption,
     PromptOption,
     QuietOption,
+    RpmOption,
     StoreOption,
+    ThresholdOption,
+    TimeoutOption,
+    TpmOption,
+    WaitOption,
+    leave_batches,
     reporter,
     show_result,
 )
 
-_UNDER_WAY = 3  # exit code: nothing is wrong, but there are no LABELS yet
 EXAMPLES = """
 [bold]examples:[/]
 
@@ -73,46 +85,38 @@ def label(
     per_query: Annotated[
         int | None, typer.Option(help="At most so many pairs of each source for a query.")
     ] = None,
-    missing: Annotated[
-        str, typer.Option(help="A pair that the file does not list is unknown or irrelevant.")
-    ] = "unknown",
+    missing: MissingOption = "unknown",
     prompt: PromptOption = "query-document",
-    answer: Annotated[
-        str | None, typer.Option(help="Read answers as word, tag, grade or json, over the prompt's own way.")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for scores)"),
-    ] = None,
+    answer: AnswerOption = None,
+    threshold: ThresholdOption = None,
     reparse: Annotated[
-        bool, typer.Option("--reparse", help="Read the stored answers again; ask nothing, pay nothing.")
+        bool,
+        typer.Option(
+            "--reparse",
+            help="Read the stored answers again; ask nothing, pay nothing.",
+            rich_help_panel=JUDGE,
+        ),
     ] = False,
     retry_unusable: Annotated[
-        bool, typer.Option("--retry-unusable", help="Ask again where the stored answer cannot be read.")
+        bool,
+        typer.Option(
+            "--retry-unusable",
+            help="Ask again where the stored answer cannot be read.",
+            rich_help_panel=JUDGE,
+        ),
     ] = False,
     store: StoreOption = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be asked and its cost; send nothing.")
     ] = False,
-    max_cost: Annotated[float | None, typer.Option(help="Stop before so many dollars are exceeded.")] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Stop before more requests than this.")] = None,
-    price: Annotated[
-        str | None, typer.Option(help="INPUT,OUTPUT dollars per million tokens, over the built-in table.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
-    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
-    rpm: Annotated[
-        float | None, typer.Option(help="Requests per minute. (default: as the endpoint tells)")
-    ] = None,
-    tpm: Annotated[
-        float | None, typer.Option(help="Tokens per minute. (default: as the endpoint tells)")
-    ] = None,
-    wait: Annotated[
-        bool,
-        typer.Option(
-            "--wait/--no-wait", help="Stay until batches are answered, or submit, leave and run again later."
-        ),
-    ] = True,
+    max_cost: MaxCostOption = None,
+    max_requests: MaxRequestsOption = None,
+    price: PriceOption = None,
+    concurrency: ConcurrencyOption = 32,
+    timeout: TimeoutOption = 60.0,
+    rpm: RpmOption = None,
+    tpm: TpmOption = None,
+    wait: WaitOption = True,
     seed: Annotated[int, typer.Option(help="Decides which pairs are sampled.")] = 0,
     device: DeviceOption = "auto",
     ignore_identical_ids: IgnoreIdenticalOption = True,
@@ -167,13 +171,7 @@ def label(
     try:
         facts = stage.build_labels(settings, out, force=force, report=reporter(quiet)).facts
     except BatchesUnderWay as waiting:
-        words = str(waiting)
-        show_result(
-            {"labels": None, "batches": waiting.batches, "requests_under_way": waiting.requests},
-            as_json=as_json,
-            render=lambda console: console.print(words),
-        )
-        raise typer.Exit(_UNDER_WAY) from None
+        raise leave_batches("labels", waiting, as_json=as_json) from None
     show_result(
         {"labels": str(out), **facts}, as_json=as_json, render=lambda console: _render(console, out, facts)
     )

@@ -12,8 +12,10 @@ import typer
 import yaml
 from rich.console import Console
 
-from novelret.errors import UserError
+from novelret.errors import BatchesUnderWay, UserError
 from novelret.progress import Reporter
+
+_UNDER_WAY = 3  # exit code: nothing is wrong, but the artifact is not made yet
 
 
 def error_console() -> Console:
@@ -44,6 +46,17 @@ def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Cons
         typer.echo(json.dumps(result, default=str))
     else:
         render(Console(emoji=False))
+
+
+def leave_batches(artifact: str, waiting: BatchesUnderWay, *, as_json: bool) -> typer.Exit:
+    """Say which batches are under way, for which there is no artifact yet; the exit that tells it."""
+    words = str(waiting)
+    show_result(
+        {artifact: None, "batches": waiting.batches, "requests_under_way": waiting.requests},
+        as_json=as_json,
+        render=lambda console: console.print(words),
+    )
+    return typer.Exit(_UNDER_WAY)
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -101,17 +114,88 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace an existing output, once the new is whole.")
 ]
+JUDGE = "Judge"
+"""The panel of --help that holds these."""
+MissingOption = Annotated[
+    str,
+    typer.Option(
+        "--missing",
+        help="A pair that the judge's file does not list is unknown or irrelevant.",
+        rich_help_panel=JUDGE,
+    ),
+]
 PromptOption = Annotated[
-    str, typer.Option("--prompt", help="query-keyword, query-document, user-product or a YAML file.")
+    str,
+    typer.Option(
+        "--prompt",
+        help="query-keyword, query-document, user-product or a YAML file.",
+        rich_help_panel=JUDGE,
+    ),
+]
+AnswerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--answer",
+        help="Read answers as word, tag, grade or json, over the prompt's own way.",
+        rich_help_panel=JUDGE,
+    ),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for scores)",
+        rich_help_panel=JUDGE,
+    ),
 ]
 StoreOption = Annotated[
     Path | None,
-    typer.Option("--store", help="Judgement store. (default: NOVELRET_STORE, else the user's cache)"),
+    typer.Option(
+        "--store",
+        help="Judgement store. (default: NOVELRET_STORE, else the user's cache)",
+        rich_help_panel=JUDGE,
+    ),
 ]
 MaxCostOption = Annotated[
-    float | None, typer.Option("--max-cost", help="Stop asking before so many dollars.")
+    float | None,
+    typer.Option("--max-cost", help="Stop asking before so many dollars.", rich_help_panel=JUDGE),
 ]
-PriceOption = Annotated[str | None, typer.Option("--price", help="INPUT,OUTPUT dollars per million tokens.")]
+MaxRequestsOption = Annotated[
+    int | None,
+    typer.Option("--max-requests", help="Stop asking before more requests.", rich_help_panel=JUDGE),
+]
+PriceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--price",
+        help="INPUT,OUTPUT dollars per million tokens, over the built-in table.",
+        rich_help_panel=JUDGE,
+    ),
+]
+ConcurrencyOption = Annotated[
+    int, typer.Option("--concurrency", help="Requests under way at once.", rich_help_panel=JUDGE)
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", help="Seconds for one request.", rich_help_panel=JUDGE)
+]
+RpmOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rpm", help="Requests per minute. (default: as the endpoint tells)", rich_help_panel=JUDGE
+    ),
+]
+TpmOption = Annotated[
+    float | None,
+    typer.Option("--tpm", help="Tokens per minute. (default: as the endpoint tells)", rich_help_panel=JUDGE),
+]
+WaitOption = Annotated[
+    bool,
+    typer.Option(
+        "--wait/--no-wait",
+        help="Stay until batches are answered, or submit, leave and run again later.",
+        rich_help_panel=JUDGE,
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 DataOption = Annotated[
     str,

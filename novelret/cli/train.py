@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from novelret.cli.options import (
+    JUDGE,
+    AnswerOption,
+    ConcurrencyOption,
     ConfigOption,
     DataOption,
     DeviceOption,
@@ -19,15 +22,22 @@ from novelret.cli.options import (
     IndexesOption,
     JsonOption,
     MaxCostOption,
+    MaxRequestsOption,
+    MissingOption,
     PriceOption,
     PromptOption,
     QuietOption,
+    RpmOption,
     StoreOption,
+    ThresholdOption,
+    TimeoutOption,
+    TpmOption,
     joined,
     reporter,
     show_result,
 )
 
+UPDATES, STATES, CHOICE = "What is trained, and how", "States and their loss", "Which checkpoint is kept"
 EXAMPLES = """
 [bold]examples:[/]
 
@@ -67,112 +77,187 @@ def train(
     ] = None,
     split: Annotated[str, typer.Option(help="The feedback to train on.")] = "train",
     loss: Annotated[
-        str, typer.Option(help="pg-ret's form: conservative, aggressive, boundary or inclusion.")
+        str,
+        typer.Option(
+            help="pg-ret's form: conservative, aggressive, boundary or inclusion.", rich_help_panel=STATES
+        ),
     ] = "boundary",
-    reward: Annotated[str, typer.Option(help="eq6, eq7, graded, or your own as module:function.")] = "eq7",
+    reward: Annotated[
+        str, typer.Option(help="eq6, eq7, graded, or your own as module:function.", rich_help_panel=STATES)
+    ] = "eq7",
     trust: Annotated[
         bool,
         typer.Option(
             "--trust/--no-trust",
             help="Weigh each novel yes of the judge by the probability that it is right. Assumes that wrong "
             "yeses fall anywhere, right ones where scores, other yeses and feedback suggest them.",
+            rich_help_panel=STATES,
         ),
     ] = True,
     tune: Annotated[
         str,
         typer.Option(
             help="memory: a residual map behind the frozen encoder, with a memory of the training queries in "
-            "front; adapter: the map alone; full: the whole query encoder; lora: low-rank updates of it."
+            "front; adapter: the map alone; full: the whole query encoder; lora: low-rank updates of it.",
+            rich_help_panel=UPDATES,
         ),
     ] = "memory",
-    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = 16,
-    memory_size: Annotated[int, typer.Option(help="Most training queries that the memory holds.")] = 10_000,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.", rich_help_panel=UPDATES)] = 16,
+    memory_size: Annotated[
+        int, typer.Option(help="Most training queries that the memory holds.", rich_help_panel=UPDATES)
+    ] = 10_000,
     init: Annotated[
-        str | None, typer.Option(help="MODEL to start from instead of the deployed query encoder.")
+        str | None,
+        typer.Option(
+            help="MODEL to start from instead of the deployed query encoder.", rich_help_panel=UPDATES
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
-    batch_size: Annotated[int, typer.Option(help="Queries encoded per step.")] = 128,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=UPDATES)] = 400,
+    batch_size: Annotated[int, typer.Option(help="Queries encoded per step.", rich_help_panel=UPDATES)] = 128,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Queries encoded at a time, if a batch does not fit; same result.")
+        int | None,
+        typer.Option(
+            help="Queries encoded at a time, if a batch does not fit; same result.", rich_help_panel=UPDATES
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter and memory)"),
+        typer.Option(
+            help="Peak learning rate. (default: 2e-5 full, 2e-4 lora, 1e-3 adapter and memory)",
+            rich_help_panel=UPDATES,
+        ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="How the rate falls after the warm-up: linear, cosine or constant.")
+        str,
+        typer.Option(
+            help="How the rate falls after the warm-up: linear, cosine or constant.", rich_help_panel=UPDATES
+        ),
     ] = "linear",
-    warmup: Annotated[float, typer.Option(help="Share of the steps for warm-up.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping.")] = 1.0,
-    alpha: Annotated[float, typer.Option(help="Share of states drawn from the current policy.")] = 0.0,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps for warm-up.", rich_help_panel=UPDATES)
+    ] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=UPDATES)] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping.", rich_help_panel=UPDATES)] = 1.0,
+    alpha: Annotated[
+        float, typer.Option(help="Share of states drawn from the current policy.", rich_help_panel=STATES)
+    ] = 0.0,
     gamma: Annotated[
-        float, typer.Option(help="Share of feedback pairs; the rest comes from the base model's novel ranks.")
+        float,
+        typer.Option(
+            help="Share of feedback pairs; the rest comes from the base model's novel ranks.",
+            rich_help_panel=STATES,
+        ),
     ] = 0.5,
     draw: Annotated[
         str,
         typer.Option(
             help="Base states: queries (each with all its positive states), states (one each) or plain (any "
-            "query and rank)."
+            "query and rank).",
+            rich_help_panel=STATES,
         ),
     ] = "queries",
-    per_query: Annotated[int, typer.Option(help="With --draw queries, most states a query.")] = 32,
+    per_query: Annotated[
+        int, typer.Option(help="With --draw queries, most states a query.", rich_help_panel=STATES)
+    ] = 32,
     negative_share: Annotated[
-        float, typer.Option(help="Share of base states drawn with a reward below 0.")
+        float, typer.Option(help="Share of base states drawn with a reward below 0.", rich_help_panel=STATES)
     ] = 0.0,
-    base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
-    depth: Annotated[int, typer.Option(help="Deepest base rank that states are drawn from.")] = 400,
-    negatives: Annotated[int, typer.Option(help="M: top base items that aggressive contrasts with.")] = 5,
+    base_depth: Annotated[
+        int, typer.Option(help="L: items beyond the deployed top L are novel.", rich_help_panel=STATES)
+    ] = 50,
+    depth: Annotated[
+        int, typer.Option(help="Deepest base rank that states are drawn from.", rich_help_panel=STATES)
+    ] = 400,
+    negatives: Annotated[
+        int, typer.Option(help="M: top base items that aggressive contrasts with.", rich_help_panel=STATES)
+    ] = 5,
     hard_negatives: Annotated[
-        int, typer.Option(help="Top base items among the negatives of supervised-judged.")
+        int,
+        typer.Option(help="Top base items among the negatives of supervised-judged.", rich_help_panel=STATES),
     ] = 0,
-    list_size: Annotated[int, typer.Option(help="K: items that a list objective draws per query.")] = 50,
+    list_size: Annotated[
+        int, typer.Option(help="K: items that a list objective draws per query.", rich_help_panel=STATES)
+    ] = 50,
     window: Annotated[
-        str, typer.Option(help="boundary contrasts with base ranks between these multiples of L.")
+        str,
+        typer.Option(
+            help="boundary contrasts with base ranks between these multiples of L.", rich_help_panel=STATES
+        ),
     ] = "1,2",
-    temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = 0.03,
-    sampling_temperature: Annotated[float, typer.Option(help="Temperature of policy draws.")] = 0.05,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the loss.", rich_help_panel=STATES)
+    ] = 0.03,
+    sampling_temperature: Annotated[
+        float, typer.Option(help="Temperature of policy draws.", rich_help_panel=STATES)
+    ] = 0.05,
     support: Annotated[
         int | None,
-        typer.Option(help="Draw policy states among so many top items only. (default: the whole catalog)"),
+        typer.Option(
+            help="Draw policy states among so many top items only. (default: the whole catalog)",
+            rich_help_panel=STATES,
+        ),
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="Asked about unlabelled policy states: openai:, cross-encoder: or file:."),
+        typer.Option(
+            help="Asked about unlabelled policy states: openai:, cross-encoder: or file:.",
+            rich_help_panel=JUDGE,
+        ),
     ] = None,
-    missing: Annotated[
-        str, typer.Option(help="A pair that the judge's file does not list is unknown or irrelevant.")
-    ] = "unknown",
+    missing: MissingOption = "unknown",
     prompt: PromptOption = "query-document",
+    answer: AnswerOption = None,
+    threshold: ThresholdOption = None,
     store: StoreOption = None,
-    max_requests: Annotated[int | None, typer.Option(help="Stop asking before more requests.")] = None,
     max_cost: MaxCostOption = None,
+    max_requests: MaxRequestsOption = None,
     price: PriceOption = None,
+    concurrency: ConcurrencyOption = 32,
+    timeout: TimeoutOption = 60.0,
+    rpm: RpmOption = None,
+    tpm: TpmOption = None,
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of queries held back, 2,000 at most.")
+        float, typer.Option(help="Share of queries held back, 2,000 at most.", rich_help_panel=CHOICE)
     ] = 0.2,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between validations. (default: steps / 10)")
+        int | None,
+        typer.Option(help="Steps between validations. (default: steps / 10)", rich_help_panel=CHOICE),
     ] = None,
-    max_recall_drop: Annotated[float, typer.Option(help="Relative recall a checkpoint may lose.")] = 0.01,
+    max_recall_drop: Annotated[
+        float, typer.Option(help="Relative recall a checkpoint may lose.", rich_help_panel=CHOICE)
+    ] = 0.01,
     recall_of: Annotated[
-        str, typer.Option(help="What that recall counts: feedback, or known (feedback and relevant labels).")
+        str,
+        typer.Option(
+            help="What that recall counts: feedback, or known (feedback and relevant labels).",
+            rich_help_panel=CHOICE,
+        ),
     ] = "feedback",
     patience: Annotated[
-        int, typer.Option(help="Stop after so many validations in a row below the recall budget; 0: never.")
+        int,
+        typer.Option(
+            help="Stop after so many validations in a row below the recall budget; 0: never.",
+            rich_help_panel=CHOICE,
+        ),
     ] = 0,
     blends: Annotated[
         int,
         typer.Option(
             help="Parts of the line from start to last weights that are validated too, with --tune memory "
-            "also with less of it; 1: none."
+            "also with less of it; 1: none.",
+            rich_help_panel=CHOICE,
         ),
     ] = 10,
-    keep: Annotated[int, typer.Option(help="Also save the N best checkpoints.")] = 0,
+    keep: Annotated[int, typer.Option(help="Also save the N best checkpoints.", rich_help_panel=CHOICE)] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 forward passes.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16 forward passes.", rich_help_panel=UPDATES)
+    ] = "fp32",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a fourth more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Less memory, a fourth more time.", rich_help_panel=UPDATES
+        ),
     ] = False,
     log_every: Annotated[int, typer.Option(help="Steps between lines of log.jsonl.")] = 10,
     wandb: Annotated[str | None, typer.Option(help="Weights & Biases project to log to as well.")] = None,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
-from novelret.label.cost import Caps
-from novelret.label.judge import split_judge
+from novelret.label.judge import check_asking, split_judge
 
 BASE = "base"
 """The deployed model's name among those compared."""
@@ -28,7 +27,14 @@ class EvalConfig:
         judge: "file:PATH" or "openai:MODEL" for precision and relevance; better another than the labels'.
         missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
         prompt: name or file of the prompt.
+        answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read.
+        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for scores.
         store: the judgement store.
+        concurrency: requests under way at once.
+        timeout: seconds for one request.
+        rpm: requests per minute; by default as the endpoint tells.
+        tpm: tokens per minute; likewise.
+        wait: stay until batches are answered; otherwise leave once they are submitted.
         max_requests: stop asking before more requests than this.
         max_cost: stop asking before this many dollars could be exceeded.
         price: "INPUT,OUTPUT" in dollars per million tokens.
@@ -53,7 +59,14 @@ class EvalConfig:
     judge: str | None = None
     missing: str = "unknown"
     prompt: str = "query-document"
+    answer: str | None = None
+    threshold: float | None = None
     store: str | None = None
+    concurrency: int = 32
+    timeout: float = 60.0
+    rpm: float | None = None
+    tpm: float | None = None
+    wait: bool = True
     max_requests: int | None = None
     max_cost: float | None = None
     price: str | None = None
@@ -122,7 +135,7 @@ def _check_numbers(config: EvalConfig, catalog_size: int) -> None:
 
 
 def _check_judge(config: EvalConfig) -> None:
-    Caps(config.max_requests, config.max_cost)  # refuses what is below 0
+    check_asking(config)
     if config.judge is not None:
         split_judge(config.judge)
     if config.human is not None and config.judge is None:

@@ -45,7 +45,7 @@ from novelret.evaluate.figures import (
     with_verdicts,
 )
 from novelret.evaluate.frontier import Frontier, make_frontier
-from novelret.evaluate.gather import Gathered, candidates_of, gather, label_config
+from novelret.evaluate.gather import Gathered, candidates_of, gather
 from novelret.evaluate.human import Corrected
 from novelret.evaluate.human_sample import write_sample
 from novelret.evaluate.metrics import LOGGED_RECALL
@@ -59,6 +59,7 @@ from novelret.evaluate.weights import Bucket, merged_by_bucket
 from novelret.index import Index
 from novelret.label.asking import Plan
 from novelret.label.label import (
+    asked_like,
     check_plan,
     judge_candidates,
     plan_candidates,
@@ -195,10 +196,10 @@ def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
     if config.judge is None:
         raise UserError("--plan: there is nothing to ask without --judge openai:MODEL")
     check_plan(config.judge)
-    gathered = gather(config, report)
-    return plan_candidates(
-        label_config(config), gathered.index, gathered.split, candidates_of(gathered), report
-    )
+    gathered = gather(config, report, sends=False)
+    pairs = candidates_of(gathered)
+    assert gathered.judge is not None
+    return plan_candidates(asked_like(config), gathered.judge, gathered.index, gathered.split, pairs, report)
 
 
 def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]], report: Reporter) -> None:
@@ -234,7 +235,8 @@ def _ask_judge(
     path = folder / "judgements.parquet"
     pairs = candidates_of(gathered)
     index, split = gathered.index, gathered.split
-    asked = judge_candidates(label_config(config), index, split, pairs, path, report, earlier)
+    settings = asked_like(config)
+    asked = judge_candidates(settings, gathered.judge, index, split, pairs, path, report, earlier)
     return read_table(path, split.query_ids, index.catalog), asked
 
 

@@ -31,9 +31,9 @@ from novelret.index import (
     pooled_lists,
 )
 from novelret.label.candidates import Candidates
-from novelret.label.judge import same_judge, split_judge
+from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import LabelConfig
+from novelret.label.label import asked_like
 from novelret.label.table import LabelTable, empty_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
@@ -50,6 +50,7 @@ class Gathered:
         found: name → rows and scores, the base first and max(L, K) deep.
         pool: (Q, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
         known: verdicts that need no asking; None where an LLM judges.
+        judge: that LLM, ready to be asked.
         people: human verdicts, where given.
         weights: (Q,) query frequencies, where given.
         inputs: fingerprints of everything that went in.
@@ -61,13 +62,17 @@ class Gathered:
     found: dict[str, tuple[np.ndarray, np.ndarray | None]]
     pool: np.ndarray
     known: LabelTable | None
+    judge: Judge | None
     people: LabelTable | None
     weights: np.ndarray | None
     inputs: dict[str, str]
 
 
-def gather(config: EvalConfig, report: Reporter) -> Gathered:
-    """Read and check everything, then search; what is wrong is said before hours of searching."""
+def gather(config: EvalConfig, report: Reporter, *, sends: bool = True) -> Gathered:
+    """Read and check everything, then search; what is wrong is said before hours of searching.
+
+    `sends` is off where the judge will not be asked, for which it needs no key.
+    """
     indexes = open_deployed(config.indexes, config.data)
     index = indexes[0]
     models, runs = check_config(config, len(index))
@@ -80,6 +85,7 @@ def gather(config: EvalConfig, report: Reporter) -> Gathered:
     inputs |= {what: fingerprint_file(path) for what, path in _files(config, runs).items()}
     weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
     known = _known_verdicts(config, index, split, report)
+    judge = make_judge(asked_like(config), sends=sends) if known is None else None
     people = None
     if config.human is not None:
         people = read_sample(Path(config.human), split.query_ids, index.catalog)
@@ -127,7 +133,7 @@ def gather(config: EvalConfig, report: Reporter) -> Gathered:
             )
     if people is not None:
         check_overlap(Path(str(config.human)), people, [rows for rows, _ in found.values()])
-    return Gathered(index, split, models, found, pool, known, people, weights, inputs)
+    return Gathered(index, split, models, found, pool, known, judge, people, weights, inputs)
 
 
 def _files(config: EvalConfig, runs: dict[str, str]) -> dict[str, Path]:
@@ -159,22 +165,6 @@ def candidates_of(gathered: Gathered) -> Candidates:
         queries, columns = np.nonzero(rows >= 0)
         pairs = np.union1d(pairs, queries * size + rows[queries, columns])
     return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
-
-
-def label_config(config: EvalConfig) -> LabelConfig:
-    """How the judge of an evaluation is asked."""
-    return LabelConfig(
-        data=config.data,
-        index=config.indexes[0],
-        judge=str(config.judge),
-        split=config.split,
-        prompt=config.prompt,
-        store=config.store,
-        max_requests=config.max_requests,
-        max_cost=config.max_cost,
-        price=config.price,
-        device=config.device,
-    )
 
 
 def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, report: Reporter) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from novelret.errors import UserError
-from novelret.label.cost import Price, find_price
+from novelret.label.cost import Caps, Price, find_price
 from novelret.label.judges.endpoint import check_key, longest_answer, parameters_for
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
@@ -18,7 +18,9 @@ from novelret.label.store import Store
 from novelret.label.tokens import TokenCounter, token_counter
 
 if TYPE_CHECKING:
+    from novelret.evaluate.config import EvalConfig
     from novelret.label.label import LabelConfig
+    from novelret.train.config import TrainConfig
 
 KINDS = ("file", "openai", "openai-batch", "cross-encoder")
 SCORE_THRESHOLD = 0.5
@@ -76,6 +78,21 @@ def split_judge(judge: str) -> tuple[str, str]:
 def same_judge(one: str, other: str) -> bool:
     """Whether two judges, as given to --judge, are one; a batch is only another way to ask it."""
     return one.replace("openai-batch:", "openai:") == other.replace("openai-batch:", "openai:")
+
+
+def check_asking(config: LabelConfig | EvalConfig | TrainConfig) -> None:
+    """Refuse caps and rates that make no sense.
+
+    Raises:
+        UserError: one line naming the option.
+    """
+    Caps(config.max_requests, config.max_cost)  # refuses what is below 0
+    if config.concurrency < 1:
+        raise UserError(f"--concurrency {config.concurrency}: must be at least 1")
+    above_zero = {"timeout": config.timeout, "rpm": config.rpm, "tpm": config.tpm}
+    for name, limit in above_zero.items():
+        if limit is not None and not limit > 0:
+            raise UserError(f"--{name} {limit:g}: must be above 0")
 
 
 def make_judge(config: LabelConfig, *, sends: bool = True) -> Judge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from novelret.index import Index, open_index
 from novelret.label.asking import Plan, ask_and_write, plan_asking, spent_on
 from novelret.label.candidates import Candidates, gather_candidates
 from novelret.label.cost import Caps
-from novelret.label.judge import Judge, make_judge, same_judge, split_judge
+from novelret.label.judge import Judge, check_asking, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows, write_queries
 from novelret.label.store import default_store
@@ -36,6 +36,7 @@ from novelret.progress import Reporter
 
 if TYPE_CHECKING:
     from novelret.evaluate.config import EvalConfig
+    from novelret.train.config import TrainConfig
 
 _ROWS = 100_000  # judgements written at a time
 _HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price", "device")
@@ -103,6 +104,12 @@ class LabelConfig:
     ignore_identical_ids: bool = True
 
 
+def asked_like(config: EvalConfig | TrainConfig) -> LabelConfig:
+    """How the judge of another stage is asked: by that stage's settings, where they mean the same here."""
+    same = {of.name: getattr(config, of.name) for of in fields(LabelConfig) if hasattr(config, of.name)}
+    return LabelConfig(**same | {"index": config.indexes[0]})
+
+
 def build_labels(
     config: LabelConfig, out: Path, *, force: bool = False, report: Reporter | None = None
 ) -> Manifest:
@@ -134,7 +141,7 @@ def build_labels(
         report.note(f"{out}: goes on from {earlier.facts['pairs']:,} judged pairs")
     with open_output(out, identity, force=force or earlier is not None) as folder:
         path = folder / "judgements.parquet"
-        facts = judge_candidates(config, index, split, candidates, path, report, earlier, judge)
+        facts = judge_candidates(config, judge, index, split, candidates, path, report, earlier)
         _check_no_loss(config, out, earlier, facts)
         write_config(folder, config)
         write_queries(folder, split)
@@ -192,23 +199,24 @@ def _check_no_loss(config: LabelConfig, out: Path, earlier: Manifest | None, fac
 
 def judge_candidates(
     config: LabelConfig,
+    judge: Judge | None,
     index: Index,
     split: Split,
     candidates: Candidates,
     out: Path,
     report: Reporter,
     earlier: Manifest | None = None,
-    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Have given pairs judged and write them as judgements.parquet; returns the counts and the cost.
 
-    `earlier` is what this goes on from (see `stopped_early`), `judge` the configuration's, if made already.
+    `judge` is the configuration's, None where that is a file; `earlier` what this goes on from (see
+    `stopped_early`).
     """
-    kind, name = split_judge(config.judge)
-    if kind == "file":
-        return _label_from_file(config, Path(name), index, split, candidates, out, report)
+    if judge is None:
+        path = Path(split_judge(config.judge)[1])
+        return _label_from_file(config, path, index, split, candidates, out, report)
     return ask_and_write(
-        judge or make_judge(config, sends=not config.reparse),
+        judge,
         index,
         split,
         candidates,
@@ -234,7 +242,7 @@ def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
     judge = make_judge(config, sends=False)  # a bad prompt or price is said before anything is searched
     index, split, candidates = _prepare(config, report)
     _warn_of_same_answers(config, _asked(config, judge), report)
-    return plan_candidates(config, index, split, candidates, report)
+    return plan_candidates(config, judge, index, split, candidates, report)
 
 
 def check_plan(judge: str) -> None:
@@ -248,10 +256,14 @@ def check_plan(judge: str) -> None:
 
 
 def plan_candidates(
-    config: LabelConfig, index: Index, split: Split, candidates: Candidates, report: Reporter
+    config: LabelConfig,
+    judge: Judge,
+    index: Index,
+    split: Split,
+    candidates: Candidates,
+    report: Reporter,
 ) -> Plan:
     """What having given pairs judged would ask, and cost at most; sends nothing."""
-    judge = make_judge(config, sends=False)
     again = config.retry_unusable
     return plan_asking(judge, index, split, candidates, _store_path(config), report, retry_unusable=again)
 
@@ -340,21 +352,12 @@ def _label_from_file(
 
 def _check(config: LabelConfig) -> None:
     """Refuse settings that make no sense, before any work is done."""
-    at_least_one = {
-        "per-query": config.per_query,
-        "concurrency": config.concurrency,
-        "base-depth": config.base_depth,
-    }
-    for name, value in at_least_one.items():
+    check_asking(config)
+    for name, value in {"per-query": config.per_query, "base-depth": config.base_depth}.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    Caps(config.max_requests, config.max_cost)  # refuses what is below 0
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be at least 0")
-    above_zero = {"timeout": config.timeout, "rpm": config.rpm, "tpm": config.tpm}
-    for name, limit in above_zero.items():
-        if limit is not None and not limit > 0:
-            raise UserError(f"--{name} {limit:g}: must be above 0")
     if config.reparse and config.retry_unusable:
         raise UserError("--reparse asks nothing, --retry-unusable asks again: pass one of them")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
+from novelret.label.judge import check_asking
 
 LIST_OBJECTIVES = (
     "reinforce",
@@ -82,7 +83,14 @@ class TrainConfig:
         judge: whom to ask about drawn policy states that have no label, as for `novelret label`.
         missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
         prompt: name or file of the judge's prompt.
+        answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read; by default
+            as for LABELS of the same judge.
+        threshold: lowest grade or score that counts as relevant; likewise.
         store: the judgement store.
+        concurrency: requests under way at once.
+        timeout: seconds for one request.
+        rpm: requests per minute; by default as the endpoint tells.
+        tpm: tokens per minute; likewise.
         max_requests: stop asking before more requests than this.
         max_cost: stop asking before this many dollars could be exceeded.
         price: "INPUT,OUTPUT" in dollars per million tokens.
@@ -143,7 +151,13 @@ class TrainConfig:
     judge: str | None = None
     missing: str = "unknown"
     prompt: str = "query-document"
+    answer: str | None = None
+    threshold: float | None = None
     store: str | None = None
+    concurrency: int = 32
+    timeout: float = 60.0
+    rpm: float | None = None
+    tpm: float | None = None
     max_requests: int | None = None
     max_cost: float | None = None
     price: str | None = None
@@ -197,6 +211,7 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_sizes(config, catalog_size)
+    check_asking(config)
     if config.objective != "supervised" and not config.label_folders and config.judge is None:
         raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
     if config.recall_of == "known" and not config.label_folders:
@@ -221,7 +236,7 @@ def _check_choices(config: TrainConfig) -> None:
 
 def _check_numbers(config: TrainConfig) -> None:
     sizes = ("steps", "batch_size", "per_query", "negatives", "list_size", "base_depth", "lora_rank")
-    optional = ("micro_batch", "eval_every", "support", "max_requests")
+    optional = ("micro_batch", "eval_every", "support")
     positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         ((*sizes, "memory_size", "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.cost import Caps
 from novelret.label.judge import make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import LabelConfig
+from novelret.label.label import asked_like
 from novelret.label.labels import judgement_rows, read_table
 from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN, LabelTable, empty_table, join_tables, make_table
@@ -65,18 +66,7 @@ class Judging:
         self.file: LabelTable | None = None
         if kind == "file":
             self.file = file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
-        self.settings = LabelConfig(
-            data=config.data,
-            index=config.indexes[0],
-            judge=config.judge,
-            split=config.split,
-            prompt=config.prompt,
-            **_as_labelled(config),
-            store=config.store,
-            max_cost=config.max_cost,
-            price=config.price,
-            device=config.device,
-        )
+        self.settings = replace(asked_like(config), **_as_labelled(config))
         self.judge = make_judge(self.settings) if kind != "file" and processes.is_first else None
         self.caps = Caps(config.max_requests, config.max_cost)
         self.pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -211,7 +201,12 @@ class Judging:
 
 
 def _as_labelled(config: TrainConfig) -> dict[str, Any]:
-    """How answers were read for LABELS of the same judge, so that one answer means the same in both."""
+    """How answers were read for LABELS of the same judge, so that one answer means the same in both.
+
+    Nothing where the settings say it themselves.
+    """
+    if config.answer is not None or config.threshold is not None:
+        return {}
     for folder in config.label_folders:
         made = read_manifest(Path(folder), "labels").config
         if same_judge(made["judge"], str(config.judge)):

@@ -49,8 +49,8 @@ from novelret.index import (
     open_deployed,
     pooled_lists,
 )
-from novelret.label.judge import split_judge
-from novelret.label.judges.endpoint import check_key
+from novelret.label.judge import make_judge, split_judge
+from novelret.label.label import asked_like
 from novelret.label.labels import join_labels, open_labels
 from novelret.label.table import LabelTable, empty_table, make_table
 from novelret.memory import memory_modules
@@ -84,7 +84,7 @@ from novelret.train.validation import (
 )
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
-_NOT_IDENTITY_OF_JUDGE = ("max_requests", "max_cost", "price")
+_NOT_IDENTITY_OF_JUDGE = ("concurrency", "timeout", "rpm", "tpm", "max_requests", "max_cost", "price")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def train_model(
     check_output(out, force=force)
     check_wandb(config.wandb)
     if config.judge is not None:
-        _check_judge(config.judge)
+        _check_judge(config)
     with join(encode.pick_device(config.device)) as processes:
         report = (report if processes.is_first else None) or Reporter()
         return _train(config, out, processes, force=force, report=report)
@@ -258,13 +258,15 @@ def _warn_of_other_split(config: TrainConfig, inputs: _Inputs, report: Reporter)
         )
 
 
-def _check_judge(judge: str) -> None:
+def _check_judge(config: TrainConfig) -> None:
     """Refuse, before any work, a judge that cannot answer during training."""
-    kind, _ = split_judge(judge)
-    if kind == "openai":
-        check_key()
+    kind, _ = split_judge(str(config.judge))
     if kind == "openai-batch":
-        raise UserError(f"--judge {judge}: batches are answered too late for training; use openai:MODEL")
+        raise UserError(
+            f"--judge {config.judge}: batches are answered too late for training; use openai:MODEL"
+        )
+    if kind == "openai":
+        make_judge(asked_like(config))  # a missing key, a bad prompt or price
 
 
 def _identity(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:

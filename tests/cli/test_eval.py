@@ -119,17 +119,7 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
     from tests.loopback import LoopbackJudge
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    common = [part for part in common if not str(part).startswith("file:")]
-    common[common.index("--judge") + 1 : common.index("--judge") + 1] = ["openai:tiny"]
-    arguments = [
-        *common,
-        "--prompt",
-        "query-keyword",
-        "--store",
-        tmp_path / "store.sqlite",
-        "--model",
-        f"new={models[1][0]}",
-    ]
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
     with LoopbackJudge() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         plan = result(capsys, *arguments, "--price", "1,2", "--plan")
@@ -161,6 +151,63 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
         assert "exists already" in fails(capsys, *unasked)
     assert "--plan: there is nothing to ask" in fails(capsys, *common[:5], "--plan")
     assert "--out is missing" in fails(capsys, *common[:5])
+
+
+def asks_endpoint(common, store):
+    """The arguments with an LLM as the judge instead of a file."""
+    without = [part for part in common if not str(part).startswith("file:")]
+    without[without.index("--judge") + 1 : without.index("--judge") + 1] = ["openai:tiny"]
+    return [*without, "--prompt", "query-keyword", "--store", store]
+
+
+def test_answers_are_read_and_asked_for_as_told(common, models, capsys, tmp_path, monkeypatch):
+    from tests.loopback import LoopbackJudge
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "2" if "red" in user else "1")
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        grades = [*arguments, "--answer", "grade"]
+        strict = result(capsys, *grades, "--concurrency", 1, "--out", tmp_path / "strict")
+        asked = len(server.seen)
+        lax = result(capsys, *grades, "--threshold", 1, "--out", tmp_path / "lax")
+        assert len(server.seen) == asked  # the same answers, read in another way
+        at = f"Precision@{max(strict['k'])}"
+        assert 0 < strict["models"]["new"][at] < 1 == lax["models"]["new"][at]
+        wrong = (*grades, "--out", tmp_path / "wrong", "--model", "other=/nowhere")
+        for option, value in (
+            ("--answer", "smile"),
+            ("--rpm", 0),
+            ("--concurrency", 0),
+            ("--prompt", "poem"),
+        ):
+            assert option.strip("-") in fails(capsys, *wrong, option, value)  # before any model is opened
+
+
+def test_batches_are_left_and_collected(common, models, capsys, tmp_path, monkeypatch):
+    from novelret.label.judges import openai_batch
+    from tests.loopback import LoopbackJudge
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(openai_batch, "_POLL", 0.02)
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
+    batches = ["openai-batch:tiny" if part == "openai:tiny" else part for part in arguments]
+    with LoopbackJudge(batch_delay=60) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        leave = [*batches, "--no-wait", "--out", tmp_path / "report"]
+        code, out, _ = run(capsys, *leave, "--json", "--quiet")
+        waiting = json.loads(out)
+        assert code == 3
+        assert waiting["report"] is None
+        assert waiting["requests_under_way"] > 100
+        assert not (tmp_path / "report").exists()
+        for batch in server.batches.values():
+            batch["due"] = 0
+        collected = result(capsys, *leave)
+        assert len(server.seen) == waiting["requests_under_way"]  # none was asked twice
+        single = result(capsys, *arguments, "--out", tmp_path / "single")
+        assert (single["models"], len(server.seen)) == (collected["models"], waiting["requests_under_way"])
 
 
 def test_frontier_of_a_folder_of_models(common, models, capsys, tmp_path):
