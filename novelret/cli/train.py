@@ -248,6 +248,14 @@ def train(
             rich_help_panel=CHOICE,
         ),
     ] = 10,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Train the chosen checkpoint anew on all queries, those held back too (never with --judge).",
+            rich_help_panel=CHOICE,
+        ),
+    ] = True,
     keep: Annotated[int, typer.Option(help="Also save the N best checkpoints.", rich_help_panel=CHOICE)] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
     precision: Annotated[

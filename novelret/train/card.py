@@ -27,7 +27,7 @@ against the index it was trained with.
 ## Results on held-back training queries
 
 {results}
-
+{refit}
 ## Data
 
 | | |
@@ -46,6 +46,11 @@ _REMARK = """
 torch may warn once that a softmax guesses its dimension; it guesses right.
 """
 
+_REFIT = """
+These weights were then trained anew on all queries, the held-back ones too, with the same settings for the
+same number of steps. The figures above are of those trained without the held-back queries.
+"""
+
 
 def model_card(
     config: TrainConfig,
@@ -57,6 +62,7 @@ def model_card(
     *,
     own_modules: bool,
     has_memory: bool,
+    is_refit: bool,
 ) -> str:
     """The card's text, in Markdown.
 
@@ -69,6 +75,7 @@ def model_card(
         version: novelret's.
         own_modules: whether the encoder holds modules of novelret, which have to be installed and allowed.
         has_memory: whether it holds a memory.
+        is_refit: whether its weights were trained anew on all queries.
     """
     made = index.manifest.config
     labels = ", ".join(
@@ -81,6 +88,7 @@ def model_card(
         remark=_REMARK if has_memory else "",
         normalize=", normalize_embeddings=True" if index.normalized else "",
         results=_results(config, points, chosen),
+        refit=_REFIT if is_refit else "",
         data=config.data,
         split=config.split,
         index=config.index,

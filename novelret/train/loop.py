@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,35 +75,29 @@ class Run:
     report: Reporter
 
 
-def run_steps(run: Run) -> tuple[list[Point], int]:
+def run_steps(run: Run, last: int | None = None, kept: Iterable[int] = ()) -> tuple[list[Point], int]:
     """Train; the validation points and the number of steps done, fewer than asked for on an early stop.
+
+    Args:
+        run: goes on from its last save, if there is one.
+        last: the step after which to stop; by default the schedule's last one.
+        kept: steps whose weights are kept whatever they are worth; they have to be ones that are saved.
 
     Raises:
         UserError: a loss that is no number; no state has a reward.
     """
     config, processes = run.config, run.processes
+    last = config.steps if last is None else last
+    wanted = {0, *kept}  # blends start from step 0
     parameters = [p for p in run.tower.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(processes.device.split(":")[0], enabled=config.precision == "fp16")
-    if processes.is_first:
-        (run.folder / "resume").mkdir(exist_ok=True)
-    processes.wait()
-    points, first = checkpoint.load(run.tower, optimizer, scaler, run.folder)
-    scaler.scale(torch.zeros((), device=processes.device))  # it unscales only after it has scaled
-    if run.judging is not None:
-        run.material = with_more_labels(run.material, run.judging.forget_after(first))
-    if first:
-        run.report.note(f"going on at step {first} of {config.steps}")
-    if not points and run.validation is not None:
-        _validate(run, points, 0)
-        _save(run, optimizer, scaler, points, 0)
-    if run.validation is not None:
-        say_budget(points[0], judged_top(run.validation), config, run.report)
+    points, first = _start(run, optimizer, scaler, last, wanted)
     states, labelled = _States(run), _Labelled()
-    with training_panel(config, run.report) as panel, _Logs(run, first, panel) as logs:
+    with training_panel(config, last, run.report) as panel, _Logs(run, first, panel) as logs:
         panel.advance(first)
         panel.show_points(points)
-        for step in range(first, config.steps):
+        for step in range(first, last):
             if left_for_good(points, config.max_recall_drop, config.patience):
                 run.report.warn(
                     f"stopped at step {step}: recall left the budget {config.patience} validations ago and "
@@ -112,7 +107,7 @@ def run_steps(run: Run) -> tuple[list[Point], int]:
             began = time.perf_counter()
             batch, loss, norm = _step(run, states, parameters, optimizer, scaler, step)
             labelled.count(loss)
-            is_last = step + 1 == config.steps
+            is_last = step + 1 == last
             if step % config.log_every == 0 or is_last:
                 line = _log_line(run, batch, loss, norm, step)
                 logs.line(line | {"step_time": round(time.perf_counter() - began, 5)})
@@ -124,8 +119,31 @@ def run_steps(run: Run) -> tuple[list[Point], int]:
                 if run.validation is not None:
                     _validate(run, points, step + 1)
                     logs.points(points)
-                _save(run, optimizer, scaler, points, step + 1)
-    return points, config.steps
+                _save(run, optimizer, scaler, points, step + 1, wanted)
+    return points, last
+
+
+def _start(
+    run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, last: int, wanted: set[int]
+) -> tuple[list[Point], int]:
+    """Take up the last save, or validate and save the start; the points so far and the steps done."""
+    processes = run.processes
+    if processes.is_first:
+        (run.folder / "resume").mkdir(exist_ok=True)
+    processes.wait()
+    points, first = checkpoint.load(run.tower, optimizer, scaler, run.folder)
+    scaler.scale(torch.zeros((), device=processes.device))  # it unscales only after it has scaled
+    if run.judging is not None:
+        run.material = with_more_labels(run.material, run.judging.forget_after(first))
+    if first:
+        run.report.note(f"going on at step {first} of {last}")
+    elif not points:
+        if run.validation is not None:
+            _validate(run, points, 0)
+        _save(run, optimizer, scaler, points, 0, wanted)
+    if run.validation is not None:
+        say_budget(points[0], judged_top(run.validation), run.config, run.report)
+    return points, first
 
 
 class _Logs:
@@ -339,11 +357,16 @@ def validate_blends(run: Run, points: list[Point], step: int) -> None:
 
 
 def _save(
-    run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, points: list[Point], step: int
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    points: list[Point],
+    step: int,
+    wanted: set[int],
 ) -> None:
     if run.processes.is_first:
         best = best_first(points, run.config.max_recall_drop)[: max(1, run.config.keep)]
-        wanted = {0} | {point.step for point in best}  # blends start from step 0
+        wanted = wanted | {point.step for point in best}
         checkpoint.save(run.tower, optimizer, scaler.state_dict(), run.folder, points, step, wanted)
     run.processes.wait()
 

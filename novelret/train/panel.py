@@ -28,10 +28,10 @@ from novelret.train.validation import Point, best_first, keeps_budget
 class Panel:
     """Progress, the last log line and the last validation; silent where nobody watches a terminal."""
 
-    def __init__(self, config: TrainConfig, live: Live | None, progress: Progress) -> None:
+    def __init__(self, config: TrainConfig, steps: int, live: Live | None, progress: Progress) -> None:
         """Show it in `live`, or nowhere."""
         self.config, self.live, self.progress = config, live, progress
-        self.task = progress.add_task(f"training {config.objective}", total=config.steps)
+        self.task = progress.add_task(f"training {config.objective}", total=steps)
         self.line: dict[str, Any] = {}
         self.points: list[Point] = []
 
@@ -85,8 +85,8 @@ class Panel:
 
 
 @contextlib.contextmanager
-def training_panel(config: TrainConfig, report: Reporter) -> Iterator[Panel]:
-    """A panel for the time of a run; live where `report` has a terminal."""
+def training_panel(config: TrainConfig, steps: int, report: Reporter) -> Iterator[Panel]:
+    """A panel for the time of a run of so many steps; live where `report` has a terminal."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -97,10 +97,10 @@ def training_panel(config: TrainConfig, report: Reporter) -> Iterator[Panel]:
         console=report.console,
     )
     if not report.is_live:
-        yield Panel(config, None, progress)
+        yield Panel(config, steps, None, progress)
         return
     with Live(progress, console=report.console, refresh_per_second=4) as live:
-        yield Panel(config, live, progress)
+        yield Panel(config, steps, live, progress)
 
 
 def peak_memory() -> float:

@@ -26,7 +26,7 @@ from novelret.errors import UserError
 from novelret.export import export_model
 from novelret.label.table import make_table
 from novelret.memory import Memory, read_memory
-from novelret.train import memorise, trainer
+from novelret.train import memorise, prepare
 from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
 from novelret.train.tower import adapter_tower
@@ -553,9 +553,9 @@ def test_plain_supervised_training_remembers_feedback_alone(
         remembered.append(copy.deepcopy(memory))
         return memory
 
-    monkeypatch.setattr(trainer, "make_memory", keep)
+    monkeypatch.setattr(prepare, "make_memory", keep)
     train(capsys, command, tmp_path / "model", *TUNE, "--objective", "supervised", "--validation-fraction", 0.2,
-          "--steps", 4, "--memory-size", 100)  # fmt: skip
+          "--steps", 4, "--memory-size", 100, "--no-refit")  # fmt: skip
     found = index.open_index(index_folder)
     split = load_split(str(world), "train", found.catalog)
     embeddings = index.base_query_embeddings(found, split)

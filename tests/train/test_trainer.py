@@ -165,9 +165,12 @@ def test_clipped_gradients_and_decay_change_the_weights(command, capsys, tmp_pat
 
 
 def test_starting_from_a_model_that_held_back_others_is_said(command, capsys, tmp_path):
-    train(capsys, command, tmp_path / "first", *ADAPTER)
+    train(capsys, command, tmp_path / "first", *ADAPTER, "--no-refit")
     _, err = train(capsys, command, tmp_path / "same", *ADAPTER, "--init", tmp_path / "first")
     assert "looks better on them" not in err
+    _, err = train(capsys, command, tmp_path / "again", *ADAPTER, "--init", tmp_path / "same")
+    assert "was trained anew on all of these queries in the end" in err
+    assert "train it with --no-refit" in err
     _, err = train(capsys, command, tmp_path / "other", *ADAPTER, "--init", tmp_path / "first", "--seed", 1)
     assert "was trained with --seed 0" in err
     assert "looks better on them" in err
@@ -740,7 +743,7 @@ def test_draws_among_the_top_items_say_what_they_cover(command, capsys, tmp_path
 def test_the_panel_shows_how_it_learns():
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     config = TrainConfig("d", "i", steps=10)
-    with training_panel(config, Reporter(console=console)) as panel:
+    with training_panel(config, config.steps, Reporter(console=console)) as panel:
         panel.advance(3)
         panel.show_line({"step": 3, "loss": 1.25, "reward": 0.5, "rewarded/base": 0.75})
         panel.show_points([point(0, 0, 0.5), point(2, 1.5, 0.499)])

@@ -1,0 +1,228 @@
+"""What a training is made from, checked one against another, and what a process trains with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from novelret import encode
+from novelret.artifacts import is_kind, read_manifest
+from novelret.data.split import Split, load_split
+from novelret.errors import UserError
+from novelret.index import (
+    Index,
+    base_lists,
+    base_query_embeddings,
+    finetuned_query_embeddings,
+    load_finetuned,
+    open_deployed,
+    pooled_lists,
+)
+from novelret.label.labels import join_labels, open_labels
+from novelret.label.table import LabelTable, empty_table, make_table
+from novelret.memory import memory_modules
+from novelret.progress import Reporter
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
+from novelret.train.memorise import make_memory
+from novelret.train.policy import check_embeddings
+from novelret.train.processes import Processes
+from novelret.train.rewards import load_reward
+from novelret.train.states import Material, gather_material
+from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
+from novelret.train.trust import weigh_labels
+from novelret.train.validation import Validation, hold_back, known_pairs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training is made from.
+
+    Attributes:
+        indexes: of the deployed models, the one that is finetuned against first.
+        split: all queries, with their feedback.
+        labels: of these queries.
+        judges: who gave them, one of each LABELS.
+        fingerprints: of everything that goes in, by its name.
+    """
+
+    indexes: list[Index]
+    split: Split
+    labels: LabelTable
+    judges: list[str]
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a process trains with; `held_back` counts the validation queries of all processes."""
+
+    material: Material
+    validation: Validation | None
+    tower: Tower
+    held_back: int
+
+
+def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
+    """Read and check everything that goes in.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit the rest.
+    """
+    indexes = open_deployed(config.indexes, config.data)
+    index = indexes[0]
+    check_config(config, len(index))
+    split = load_split(
+        config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
+    )
+    fingerprints = {"index": index.manifest.fingerprint, "split": split.fingerprint}
+    fingerprints |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
+    table, judges = empty_table(len(index)), []
+    if config.label_folders:
+        several = [open_labels(Path(folder), *indexes) for folder in config.label_folders]
+        for n, labels in enumerate(several, 1):
+            fingerprints["labels" if n == 1 else f"labels {n}"] = labels.manifest.fingerprint
+        table, judges = join_labels(several, split, index.catalog), [labels.judge for labels in several]
+    if config.init:
+        start = load_finetuned(config.init, index, device)
+        fingerprints["init"] = encode.fingerprint_encoder(start)
+        _warn_of_start(config, start, split, report)
+    check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
+    return Inputs(indexes, split, table, judges, fingerprints)
+
+
+def prepare(
+    config: TrainConfig, inputs: Inputs, fraction: float, processes: Processes, report: Reporter
+) -> Prepared:
+    """Find what this process trains with, while `fraction` of the queries is held back.
+
+    Raises:
+        UserError: no state has a reward, or the queries cannot be split like that.
+    """
+    index, whole, device = inputs.indexes[0], inputs.split, processes.device
+    model = load_finetuned(config.init, index, device) if config.init else index.query_encoder(device)
+    if not processes.is_first:
+        processes.wait()  # the first one searches, the others read what it found
+    lists, _ = base_lists(index, whole, min(config.depth, len(index)), device=device, report=report)
+    pool = pooled_lists(inputs.indexes, whole, config.base_depth, device=device, report=report)
+    train_rows, validation_rows = hold_back(whole, fraction, config.seed)
+    # Plain supervised training must not see judgements, not even to mask false negatives;
+    # on the held-back queries they still measure what a checkpoint is worth.
+    labelled = train_rows[:0] if config.objective == "supervised" else train_rows
+    material = gather_material(
+        whole.subset(train_rows),
+        lists[train_rows],
+        config.base_depth,
+        _rows_of(inputs.labels, labelled, len(whole)),
+        load_reward(config.reward),
+        pool[train_rows],
+    )
+    _check_rewards(config, material)
+    mine = np.array_split(validation_rows, processes.size)[processes.rank]
+    tower = _make_tower(config, model, whole, train_rows, mine, material, index, device, report)
+    if processes.is_first:
+        processes.wait()
+    if config.trust and not config.objective.startswith("supervised") and len(material.labels):
+        embeddings = base_query_embeddings(index, whole, device=device, report=report)[train_rows]
+        material = weigh_labels(material, embeddings, index.embeddings, config.seed, processes, report)
+    validation = None
+    if len(validation_rows):
+        table = _rows_of(inputs.labels, mine, len(whole))
+        split = whole.subset(mine)
+        known = known_pairs(split, table, config.recall_of)
+        validation = Validation(split, known, lists[mine, : config.base_depth], pool[mine], table)
+    return Prepared(material, validation, tower, len(validation_rows))
+
+
+def _warn_of_start(
+    config: TrainConfig, start: encode.SentenceTransformer, split: Split, report: Reporter
+) -> None:
+    """Say where the model to start from knows queries that are held back now."""
+    if memory_modules([*start]):
+        report.warn(
+            f"--init {config.init}: its memory may hold the training queries themselves, which then look "
+            "better served than queries that it never saw; better start from the deployed encoder"
+        )
+    if config.validation_fraction == 0 or not is_kind(Path(str(config.init)), "model"):
+        return
+    before = read_manifest(Path(str(config.init)), "model")
+    if before.inputs["split"] != split.fingerprint:
+        return
+    if before.facts.get("refit"):
+        report.warn(
+            f"--init {config.init}: was trained anew on all of these queries in the end, those that are held "
+            "back here too, and looks better on them than it is; train it with --no-refit"
+        )
+        return
+    held_back = {name: before.config[name] for name in ("seed", "validation_fraction")}
+    now = {name: getattr(config, name) for name in held_back}
+    if held_back != now:
+        report.warn(
+            f"--init {config.init}: was trained with --seed {held_back['seed']} and --validation-fraction "
+            f"{held_back['validation_fraction']}, so on some of the queries that are held back here, and "
+            "looks better on them than it is; give the same two"
+        )
+
+
+def _check_rewards(config: TrainConfig, material: Material) -> None:
+    rewarded = config.objective in ("pg-ret", *LIST_OBJECTIVES) and config.judge is None
+    if rewarded and len(material.positives) == 0:
+        raise UserError(
+            f"no labelled item beyond rank {config.base_depth} is relevant, so no state has a positive "
+            "reward; label deeper base ranks (`novelret label --from base-novel --depth`), other sources "
+            "(--from random, --from model:MODEL) or more queries"
+        )
+
+
+def _rows_of(table: LabelTable, rows: np.ndarray, n_queries: int) -> LabelTable:
+    """The labels of some of the queries, renumbered to these."""
+    new_row = np.full(n_queries, -1, dtype=np.int64)
+    new_row[rows] = np.arange(len(rows))
+    queries = new_row[table.query_rows]
+    kept = queries >= 0
+    grades = None if table.grades is None else table.grades[kept]
+    return make_table(
+        queries[kept], table.item_rows[kept], table.verdicts[kept], table.catalog_size, table.missing, grades
+    )
+
+
+def _make_tower(
+    config: TrainConfig,
+    model: encode.SentenceTransformer,
+    whole: Split,
+    train_rows: np.ndarray,
+    validation_rows: np.ndarray,
+    material: Material,
+    index: Index,
+    device: str,
+    report: Reporter,
+) -> Tower:
+    if config.tune in ("full", "lora"):
+        texts = (
+            [whole.query_texts[row] for row in train_rows],
+            [whole.query_texts[row] for row in validation_rows],
+        )
+        saving = config.gradient_checkpointing
+        if config.tune == "full":
+            return full_tower(model, *texts, config.precision, gradient_checkpointing=saving)
+        return lora_tower(
+            model,
+            *texts,
+            config.precision,
+            rank=config.lora_rank,
+            seed=config.seed,
+            gradient_checkpointing=saving,
+        )
+    if config.init:
+        embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
+    else:
+        embeddings = base_query_embeddings(index, whole, device=device, report=report)
+    memory = None
+    if config.tune == "memory":
+        memory = make_memory(
+            material, embeddings[train_rows], index.embeddings, config.memory_size, config.seed
+        )
+    return adapter_tower(
+        model, embeddings[train_rows], embeddings[validation_rows], device, memory, config.seed
+    )
