@@ -44,25 +44,10 @@ from novelret.train.validation import (
 from tests.conftest import make_encoder
 from tests.killing import break_off_at
 from tests.loopback import LoopbackJudge
+from tests.train.conftest import SHORT
 
-SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
-         "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
 ADAPTER = ("--tune", "adapter", "--learning-rate", 0.02)
 MIXED = ("--alpha", 0.25, "--gamma", 0.5)
-
-
-@pytest.fixture(scope="module")
-def labels(world, index_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("labels") / "labels"
-    command = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{world}/judgements.tsv",
-               "--missing", "irrelevant", "--base-depth", 3, "--depth", 12, "--out", out, "--quiet"]  # fmt: skip
-    assert main([str(part) for part in command]) == 0
-    return out
-
-
-@pytest.fixture
-def command(world, index_folder, labels):
-    return ["train", "--data", world, "--index", index_folder, "--labels", labels, *SHORT]
 
 
 def run(capsys, *arguments):

@@ -1,0 +1,24 @@
+"""Labels of the tiny world, and the command that trains on them."""
+
+from __future__ import annotations
+
+import pytest
+
+from novelret.cli import main
+
+SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
+         "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def labels(world, index_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labels") / "labels"
+    command = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{world}/judgements.tsv",
+               "--missing", "irrelevant", "--base-depth", 3, "--depth", 12, "--out", out, "--quiet"]  # fmt: skip
+    assert main([str(part) for part in command]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def command(world, index_folder, labels):
+    return ["train", "--data", world, "--index", index_folder, "--labels", labels, *SHORT]
