@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is computed here is tiny: on a busy machine several threads mostly wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 COLOURS = ("red", "blue", "green", "grey", "black")
 THINGS = ("sofa", "couch", "lamp", "chair", "table", "desk", "shelf", "rug")

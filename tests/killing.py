@@ -12,7 +12,13 @@ import pytest
 # A clean process that has the heavy modules loaded, and from which each run is forked.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["novelret.cli", "novelret.label.label", "novelret.label.judges.openai_batch"]
+    [
+        "novelret.cli",
+        "novelret.label.label",
+        "novelret.label.judges.openai",
+        "novelret.label.judges.openai_batch",
+        "novelret.train.trainer",
+    ]
 )
 
 

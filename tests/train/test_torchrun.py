@@ -92,19 +92,25 @@ LABELS = {"rewardless": "yeses"}  # most of what is drawn has no label
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, case):
+def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, capsys, case):
     def train(name, *launcher):
-        command = [
-            sys.executable, *launcher, "-m", "novelret", "train", "--data", wide, "--index", wide / "runs" / "index",
+        arguments = [
+            "train", "--data", wide, "--index", wide / "runs" / "index",
             "--labels", wide / "runs" / LABELS.get(case, "labels"), "--base-depth", "5", "--depth", "2000", "--steps", "6",
             "--eval-every", "3", "--log-every", "1", "--batch-size", "21", "--validation-fraction", "0.3",
             "--max-recall-drop", "1", "--patience", "0", "--device", "cpu", *CASES[case], "--out", tmp_path / name,
             "--json", "--quiet",
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout), [
+        if launcher:
+            command = [sys.executable, *launcher, "-m", "novelret", *map(str, arguments)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            said = done.stdout
+        else:
+            assert main([*map(str, arguments)]) == 0
+            said = capsys.readouterr().out
+        return json.loads(said), [
             json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
         ]
 
@@ -125,6 +131,7 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
     np.testing.assert_allclose(found, blends)
     for one, two in zip(alone["points"], both["points"], strict=True):
         assert two["recall"] == pytest.approx(one["recall"], abs=0.02)
+    assert (tmp_path / "both" / "refit" / "log.jsonl").exists() == (alone["chosen"]["step"] > 0)
     files = sorted((tmp_path / "alone").rglob("*.safetensors"))
     assert files
     moved = 0.0

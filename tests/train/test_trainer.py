@@ -7,11 +7,9 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -42,7 +40,7 @@ from novelret.train.validation import (
     pareto,
 )
 from tests.conftest import make_encoder
-from tests.killing import break_off_at
+from tests.killing import break_off_at, start
 from tests.loopback import LoopbackJudge
 from tests.train.conftest import SHORT
 
@@ -273,11 +271,11 @@ def test_an_uneven_batch_and_a_batch_without_rewards_are_trained(command, capsys
 
 def test_recall_of_needs_labels_and_a_known_name(command, world, index_folder, capsys, tmp_path):
     unlabelled = ["train", "--data", world, "--index", index_folder, "--objective", "supervised", *SHORT]
-    for start, recall_of, said in (
+    for begins, recall_of, said in (
         (command, "clicks", "--recall-of clicks"),
         (unlabelled, "known", "it needs --labels"),
     ):
-        code, _, err = run(capsys, *start, "--recall-of", recall_of, "--out", tmp_path / "model")
+        code, _, err = run(capsys, *begins, "--recall-of", recall_of, "--out", tmp_path / "model")
         assert code == 2
         assert said in err
     assert not (tmp_path / "model").exists()
@@ -555,28 +553,26 @@ def test_a_judge_that_never_answers_stops_the_run_and_one_that_does_goes_on(
 def test_killed_and_resumed_is_as_undisturbed(asking, capsys, tmp_path, monkeypatch):
     """SIGKILL at random moments, asking an LLM all the while: same log, same weights, nothing asked twice."""
     with LoopbackJudge(delay=0.005) as server:
-        environment = os.environ | {
-            "OPENAI_BASE_URL": server.url, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()),
-        }  # fmt: skip
+        environment = {"OPENAI_BASE_URL": server.url, "OMP_NUM_THREADS": "1"} | {
+            name: os.environ[name] for name in ("OPENAI_API_KEY", "NOVELRET_STORE")
+        }
         more = ["--steps", "60", "--eval-every", "6", "--keep", "1"]
-        command = [sys.executable, "-m", "novelret", *map(str, [*asking, *more]), "--quiet", "--out"]
-        kills, rng = 0, random.Random(1)
+        words = [*map(str, [*asking, *more]), "--quiet", "--out", str(tmp_path / "killed")]
+        kills, rng, said = 0, random.Random(1), tmp_path / "said"
         while not (tmp_path / "killed").exists():
-            process = subprocess.Popen(
-                [*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.PIPE
-            )
+            process = start(words, environment, said, {})
             log = tmp_path / "killed.partial" / "log.jsonl"
             before = log.stat().st_size if log.exists() else 0
             began = time.monotonic()
-            while process.poll() is None and time.monotonic() - began < 120:
+            while process.is_alive() and time.monotonic() - began < 120:
                 time.sleep(0.02)
                 if kills < 4 and log.exists() and log.stat().st_size > before + 700:
                     time.sleep(rng.random() * 0.5)
-                    process.send_signal(signal.SIGKILL)
+                    os.kill(process.pid, signal.SIGKILL)
                     kills += 1
                     break
-            process.wait()
-            assert process.returncode in (0, -signal.SIGKILL), process.stderr.read()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), said.read_text()
         assert kills == 4
         assert max(server.billed.values()) <= 2  # an answer under way at a kill was never delivered
         monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "other.sqlite"))
