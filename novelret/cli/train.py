@@ -252,7 +252,8 @@ def train(
         bool,
         typer.Option(
             "--refit/--no-refit",
-            help="Train the chosen checkpoint anew on all queries, those held back too (never with --judge).",
+            help="Train the chosen checkpoint anew on all queries, those held back too; not where fewer than "
+            "one in twenty is, nor with --judge.",
             rich_help_panel=CHOICE,
         ),
     ] = True,

@@ -105,7 +105,8 @@ class TrainConfig:
             where there is a memory also with less of it, and the best of all points is chosen; 1 validates
             trained checkpoints alone.
         refit: once the checkpoint is chosen, train it anew on all queries, those held back too: the same
-            steps, settings and blend. Not with a judge, which would have to be asked about new states again.
+            steps, settings and blend. Not where fewer than one in twenty is held back, nor with a judge,
+            which would have to be asked about new states again.
         keep: how many checkpoints to save as well, the best first, the chosen one among them.
         seed: decides every draw.
         precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
@@ -198,11 +199,6 @@ class TrainConfig:
     def peak_learning_rate(self) -> float:
         """The learning rate after warm-up."""
         return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.tune]
-
-    @property
-    def is_refit(self) -> bool:
-        """Whether the chosen checkpoint is trained anew on all queries."""
-        return self.refit and self.judge is None and self.validation_fraction > 0
 
     @property
     def steps_between_validations(self) -> int:

@@ -38,6 +38,7 @@ from novelret.train.write import POINTS, write_model, write_points
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
 _NOT_IDENTITY_OF_JUDGE = ("concurrency", "timeout", "rpm", "tpm", "max_requests", "max_cost", "price")
 _REFIT = "refit"
+_LEAST_SHARE = 0.05  # of all queries; fewer teach too little for a second training
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def _train(
             points = [Point(**point) for point in read_json(folder / POINTS)]
         else:
             points = _search(config, inputs, prepared, items, folder, processes, report)
+        share = prepared.held_back / len(inputs.split)
         del prepared  # a whole encoder, perhaps
-        if _is_worth_refitting(config, points):
+        if _is_worth_refitting(config, points, share):
             _refit(config, inputs, items, points, folder, processes, report)
     processes.wait()
     return points
@@ -129,7 +131,7 @@ def _search(
             say_choice(
                 best_first(points, config.max_recall_drop)[0], points, prepared.held_back, config, report
             )
-        if _is_worth_refitting(config, points):
+        if _is_worth_refitting(config, points, prepared.held_back / len(inputs.split)):
             write_points(folder, points)
             (folder / _REFIT).mkdir()
         else:
@@ -166,10 +168,12 @@ def _refit(
         write_model(run, folder, inputs, points, steps, None)
 
 
-def _is_worth_refitting(config: TrainConfig, points: list[Point]) -> bool:
-    """Whether some weights were chosen on queries that could be trained on as well."""
+def _is_worth_refitting(config: TrainConfig, points: list[Point], share: float) -> bool:
+    """Whether some weights were chosen on queries, a notable `share`, that can be trained on as well."""
+    if not config.refit or config.judge is not None or share < _LEAST_SHARE:
+        return False
     chosen = best_first(points, config.max_recall_drop)[: max(1, config.keep)]
-    return config.is_refit and any(point.step for point in chosen)
+    return any(point.step for point in chosen)
 
 
 def _check_judge(config: TrainConfig) -> None:

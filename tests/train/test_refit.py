@@ -106,6 +106,13 @@ def test_broken_off_it_goes_on_without_choosing_again(command, capsys, tmp_path,
     assert facts_of(tmp_path / "whole") == facts_of(tmp_path / "broken")
 
 
+def test_few_held_back_queries_are_not_worth_it(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_LEAST_SHARE", 0.21)
+    train(capsys, command, tmp_path / "model", *ADAPTER)
+    assert facts_of(tmp_path / "model")["chosen"]["step"]
+    assert not facts_of(tmp_path / "model")["refit"]
+
+
 def test_a_judge_is_not_asked_about_a_second_training(command, world, capsys, tmp_path):
     judge = ("--alpha", 0.25, "--judge", f"file:{world / 'judgements.tsv'}", "--missing", "irrelevant")
     train(capsys, command, tmp_path / "model", *ADAPTER, *judge)
