@@ -135,7 +135,7 @@ def _search(
             write_points(folder, points)
             (folder / _REFIT).mkdir()
         else:
-            write_model(run, folder, inputs, points, steps, spent)
+            write_model(config, run, folder, inputs, points, steps, spent)
     return points
 
 
@@ -163,9 +163,8 @@ def _refit(
     )  # fmt: skip
     run_steps(run, max(kept), kept)
     if processes.is_first:
-        run.config = config
         steps = max(point.step for point in points)
-        write_model(run, folder, inputs, points, steps, None)
+        write_model(config, run, folder, inputs, points, steps, None)
 
 
 def _is_worth_refitting(config: TrainConfig, points: list[Point], share: float) -> bool:

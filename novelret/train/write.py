@@ -30,11 +30,18 @@ POINTS = "validation.json"
 
 
 def write_model(
-    run: Run, folder: Path, inputs: Inputs, points: list[Point], steps: int, spent: dict[str, Any] | None
+    config: TrainConfig,
+    run: Run,
+    folder: Path,
+    inputs: Inputs,
+    points: list[Point],
+    steps: int,
+    spent: dict[str, Any] | None,
 ) -> None:
     """Fill the MODEL folder.
 
     Args:
+        config: the settings.
         run: that holds the weights to be saved; in a folder of its own, where it is a second one on all
             queries.
         folder: the MODEL folder, in which the run lies that was validated.
@@ -43,7 +50,7 @@ def write_model(
         steps: how many were done before the choice.
         spent: on a judge.
     """
-    config, judges = run.config, inputs.judges
+    judges = inputs.judges
     order = best_first(points, config.max_recall_drop)
     chosen = order[0] if order else None
     _save_checkpoints(run, folder, order[: config.keep])
