@@ -39,6 +39,7 @@ from novelret.cli.options import (
     joined,
     leave_batches,
     reporter,
+    settings_among,
     show_result,
 )
 from novelret.errors import BatchesUnderWay, UserError
@@ -135,41 +136,14 @@ def evaluate(
     config: ConfigOption = None,
 ) -> None:
     """Measure novelty, recall and judged precision of query encoders over the unchanged index."""
+    arguments = dict(locals())
     cuts = parse_cuts(k)
     from novelret.evaluate.config import EvalConfig
     from novelret.evaluate.evaluate import evaluate_models, plan_judging, result_of
 
-    settings = EvalConfig(
-        data=data,
-        index=joined(index),
-        models=tuple(models or ()),
-        runs=tuple(runs or ()),
-        split=split,
-        judge=judge,
-        missing=missing,
-        prompt=prompt,
-        answer=answer,
-        threshold=threshold,
-        store=str(store) if store else None,
-        concurrency=concurrency,
-        timeout=timeout,
-        rpm=rpm,
-        tpm=tpm,
-        wait=wait,
-        max_requests=max_requests,
-        max_cost=max_cost,
-        price=price,
-        base_depth=base_depth,
-        k=cuts,
-        human=str(human) if human else None,
-        human_sample=human_sample,
-        max_recall_drop=max_recall_drop,
-        recall_of=recall_of,
-        weights=str(weights) if weights else None,
-        merge_budget=merge_budget,
-        device=device,
-        ignore_identical_ids=ignore_identical_ids,
-    )
+    values = settings_among(arguments, EvalConfig)
+    values |= {"index": joined(index), "models": tuple(models or ()), "runs": tuple(runs or ()), "k": cuts}
+    settings = EvalConfig(**values)
     if plan:
         planned = plan_judging(settings, reporter(quiet))
         show_result(asdict(planned), as_json=as_json, render=lambda console: render_plan(console, planned))

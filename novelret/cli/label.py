@@ -34,6 +34,7 @@ from novelret.cli.options import (
     WaitOption,
     leave_batches,
     reporter,
+    settings_among,
     show_result,
 )
 
@@ -126,6 +127,7 @@ def label(
     config: ConfigOption = None,
 ) -> None:
     """Have candidate pairs judged for relevance; every answer is kept and never paid for twice."""
+    arguments = dict(locals())
     import gc
     from dataclasses import asdict
 
@@ -134,34 +136,8 @@ def label(
 
     # The libraries' million objects stay; going through them again and again would double the time per pair.
     gc.freeze()
-    settings = stage.LabelConfig(
-        data=data,
-        index=str(index),
-        judge=judge,
-        split=split,
-        sources=tuple(sources or ("base-novel",)),
-        base_depth=base_depth,
-        depth=depth,
-        per_query=per_query,
-        missing=missing,
-        prompt=prompt,
-        answer=answer,
-        threshold=threshold,
-        reparse=reparse,
-        retry_unusable=retry_unusable,
-        store=str(store) if store else None,
-        concurrency=concurrency,
-        timeout=timeout,
-        rpm=rpm,
-        tpm=tpm,
-        wait=wait,
-        max_requests=max_requests,
-        max_cost=max_cost,
-        price=price,
-        seed=seed,
-        device=device,
-        ignore_identical_ids=ignore_identical_ids,
-    )
+    values = settings_among(arguments, stage.LabelConfig) | {"sources": tuple(sources or ("base-novel",))}
+    settings = stage.LabelConfig(**values)
     if plan:
         planned = stage.plan(settings, report=reporter(quiet))
         show_result(asdict(planned), as_json=as_json, render=lambda console: render_plan(console, planned))

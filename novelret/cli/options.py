@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -14,6 +15,9 @@ from rich.console import Console
 
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.progress import Reporter
+
+if TYPE_CHECKING:
+    from novelret.label.judge import Asking
 
 _UNDER_WAY = 3  # exit code: nothing is wrong, but the artifact is not made yet
 
@@ -31,6 +35,16 @@ def is_first_process() -> bool:
 def reporter(quiet: bool) -> Reporter:
     """A reporter that speaks on stderr."""
     return Reporter(quiet=quiet, console=error_console()) if is_first_process() else Reporter()
+
+
+def settings_among(arguments: dict[str, Any], config: type[Asking]) -> dict[str, Any]:
+    """Those of a command's arguments that a stage's configuration holds, as it holds them."""
+    names = {field.name for field in fields(config)}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in arguments.items()
+        if name in names
+    }
 
 
 def joined(folders: list[Path]) -> str | tuple[str, ...]:

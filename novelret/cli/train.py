@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -34,6 +34,7 @@ from novelret.cli.options import (
     TpmOption,
     joined,
     reporter,
+    settings_among,
     show_result,
 )
 
@@ -284,11 +285,7 @@ def train(
     from novelret.train.trainer import train_model
     from novelret.train.validation import pareto_set, worth_showing
 
-    values: dict[str, Any] = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in arguments.items()
-        if name in TrainConfig.__dataclass_fields__
-    }
+    values = settings_among(arguments, TrainConfig)
     values["index"] = joined(index)
     values["labels"] = joined(labels) if labels else None
     settings = TrainConfig(**values)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
-from novelret.label.judge import check_asking, split_judge
+from novelret.label.judge import Asking, check_asking, split_judge
 
 BASE = "base"
 """The deployed model's name among those compared."""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Settings of `novelret eval`.
+class EvalConfig(Asking):
+    """Settings of `novelret eval`, beside those of `Asking`.
 
     Attributes:
         data: BEIR folder or Hugging Face data set.
@@ -25,19 +25,7 @@ class EvalConfig:
         runs: "NAME=FILE" for each TREC run of any other retriever.
         split: the held-out feedback.
         judge: "file:PATH" or "openai:MODEL" for precision and relevance; better another than the labels'.
-        missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
-        prompt: name or file of the prompt.
-        answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read.
-        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for scores.
-        store: the judgement store.
-        concurrency: requests under way at once.
-        timeout: seconds for one request.
-        rpm: requests per minute; by default as the endpoint tells.
-        tpm: tokens per minute; likewise.
         wait: stay until batches are answered; otherwise leave once they are submitted.
-        max_requests: stop asking before more requests than this.
-        max_cost: stop asking before this many dollars could be exceeded.
-        price: "INPUT,OUTPUT" in dollars per million tokens.
         base_depth: L, the deployed list's length: items beyond it are novel.
         k: cuts of the lists.
         human: a few (query, item) pairs labelled by people, drawn at random from the lists.
@@ -57,19 +45,7 @@ class EvalConfig:
     runs: tuple[str, ...] = ()
     split: str = "test"
     judge: str | None = None
-    missing: str = "unknown"
-    prompt: str = "query-document"
-    answer: str | None = None
-    threshold: float | None = None
-    store: str | None = None
-    concurrency: int = 32
-    timeout: float = 60.0
-    rpm: float | None = None
-    tpm: float | None = None
     wait: bool = True
-    max_requests: int | None = None
-    max_cost: float | None = None
-    price: str | None = None
     base_depth: int = 50
     k: tuple[int, ...] = (10, 20, 50)
     human: str | None = None

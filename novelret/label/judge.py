@@ -18,13 +18,45 @@ from novelret.label.store import Store
 from novelret.label.tokens import TokenCounter, token_counter
 
 if TYPE_CHECKING:
-    from novelret.evaluate.config import EvalConfig
     from novelret.label.label import LabelConfig
-    from novelret.train.config import TrainConfig
 
 KINDS = ("file", "openai", "openai-batch", "cross-encoder")
 SCORE_THRESHOLD = 0.5
 """Lowest score of a cross-encoder that counts as relevant, unless --threshold says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a judge is asked and its answers are read: settings of every stage that has one.
+
+    Attributes:
+        missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
+        prompt: name or file of the prompt.
+        answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read.
+        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for scores.
+        store: the judgement store; by default one per user.
+        concurrency: requests under way at once.
+        timeout: seconds for one request.
+        rpm: requests per minute; by default as the endpoint tells.
+        tpm: tokens per minute; likewise.
+        max_requests: stop before more requests than this.
+        max_cost: stop before this many dollars could be exceeded.
+        price: "INPUT,OUTPUT" in dollars per million tokens, over the built-in table.
+    """
+
+    missing: str = "unknown"
+    prompt: str = "query-document"
+    answer: str | None = None
+    threshold: float | None = None
+    store: str | None = None
+    concurrency: int = 32
+    timeout: float = 60.0
+    rpm: float | None = None
+    tpm: float | None = None
+    max_requests: int | None = None
+    max_cost: float | None = None
+    price: str | None = None
+
 
 Unanswered = Callable[[], Iterator[Question | None]]
 """Gives the questions that have no answer yet; may be called again to see what is still missing."""
@@ -80,7 +112,7 @@ def same_judge(one: str, other: str) -> bool:
     return one.replace("openai-batch:", "openai:") == other.replace("openai-batch:", "openai:")
 
 
-def check_asking(config: LabelConfig | EvalConfig | TrainConfig) -> None:
+def check_asking(config: Asking) -> None:
     """Refuse caps and rates that make no sense.
 
     Raises:

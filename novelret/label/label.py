@@ -27,7 +27,7 @@ from novelret.index import Index, open_index
 from novelret.label.asking import Plan, ask_and_write, plan_asking, spent_on
 from novelret.label.candidates import Candidates, gather_candidates
 from novelret.label.cost import Caps
-from novelret.label.judge import Judge, check_asking, make_judge, same_judge, split_judge
+from novelret.label.judge import Asking, Judge, check_asking, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows, write_queries
 from novelret.label.store import default_store
@@ -44,8 +44,8 @@ _HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cos
 
 
 @dataclass(frozen=True)
-class LabelConfig:
-    """Settings of `novelret label`.
+class LabelConfig(Asking):
+    """Settings of `novelret label`, beside those of `Asking`.
 
     Attributes:
         data: BEIR folder or Hugging Face data set.
@@ -56,21 +56,9 @@ class LabelConfig:
         base_depth: L, the deployed list's length.
         depth: deepest base rank of "base-novel".
         per_query: at most so many pairs of each source for a query, chosen at random.
-        missing: what a pair means that a file does not list: "unknown" or "irrelevant".
-        prompt: name or file of the prompt.
-        answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read.
-        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for scores.
         reparse: read stored answers alone; nothing is asked.
         retry_unusable: ask again where the stored answer cannot be read.
-        store: the judgement store; by default one per user.
-        concurrency: requests under way at once.
-        timeout: seconds for one request.
-        rpm: requests per minute; by default as the endpoint tells.
-        tpm: tokens per minute; likewise.
         wait: stay until batches are answered; otherwise leave once they are submitted.
-        max_requests: stop before more requests than this.
-        max_cost: stop before this many dollars could be exceeded.
-        price: "INPUT,OUTPUT" in dollars per million tokens, over the built-in table.
         seed: decides which pairs are sampled.
         device: for searches that no cache holds yet.
         ignore_identical_ids: leave the item whose id is the query's own out.
@@ -84,21 +72,9 @@ class LabelConfig:
     base_depth: int = 50
     depth: int = 200
     per_query: int | None = None
-    missing: str = "unknown"
-    prompt: str = "query-document"
-    answer: str | None = None
-    threshold: float | None = None
     reparse: bool = False
     retry_unusable: bool = False
-    store: str | None = None
-    concurrency: int = 32
-    timeout: float = 60.0
-    rpm: float | None = None
-    tpm: float | None = None
     wait: bool = True
-    max_requests: int | None = None
-    max_cost: float | None = None
-    price: str | None = None
     seed: int = 0
     device: str = "auto"
     ignore_identical_ids: bool = True

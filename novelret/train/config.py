@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
-from novelret.label.judge import check_asking
+from novelret.label.judge import Asking, check_asking
 
 LIST_OBJECTIVES = (
     "reinforce",
@@ -31,8 +31,10 @@ LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3, "memory": 1e-3}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of `novelret train`.
+class TrainConfig(Asking):
+    """Settings of `novelret train`, beside those of `Asking` for its judge.
+
+    Answers are read as for LABELS of the same judge, unless `answer` or `threshold` say how.
 
     Attributes:
         data: BEIR folder or Hugging Face data set.
@@ -81,19 +83,6 @@ class TrainConfig:
         support: draw policy states from the index's top items only, so many for a query; by default exactly,
             from the whole catalog.
         judge: whom to ask about drawn policy states that have no label, as for `novelret label`.
-        missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
-        prompt: name or file of the judge's prompt.
-        answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read; by default
-            as for LABELS of the same judge.
-        threshold: lowest grade or score that counts as relevant; likewise.
-        store: the judgement store.
-        concurrency: requests under way at once.
-        timeout: seconds for one request.
-        rpm: requests per minute; by default as the endpoint tells.
-        tpm: tokens per minute; likewise.
-        max_requests: stop asking before more requests than this.
-        max_cost: stop asking before this many dollars could be exceeded.
-        price: "INPUT,OUTPUT" in dollars per million tokens.
         validation_fraction: share of the split's queries held back to choose the checkpoint.
         eval_every: steps between validations; by default a tenth of all steps.
         max_recall_drop: how much of the base's recall a checkpoint may lose, relative.
@@ -152,18 +141,6 @@ class TrainConfig:
     sampling_temperature: float = 0.05
     support: int | None = None
     judge: str | None = None
-    missing: str = "unknown"
-    prompt: str = "query-document"
-    answer: str | None = None
-    threshold: float | None = None
-    store: str | None = None
-    concurrency: int = 32
-    timeout: float = 60.0
-    rpm: float | None = None
-    tpm: float | None = None
-    max_requests: int | None = None
-    max_cost: float | None = None
-    price: str | None = None
     validation_fraction: float = 0.2
     eval_every: int | None = None
     max_recall_drop: float = 0.01
