@@ -158,7 +158,7 @@ def main() -> None:
         ("deployed lists", "judgements.tsv", [*again, "judge"]),
         ("label", "labels", [*novelret, "label", *common, *judged, "--depth", str(DEPTH)]),
         ("train", "model", [
-            *novelret, "train", *common, "--labels", str(out / "labels"), "--tune", "adapter",
+            *novelret, "train", *common, "--labels", str(out / "labels"), "--tune", "adapter", "--no-refit",
             "--alpha", "0.25", "--gamma", "0.25", "--depth", str(DEPTH),
             "--steps", str(given.steps), "--eval-every", str(max(1, given.steps // 4)),
             "--validation-fraction", "0.02", "--log-every", "20",

@@ -54,7 +54,7 @@ def main() -> None:
 def config(options: argparse.Namespace, **changes: object) -> TrainConfig:
     settings = {
         "labels": options.labels, "batch_size": options.batch, "validation_fraction": 0.0, "log_every": 10**6,
-        "precision": options.precision, "device": options.device, "eval_every": 10**6,
+        "precision": options.precision, "device": options.device, "eval_every": 10**6, "refit": False,
     }  # fmt: skip
     return TrainConfig(options.data, options.index, **(settings | changes))
 
