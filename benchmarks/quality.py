@@ -294,8 +294,10 @@ def write(
             text.append(f"### {s.name}, L = {s.length}, {title}\n")
             text.append(f"The deployed list lacks {lacks:.2f} relevant items a test query.\n")
             text.append(table(s, whole, shown, place, broken))
-            if OURS in whole:
-                text += [f"Relevant novel items, {OURS} over the others, {title}:\n", ratios(s, whole, place)]
+            ours = next((name for name in (OURS, "default-no-refit") if name in whole), None)
+            if ours is not None:
+                title = f"Relevant novel items, {ours} over the others, {title}:\n"
+                text += [title, ratios(s, whole, place, ours)]
         rows += csv_rows(s, mine)
     (out / "results.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(["", *text]), flush=True)
@@ -372,26 +374,26 @@ def spread(values: list[float]) -> str:
     return f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ± {half:.3f}"
 
 
-def ratios(s: Setting, runs: dict[str, list[Result]], place: str) -> str:
-    """Our default's relevant novel items over each other method's, and paired tests over queries."""
+def ratios(s: Setting, runs: dict[str, list[Result]], place: str, ours: str) -> str:
+    """One method's relevant novel items over each other method's, and paired tests over queries."""
     from novelret.evaluate.significance import holm, randomization_tests
 
     metrics = list(dict.fromkeys(["RelevantNovel@50", f"RelevantNovel@{s.length}"]))
     tested = [*metrics, "Recall@50", "Precision@10", "MergedDensity"]
-    others = [name for name in runs if name != OURS]
+    others = [name for name in runs if name != ours]
     if not others:
         return ""
 
     def figures(other: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """(seeds, queries) of the default and of the other method, for the seeds that both finished."""
-        ours, theirs = ({run["train"]["seed"]: run for run in runs[name]} for name in (OURS, other))
-        both = sorted(ours.keys() & theirs.keys())
-        values = [[of[seed][place]["per_query"][metric] for seed in both] for of in (ours, theirs)]
+        """(seeds, queries) of the one and of the other method, for the seeds that both finished."""
+        mine, theirs = ({run["train"]["seed"]: run for run in runs[name]} for name in (ours, other))
+        both = sorted(mine.keys() & theirs.keys())
+        values = [[of[seed][place]["per_query"][metric] for seed in both] for of in (mine, theirs)]
         return np.array(values[0]), np.array(values[1])
 
     def difference(other: str, metric: str) -> np.ndarray:
-        ours, theirs = figures(other, metric)
-        return np.asarray(ours.mean(axis=0) - theirs.mean(axis=0))
+        mine, theirs = figures(other, metric)
+        return np.asarray(mine.mean(axis=0) - theirs.mean(axis=0))
 
     differences = np.stack([difference(name, m) for name in others for m in tested], axis=1)
     p = holm(randomization_tests(differences).reshape(len(others), len(tested)))
