@@ -168,7 +168,7 @@ def _check_no_loss(config: LabelConfig, out: Path, earlier: Manifest | None, fac
     """Keep LABELS that hold more than what would replace them: the store has lost answers since."""
     if earlier is not None and facts["pairs"] < earlier.facts["pairs"]:
         raise UserError(
-            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {_store_path(config)} "
+            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {store_path(config)} "
             "knows any more; it is left as it is: give another --out, or --force to replace it"
         )
 
@@ -196,7 +196,7 @@ def judge_candidates(
         index,
         split,
         candidates,
-        _store_path(config),
+        store_path(config),
         out,
         report,
         retry_unusable=config.retry_unusable,
@@ -241,7 +241,7 @@ def plan_candidates(
 ) -> Plan:
     """What having given pairs judged would ask, and cost at most; sends nothing."""
     again = config.retry_unusable
-    return plan_asking(judge, index, split, candidates, _store_path(config), report, retry_unusable=again)
+    return plan_asking(judge, index, split, candidates, store_path(config), report, retry_unusable=again)
 
 
 def _prepare(config: LabelConfig, report: Reporter) -> tuple[Index, Split, Candidates]:
@@ -338,7 +338,8 @@ def _check(config: LabelConfig) -> None:
         raise UserError("--reparse asks nothing, --retry-unusable asks again: pass one of them")
 
 
-def _store_path(config: LabelConfig) -> Path:
+def store_path(config: Asking) -> Path:
+    """Where the answers are kept."""
     return Path(config.store) if config.store else default_store()
 
 

@@ -26,9 +26,8 @@ from novelret.label.candidates import Candidates
 from novelret.label.cost import Caps
 from novelret.label.judge import make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import asked_like
+from novelret.label.label import asked_like, store_path
 from novelret.label.labels import judgement_rows, read_table
-from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN, LabelTable, empty_table, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
@@ -153,13 +152,12 @@ class Judging:
             pq.write_table(judgement_rows(self.index, self.split, candidates, every, columns), path)
             return make_table(queries, items, verdicts, len(self.index), grades=grades)
         assert self.judge is not None
-        store = self.settings.store
         facts = ask_and_write(
             self.judge,
             self.index,
             self.split,
             candidates,
-            Path(store) if store else default_store(),
+            store_path(self.settings),
             path,
             Reporter(),
             retry_unusable=False,

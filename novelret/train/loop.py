@@ -319,6 +319,12 @@ def _step(
     return batch, total, norm
 
 
+def steps_to_keep(points: list[Point], config: TrainConfig) -> set[int]:
+    """The steps whose weights the chosen point and those of `keep` are made of; none without points."""
+    best = best_first(points, config.max_recall_drop)[: max(1, config.keep)]
+    return {point.step for point in best}
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear rise over the warm-up steps, then the schedule's fall: a function of the step alone."""
     rise = max(1, round(config.warmup * config.steps))
@@ -365,8 +371,7 @@ def _save(
     wanted: set[int],
 ) -> None:
     if run.processes.is_first:
-        best = best_first(points, run.config.max_recall_drop)[: max(1, run.config.keep)]
-        wanted = wanted | {point.step for point in best}
+        wanted = wanted | steps_to_keep(points, run.config)
         checkpoint.save(run.tower, optimizer, scaler.state_dict(), run.folder, points, step, wanted)
     run.processes.wait()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from novelret import encode
-from novelret.artifacts import check_output, fingerprint_of, open_output, read_json
+from novelret.artifacts import check_output, fingerprint_of, open_output
 from novelret.errors import UserError
 from novelret.label.judge import make_judge, split_judge
 from novelret.label.label import asked_like
@@ -28,12 +28,12 @@ from novelret.train.choice import say_choice
 from novelret.train.config import TrainConfig
 from novelret.train.judging import Judging
 from novelret.train.log import check_wandb
-from novelret.train.loop import Run, run_steps, validate_blends
+from novelret.train.loop import Run, run_steps, steps_to_keep, validate_blends
 from novelret.train.matrix import ItemMatrix, open_matrix
 from novelret.train.prepare import Inputs, Prepared, open_inputs, prepare
 from novelret.train.processes import Processes, join
 from novelret.train.validation import Point, best_first
-from novelret.train.write import POINTS, write_model, write_points
+from novelret.train.write import read_points, write_model, write_points
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
 _NOT_IDENTITY_OF_JUDGE = ("concurrency", "timeout", "rpm", "tpm", "max_requests", "max_cost", "price")
@@ -92,7 +92,7 @@ def _train(
     with output as folder:
         processes.wait()
         if (folder / _REFIT).is_dir():  # a run that was killed had chosen already
-            points = [Point(**point) for point in read_json(folder / POINTS)]
+            points = read_points(folder)
         else:
             points = _search(config, inputs, prepared, items, folder, processes, report)
         share = prepared.held_back / len(inputs.split)
@@ -127,12 +127,12 @@ def _search(
     validate_blends(run, points, steps)
     spent = judging.finish() if judging is not None else None
     if processes.is_first:
+        write_points(folder, points)
         if points:
             say_choice(
                 best_first(points, config.max_recall_drop)[0], points, prepared.held_back, config, report
             )
         if _is_worth_refitting(config, points, prepared.held_back / len(inputs.split)):
-            write_points(folder, points)
             (folder / _REFIT).mkdir()
         else:
             write_model(config, run, folder, inputs, points, steps, spent)
@@ -154,7 +154,7 @@ def _refit(
     how much of a memory. The same settings, with those queries and their labels, give a better model.
     """
     processes.wait()  # for its folder
-    kept = {point.step for point in best_first(points, config.max_recall_drop)[: max(1, config.keep)]}
+    kept = steps_to_keep(points, config)
     report.note(f"training anew on all {len(inputs.split):,} queries, for {max(kept)} steps")
     prepared = prepare(config, inputs, 0.0, processes, Reporter())  # what it has to say was said before
     run = Run(
@@ -171,8 +171,7 @@ def _is_worth_refitting(config: TrainConfig, points: list[Point], share: float) 
     """Whether some weights were chosen on queries, a notable `share`, that can be trained on as well."""
     if not config.refit or config.judge is not None or share < _LEAST_SHARE:
         return False
-    chosen = best_first(points, config.max_recall_drop)[: max(1, config.keep)]
-    return any(point.step for point in chosen)
+    return any(steps_to_keep(points, config))  # step 0 is the start
 
 
 def _check_judge(config: TrainConfig) -> None:

@@ -26,7 +26,7 @@ from novelret.train.loop import Run
 from novelret.train.prepare import Inputs
 from novelret.train.validation import Point, best_first, keeps_budget, pareto, pareto_set, worth_showing
 
-POINTS = "validation.json"
+_POINTS = "validation.json"
 
 
 def write_model(
@@ -38,7 +38,7 @@ def write_model(
     steps: int,
     spent: dict[str, Any] | None,
 ) -> None:
-    """Fill the MODEL folder.
+    """Fill the MODEL folder, which holds logs and validation points already.
 
     Args:
         config: the settings.
@@ -59,7 +59,6 @@ def write_model(
     finished = run.tower.finished()
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
-    write_points(folder, points)
     np.save(folder / "queries.npy", np.unique(hash_texts(inputs.split.query_texts)))
     is_refit = run.folder != folder
     card = model_card(
@@ -95,7 +94,12 @@ def write_model(
 
 def write_points(folder: Path, points: list[Point]) -> None:
     """Keep the validation points."""
-    write_json(folder / POINTS, [asdict(point) for point in points])
+    write_json(folder / _POINTS, [asdict(point) for point in points])
+
+
+def read_points(folder: Path) -> list[Point]:
+    """The validation points that `write_points` kept."""
+    return [Point(**point) for point in read_json(folder / _POINTS)]
 
 
 def _save_checkpoints(run: Run, folder: Path, points: list[Point]) -> None:

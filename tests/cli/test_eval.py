@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from novelret.evaluate.weights import bucket_of
+from novelret.label.judges import openai_batch
 from tests.cli.test_chain import fails, result, run
 from tests.conftest import make_encoder, write_qrels
+from tests.loopback import LoopbackJudge
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +118,6 @@ def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys,
 
 
 def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_path, monkeypatch):
-    from tests.loopback import LoopbackJudge
-
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
     with LoopbackJudge() as server:
@@ -161,8 +161,6 @@ def asks_endpoint(common, store):
 
 
 def test_answers_are_read_and_asked_for_as_told(common, models, capsys, tmp_path, monkeypatch):
-    from tests.loopback import LoopbackJudge
-
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr("tests.loopback.verdict", lambda user: "2" if "red" in user else "1")
     arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
@@ -186,9 +184,6 @@ def test_answers_are_read_and_asked_for_as_told(common, models, capsys, tmp_path
 
 
 def test_batches_are_left_and_collected(common, models, capsys, tmp_path, monkeypatch):
-    from novelret.label.judges import openai_batch
-    from tests.loopback import LoopbackJudge
-
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr(openai_batch, "_POLL", 0.02)
     arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
