@@ -29,7 +29,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from novelret import TrainConfig, open_index, train_model
 from novelret.data.split import load_split
 from novelret.label.table import make_table
-from novelret.train import loop, matrix
+from novelret.train import loop, matrix, run
 
 SHORT, LONG = 3, 15
 
@@ -144,9 +144,9 @@ def overhead(options: argparse.Namespace, folder: Path) -> None:
 
             return timing
 
-        real = (loop._embed, loop._step, matrix.ItemMatrix.draw, torch.Tensor.backward)
+        real = (run.Run.embed, loop._step, matrix.ItemMatrix.draw, torch.Tensor.backward)
         optimizer_step = torch.optim.AdamW.step
-        loop._embed = timed("encoder", loop._embed)
+        run.Run.embed = timed("encoder", run.Run.embed)
         loop._step = timed("step", loop._step)
         matrix.ItemMatrix.draw = timed("sampler", matrix.ItemMatrix.draw)
         torch.Tensor.backward = timed("encoder", torch.Tensor.backward)
@@ -157,7 +157,7 @@ def overhead(options: argparse.Namespace, folder: Path) -> None:
             folder / "over",
             force=True,
         )
-        loop._embed, loop._step, matrix.ItemMatrix.draw, torch.Tensor.backward = real
+        run.Run.embed, loop._step, matrix.ItemMatrix.draw, torch.Tensor.backward = real
         torch.optim.AdamW.step = optimizer_step
         rest = spent["step"] - spent["encoder"] - spent["sampler"]
         shares = [f"{part / spent['step']:.1%}" for part in (spent["encoder"], spent["sampler"], rest)]

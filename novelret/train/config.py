@@ -177,6 +177,15 @@ class TrainConfig(Asking):
         """The learning rate after warm-up."""
         return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.tune]
 
+    def learning_rate_at(self, step: int) -> float:
+        """Linear rise over the warm-up steps, then the schedule's fall: a function of the step alone."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return self.peak_learning_rate * (step + 1) / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        scale = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
+        return self.peak_learning_rate * scale[self.schedule]
+
     @property
     def steps_between_validations(self) -> int:
         """Steps between validations."""

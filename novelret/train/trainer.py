@@ -28,11 +28,13 @@ from novelret.train.choice import say_choice
 from novelret.train.config import TrainConfig
 from novelret.train.judging import Judging
 from novelret.train.log import check_wandb
-from novelret.train.loop import Run, run_steps, steps_to_keep, validate_blends
+from novelret.train.loop import run_steps
 from novelret.train.matrix import ItemMatrix, open_matrix
+from novelret.train.points import validate_blends
 from novelret.train.prepare import Inputs, Prepared, open_inputs, prepare
 from novelret.train.processes import Processes, join
-from novelret.train.validation import Point, best_first
+from novelret.train.run import Run
+from novelret.train.validation import Point, best_first, steps_to_keep
 from novelret.train.write import read_points, write_model, write_points
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
@@ -154,7 +156,7 @@ def _refit(
     how much of a memory. The same settings, with those queries and their labels, give a better model.
     """
     processes.wait()  # for its folder
-    kept = steps_to_keep(points, config)
+    kept = steps_to_keep(points, config.max_recall_drop, config.keep)
     report.note(f"training anew on all {len(inputs.split):,} queries, for {max(kept)} steps")
     prepared = prepare(config, inputs, 0.0, processes, Reporter())  # what it has to say was said before
     run = Run(
@@ -171,7 +173,7 @@ def _is_worth_refitting(config: TrainConfig, points: list[Point], share: float) 
     """Whether some weights were chosen on queries, a notable `share`, that can be trained on as well."""
     if not config.refit or config.judge is not None or share < _LEAST_SHARE:
         return False
-    return any(steps_to_keep(points, config))  # step 0 is the start
+    return any(steps_to_keep(points, config.max_recall_drop, config.keep))  # step 0 is the start
 
 
 def _check_judge(config: TrainConfig) -> None:

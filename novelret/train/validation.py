@@ -178,6 +178,11 @@ def best_first(points: list[Point], max_recall_drop: float) -> list[Point]:
     return sorted(points, key=goodness, reverse=True)
 
 
+def steps_to_keep(points: list[Point], max_recall_drop: float, keep: int) -> set[int]:
+    """The steps whose weights the best point and the `keep` best are made of; none without points."""
+    return {point.step for point in best_first(points, max_recall_drop)[: max(1, keep)]}
+
+
 def left_for_good(points: list[Point], max_recall_drop: float, patience: int) -> bool:
     """Whether the last `patience` points all lie below the recall budget and recall still falls."""
     last = points[-patience:]

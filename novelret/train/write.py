@@ -22,8 +22,8 @@ from novelret.train.card import model_card
 from novelret.train.config import TrainConfig
 from novelret.train.curves import curves
 from novelret.train.log import read_log
-from novelret.train.loop import Run
 from novelret.train.prepare import Inputs
+from novelret.train.run import Run
 from novelret.train.validation import Point, best_first, keeps_budget, pareto, pareto_set, worth_showing
 
 _POINTS = "validation.json"

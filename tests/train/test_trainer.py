@@ -197,7 +197,7 @@ def test_lower_precisions_train_the_same_way(command, capsys, tmp_path, precisio
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules(schedule):
     config = TrainConfig("d", "i", steps=100, warmup=0.1, learning_rate=1.0, schedule=schedule)
-    rates = [loop.learning_rate(config, step) for step in range(100)]
+    rates = [config.learning_rate_at(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     expected = {"linear": 0.5, "cosine": 0.5, "constant": 1.0}[schedule]
     assert rates[55] == pytest.approx(expected)
@@ -304,7 +304,7 @@ def test_early_stop_needs_a_broken_budget_and_a_falling_recall():
 
 
 def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_path, monkeypatch):
-    real, calls = loop.measure, []
+    real, calls = measure, []
 
     def falls(*args):
         figures = real(*args)
@@ -312,7 +312,7 @@ def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_pa
         calls.append(1)
         return figures
 
-    monkeypatch.setattr(loop, "measure", falls)
+    monkeypatch.setattr("novelret.train.points.measure", falls)
     budget = ("--max-recall-drop", 0, "--patience", 2, "--eval-every", 1, "--steps", 30)
     found, err = train(capsys, command, tmp_path / "model", *ADAPTER, *budget)
     assert [p["step"] for p in found["points"] if p["share"] == 1] == [0, 1, 2]
