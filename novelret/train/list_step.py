@@ -58,23 +58,27 @@ def list_losses(
     if config.objective == "expected-threshold":
         log_t = _expected_time(embeddings, items, excluded, tau, k)
         return expected_threshold.credited(logits, log_t, credit), rewards
-    log_z = items.log_partition(embeddings, tau, excluded)
-    if config.objective == "reinforce":
-        losses = reinforce.item_wise(logits, log_z, credit)
-    elif config.objective == "v-pg":
-        losses = reinforce.top_k(logits, log_z, credit.sum(dim=1))
-    elif config.objective == "v-pg-swr":
-        losses = reinforce.top_k_with_replacement(logits, log_z, credit.sum(dim=1))
-    elif config.objective == "ca-pg-swr":
-        losses = ca_pg.with_replacement(logits, log_z, credit)
-    elif config.objective == "pl-rank":
-        losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_z, credit, material, items, tau)
-    else:
+    if config.objective in ("ca-pg", "ca-pg-loo"):
         best = items.top_k(embeddings, k, excluded)
         is_best = drawn.rows[:, :, None] == best[:, None, :]
         best_logits = _logits(embeddings, items, best, tau)
+        log_rest = _log_rest(embeddings, items, excluded, best, tau)
         baseline = config.objective == "ca-pg-loo"
-        losses = ca_pg.plug_in(logits, log_z, credit, best_logits, is_best, baseline=baseline)
+        losses = ca_pg.plug_in(logits, log_rest, credit, best_logits, is_best, baseline=baseline)
+    elif config.objective in ("v-pg", "pl-rank"):
+        log_rest = _log_rest(embeddings, items, excluded, drawn.rows, tau)
+        if config.objective == "v-pg":
+            losses = reinforce.top_k(logits, log_rest, credit.sum(dim=1))
+        else:
+            losses = _pl_rank(embeddings, queries, drawn.rows, logits, log_rest, credit, material, items, tau)
+    else:
+        log_z = items.log_partition(embeddings, tau, excluded)
+        if config.objective == "reinforce":
+            losses = reinforce.item_wise(logits, log_z, credit)
+        elif config.objective == "v-pg-swr":
+            losses = reinforce.top_k_with_replacement(logits, log_z, credit.sum(dim=1))
+        else:
+            losses = ca_pg.with_replacement(logits, log_z, credit)
     return losses, rewards
 
 
@@ -91,13 +95,21 @@ def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> tuple[np.
 
 def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:
     """When K clocks have rung on average: the top items one by one, the others by their mass."""
-    available = len(items) - excluded.shape[1]
-    most = min(_EXACT_PER_ITEM * k, available)
-    top = items.top_k(embeddings, most, excluded)
-    rest = embeddings.new_full((len(embeddings),), -torch.inf)
-    if most < available:
-        rest = items.log_partition(embeddings, tau, torch.cat([excluded, top], dim=1))
+    top = items.top_k(embeddings, min(_EXACT_PER_ITEM * k, _available(items, excluded)), excluded)
+    rest = _log_rest(embeddings, items, excluded, top, tau)
     return expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)
+
+
+def _available(items: ItemMatrix, excluded: Tensor) -> int:
+    """How many items a query that leaves out the most has."""
+    return len(items) - excluded.shape[1]
+
+
+def _log_rest(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, listed: Tensor, tau: float) -> Tensor:
+    """(b,) log-partition over the items that are not listed; −inf where that is none."""
+    if listed.shape[1] >= _available(items, excluded):
+        return embeddings.new_full((len(embeddings),), -torch.inf)
+    return items.log_partition(embeddings, tau, torch.cat([excluded, listed], dim=1))
 
 
 def _pl_rank(
@@ -105,7 +117,7 @@ def _pl_rank(
     queries: np.ndarray,
     rows: Tensor,
     logits: Tensor,
-    log_z: Tensor,
+    log_rest: Tensor,
     credit: Tensor,
     material: Material,
     items: ItemMatrix,
@@ -117,4 +129,4 @@ def _pl_rank(
     place = torch.where(same.any(dim=2), same.to(torch.int8).argmax(dim=2), rows.shape[1])
     rewarded_logits = _logits(embeddings, items, wanted.clamp_min(0), temperature)
     values = torch.from_numpy(rewards).to(embeddings.device)
-    return pl_rank.pl_rank_3(logits, log_z, credit, rewarded_logits, values, place)
+    return pl_rank.pl_rank_3(logits, log_rest, credit, rewarded_logits, values, place)

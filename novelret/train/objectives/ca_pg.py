@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from novelret.train.objectives.lists import log_less
+from novelret.train.objectives.lists import log_remaining
 
 
 def plug_in(
     logits: Tensor,
-    log_partition: Tensor,
+    log_rest: Tensor,
     reward: Tensor,
     top_logits: Tensor,
     is_top: Tensor,
@@ -28,7 +28,7 @@ def plug_in(
 
     Args:
         logits: (B, K) of items drawn without replacement, with gradient.
-        log_partition: (B,) log Z, with gradient.
+        log_rest: (B,) log-partition of all items but the K highest, with gradient.
         reward: (B, K), 0 where unknown.
         top_logits: (B, K) the K highest logits of the catalog, descending, with gradient.
         is_top: (B, K, K) bool, whether drawn item i is the catalog's j-th best.
@@ -38,25 +38,15 @@ def plug_in(
         (B,) surrogate losses.
     """
     credit = reward - (leave_one_out(reward) if baseline else 0.0)
-    return -(credit * log_inclusion(logits, log_partition, top_logits, is_top)).sum(dim=1)
+    return -(credit * log_inclusion(logits, log_rest, top_logits, is_top)).sum(dim=1)
 
 
-def log_inclusion(logits: Tensor, log_partition: Tensor, top_logits: Tensor, is_top: Tensor) -> Tensor:
+def log_inclusion(logits: Tensor, log_rest: Tensor, top_logits: Tensor, is_top: Tensor) -> Tensor:
     """Log-probability log π_K(a) of the plug-in for each drawn item, (B, K)."""
-    k = logits.shape[1]
-    # For each drawn item, the best others before place k: its own entry among the best does not count.
-    others = top_logits[:, None, :].masked_fill(is_top, -torch.inf)
-    # An item that is itself among the best shifts the rest one place up: cumulate in its own order.
-    order = torch.argsort(is_top.to(torch.int8), dim=2, stable=True)
-    ordered = others.gather(2, order)
-    removed = torch.logcumsumexp(ordered, dim=2)[:, :, : k - 1]
-    left = torch.cat(
-        [
-            log_partition[:, None, None].expand(-1, k, 1),
-            log_less(log_partition[:, None, None].expand(-1, k, k - 1), removed),
-        ],
-        dim=2,
-    )
+    # An item that is itself among the best is left until the end: only others are removed before place k.
+    last = torch.argsort(is_top.to(torch.int8), dim=2, stable=True)
+    ordered = top_logits[:, None, :].expand_as(last).gather(2, last)
+    left = log_remaining(ordered, log_rest[:, None].expand(-1, logits.shape[1]))
     # a's own mass is always among what is left, so p_k ≤ 1 up to rounding.
     log_p = (logits[:, :, None] - left).clamp(max=-torch.finfo(logits.dtype).eps)
     # log(1 − p): either form loses all digits of what is small in it, p or 1 − p.
@@ -69,7 +59,7 @@ def log_inclusion(logits: Tensor, log_partition: Tensor, top_logits: Tensor, is_
 
 
 def with_replacement(logits: Tensor, log_partition: Tensor, reward: Tensor) -> Tensor:
-    """CA-PG-SwR, also TOP1: Σ_{a ∈ S} r(a) ∇ log p(a). Biased; arguments as `plug_in`."""
+    """CA-PG-SwR, also TOP1: Σ_{a ∈ S} r(a) ∇ log p(a). Biased; log Z is of all items."""
     return -(reward * (logits - log_partition[:, None])).sum(dim=1)
 
 

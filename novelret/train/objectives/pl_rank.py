@@ -8,25 +8,9 @@ from torch import Tensor
 from novelret.train.objectives.lists import log_remaining
 
 
-def reward_to_go(logits: Tensor, log_partition: Tensor, reward: Tensor) -> Tensor:
-    """Σ_k [Σ_{x ≥ k} r(y_x)] ∇ log π(y_k | y_<k): each place is credited with what comes from it on.
-
-    Needs the rewards of the drawn items alone.
-
-    Args:
-        logits: (B, K) of items drawn without replacement, in order, with gradient.
-        log_partition: (B,) log Z, with gradient.
-        reward: (B, K), 0 where unknown.
-
-    Returns:
-        (B,) surrogate losses, unbiased.
-    """
-    return -(_to_go(reward) * (logits - log_remaining(logits, log_partition))).sum(dim=1)
-
-
 def pl_rank_3(
     logits: Tensor,
-    log_partition: Tensor,
+    log_rest: Tensor,
     reward: Tensor,
     rewarded_logits: Tensor,
     rewarded: Tensor,
@@ -41,7 +25,7 @@ def pl_rank_3(
 
     Args:
         logits: (B, K) of items drawn without replacement, in order, with gradient.
-        log_partition: (B,) log Z, with gradient.
+        log_rest: (B,) log-partition of all other items, with gradient.
         reward: (B, K) of the drawn items, 0 where unknown.
         rewarded_logits: (B, M) of all items known to have a reward other than 0, with gradient.
         rewarded: (B, M) their rewards, 0 for padding.
@@ -51,14 +35,10 @@ def pl_rank_3(
         (B,) surrogate losses, unbiased.
     """
     k = logits.shape[1]
-    left = log_remaining(logits, log_partition)
-    to_go = _to_go(reward)
+    left = log_remaining(logits, log_rest)
+    to_go = reward.flip(1).cumsum(dim=1).flip(1)
     after = to_go - reward
     available = torch.arange(k, device=place.device)[None, None] <= place[:, :, None]
     chance = torch.exp(rewarded_logits[:, :, None] - left[:, None, :]).masked_fill(~available, 0.0).sum(dim=2)
     value = (after * logits).sum(dim=1) - (to_go * left).sum(dim=1)
     return -(value + (chance.detach() * rewarded * rewarded_logits).sum(dim=1))
-
-
-def _to_go(reward: Tensor) -> Tensor:
-    return reward.flip(1).cumsum(dim=1).flip(1)

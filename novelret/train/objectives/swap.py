@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from novelret.train.objectives.lists import log_included
@@ -30,20 +27,3 @@ def swap(logits: Tensor, threshold: Tensor, gain: Tensor) -> Tensor:
 def additive_gain(reward: Tensor, next_reward: Tensor) -> Tensor:
     """Brackets for R(S) = Σ r(a): r(j) − r of the (K+1)-th item, (B, K)."""
     return reward - next_reward[:, None]
-
-
-def set_gain(rows: Tensor, next_row: Tensor, set_reward: Callable[[Tensor], Tensor]) -> Tensor:
-    """Brackets for any set reward, by calling it on the drawn list and on its K swaps.
-
-    Args:
-        rows: (B, K) drawn items, in order.
-        next_row: (B,) the (K+1)-th item.
-        set_reward: (B, K) rows → (B,) rewards.
-    """
-    whole = set_reward(rows)
-    gains = []
-    for j in range(rows.shape[1]):
-        swapped = rows.clone()
-        swapped[:, j] = next_row
-        gains.append(whole - set_reward(swapped))
-    return torch.stack(gains, dim=1)
