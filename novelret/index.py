@@ -11,12 +11,13 @@ cache/            embeddings and top lists of queries met before; may be deleted
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
@@ -35,6 +36,8 @@ from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
+
+_QUERIES = 32_768  # whose lists are held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,13 @@ def open_index(folder: str | Path, data: str | None = None) -> Index:
 def base_lists(
     index: Index, split: Split, depth: int, *, device: str = "cpu", report: Reporter | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The deployed model's top lists for a split, T_depth(q): rows (Q, depth) int64 and scores.
+    """The deployed model's top lists for a split, T_depth(q).
 
-    Computed once per (index, split) and kept in the index's cache; a shorter depth reads a longer one.
+    Computed once per (index, split) and kept in the index's cache, from which they come memory-mapped; a
+    shorter depth reads a longer one.
+
+    Returns:
+        (Q, depth) catalog rows, int32 or int64, and (Q, depth) float64 scores; neither to be written to.
 
     Raises:
         UserError: the depth exceeds the catalog.
@@ -139,20 +146,57 @@ def base_lists(
     if depth > len(index):
         raise UserError(f"depth {depth} is more than the catalog's {len(index)} items; lower it")
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
-    for found in sorted(cache.glob("rows-*.npy"), key=_depth_of):
-        if _depth_of(found) >= depth:
-            beside = found.with_name(found.name.replace("rows", "scores"))
-            return (
-                np.array(np.load(found, mmap_mode="r")[:, :depth], dtype=np.int64),
-                np.array(np.load(beside, mmap_mode="r")[:, :depth]),
-            )
-    embeddings = base_query_embeddings(index, split, device=device, report=report)
-    rows, scores = index.search(
-        embeddings, depth, split.excluded, device=device, report=report, what="deployed top lists"
-    )
-    _keep(cache / f"scores-{depth}.npy", scores)
-    _keep(cache / f"rows-{depth}.npy", rows.astype(np.int32) if len(index) < 2**31 else rows)
-    return rows, scores
+    kept = _kept_lists(cache, depth)
+    if kept is None:
+        embeddings = base_query_embeddings(index, split, device=device, report=report)
+        dtype = np.int32 if len(index) < 2**31 else np.int64
+        with report.bar("deployed top lists", len(split)) as advance:
+
+            def search() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+                for start in range(0, len(split), _QUERIES):
+                    part = slice(start, start + _QUERIES)
+                    found = index.search(embeddings[part], depth, split.excluded[part], device=device)
+                    advance(len(found[0]))
+                    yield found[0].astype(dtype), found[1]
+
+            try:
+                _keep_lists(cache, search(), (len(split), depth), dtype)
+            except OSError:  # a read-only or full index folder costs the cache, not the run
+                rows, scores = zip(*search(), strict=True)
+                return np.concatenate(rows), np.concatenate(scores)
+        kept = _kept_lists(cache, depth)
+        assert kept is not None
+    return kept
+
+
+def _kept_lists(cache: Path, depth: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first places of the shortest lists in the cache that are long enough."""
+    depths = [int(path.stem[5:]) for path in cache.glob("rows-*.npy") if path.stem[5:].isdigit()]
+    longer = min((kept for kept in depths if kept >= depth), default=None)
+    if longer is None:
+        return None
+    rows, scores = (np.load(cache / f"{what}-{longer}.npy", mmap_mode="r") for what in ("rows", "scores"))
+    return np.asarray(rows)[:, :depth], np.asarray(scores)[:, :depth]
+
+
+def _keep_lists(
+    cache: Path,
+    parts: Iterator[tuple[np.ndarray, np.ndarray]],
+    shape: tuple[int, int],
+    dtype: type[np.signedinteger],
+) -> None:
+    """Write lists part by part: all of them may be more than memory holds."""
+    name = f"{shape[1]}.npy"
+    with (
+        _new_file(cache / f"rows-{name}") as rows,  # what is found first is there last
+        _new_file(cache / f"scores-{name}") as scores,
+    ):
+        for file, of in ((rows, dtype), (scores, np.float64)):
+            described = {"descr": np.dtype(of).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, described)
+        for found_rows, found_scores in parts:
+            rows.write(found_rows.tobytes())
+            scores.write(found_scores.tobytes())
 
 
 def open_deployed(folders: tuple[str, ...], data: str) -> list[Index]:
@@ -170,7 +214,8 @@ def pooled_lists(
     """T_L of several deployed models: the union of their top lists (PG-Ret, Definition 1).
 
     Returns:
-        (Q, models × depth) int64 catalog rows of the first index, each at most once in a row, −1 padded.
+        (Q, models × depth) catalog rows of the first index, int32 or int64, each at most once in a row, −1
+        padded.
     """
     first = indexes[0]
     lists = []
@@ -204,15 +249,18 @@ def _translated(of: Index, to: Index) -> Callable[[np.ndarray], np.ndarray]:
 def base_query_embeddings(
     index: Index, split: Split, *, device: str = "cpu", report: Reporter | None = None
 ) -> np.ndarray:
-    """The deployed query embeddings of a split, (Q, d) float32, kept in the index's cache."""
+    """The deployed query embeddings of a split, (Q, d) float32, memory-mapped from the index's cache."""
     report = report or Reporter()
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
     path = cache / "queries.npy"
-    if path.is_file():
-        return np.load(path)
-    embeddings = embed_queries(index.query_encoder(device), split.query_texts, report)
-    _keep(path, embeddings)
-    return embeddings
+    if not path.is_file():
+        embeddings = embed_queries(index.query_encoder(device), split.query_texts, report)
+        try:
+            with _new_file(path) as file:
+                np.save(file, embeddings)
+        except OSError:  # as above
+            return embeddings
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def embed_queries(model: SentenceTransformer, texts: list[str], report: Reporter) -> np.ndarray:
@@ -269,16 +317,14 @@ def _mapped(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read ({error}); copy the INDEX again or make it anew") from None
 
 
-def _depth_of(path: Path) -> int:
-    return int(path.stem.split("-")[1])
-
-
-def _keep(path: Path, array: np.ndarray) -> None:
-    # A read-only or full index folder costs the cache, not the run.
-    temporary = path.with_suffix(".tmp.npy")
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all, also where several processes write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, array)
+        with temporary.open("wb") as file:
+            yield file
         temporary.replace(path)
-    except OSError:
-        shutil.rmtree(path.parent, ignore_errors=True)
+    finally:
+        temporary.unlink(missing_ok=True)

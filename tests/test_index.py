@@ -1,5 +1,7 @@
 """Building an index: resumed after a kill, through faiss, in float16, with another query side."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,31 @@ def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):
     again = base_lists(index, split, 5)
     assert (again[0] == first[0][:, :5]).all()
     assert (again[1] == first[1][:, :5]).all()
+
+
+def test_what_a_kill_left_in_the_cache_is_passed_over(world, encoder, tmp_path):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    first = base_lists(index, split, 12)
+    (cache,) = (index.folder / "cache").iterdir()
+    for name in ("rows-99.npy.77.tmp", "rows-99.tmp.npy", "rows-.npy"):
+        (cache / name).write_bytes(b"half")
+    assert np.array_equal(base_lists(index, split, 5)[0], first[0][:, :5])
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_lists_found_part_by_part_are_the_same(world, encoder, tmp_path, monkeypatch, writable):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    rows, scores = base_lists(index, split, 7)
+    shutil.rmtree(index.folder / "cache")
+    monkeypatch.setattr("novelret.index._QUERIES", 3)
+    if not writable:
+        (index.folder / "cache").write_text("in the way")
+    again, scores_again = base_lists(index, split, 7)
+    assert np.array_equal(again, rows)
+    assert np.array_equal(scores_again, scores)
+    assert (index.folder / "cache").is_dir() == writable
 
 
 def test_mended_data_may_be_indexed_where_broken_data_failed(world, encoder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from novelret.data.source import read_lines
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.search import DECIMALS
+
+_LINES = 1 << 20  # whose ids are looked up at once, in a pass over the catalog's
 
 
 def write_run(
@@ -64,10 +67,19 @@ def read_run(path: Path, split: Split, catalog: Catalog, k: int, id_rank: np.nda
     """
     query_ids = split.query_ids
     row_of = {query_id: row for row, query_id in enumerate(query_ids)}
-    wheres: list[str] = []
-    queries: list[int] = []
+    # A run may have many million lines: of each only four numbers are held.
+    numbers, queries, rows, scores = array("q"), array("q"), array("q"), array("d")
     items: list[str] = []
-    scores: list[float] = []
+
+    def look_up() -> None:
+        found = catalog.rows_of(items)
+        if (found < 0).any():
+            first = int(np.flatnonzero(found < 0)[0])
+            where = f"{path}:{numbers[len(rows) + first]}"
+            raise UserError(f"{where}: item id {items[first]!r} is not in the catalog")
+        rows.frombytes(found.astype(np.int64).tobytes())
+        items.clear()
+
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         columns = line.split()
@@ -80,30 +92,45 @@ def read_run(path: Path, split: Split, catalog: Catalog, k: int, id_rank: np.nda
         if not np.isfinite(score):
             raise UserError(f"{where}: the score {columns[4]!r} is not a finite number")
         if columns[0] in row_of:
-            wheres.append(where)
+            numbers.append(number)
             queries.append(row_of[columns[0]])
-            items.append(columns[2])
             scores.append(score)
+            items.append(columns[2])
+            if len(items) == _LINES:
+                look_up()
     if not queries:
         raise UserError(f"{path}: no line is about the split's queries; is it the right run?")
-    rows = catalog.rows_of(items)
-    unknown = np.flatnonzero(rows < 0)
-    if len(unknown):
-        first = int(unknown[0])
-        raise UserError(f"{wheres[first]}: item id {items[first]!r} is not in the catalog")
-    query_rows = np.array(queries, dtype=np.int64)
-    rounded = np.round(np.array(scores), DECIMALS)
+    look_up()
+    return _lists(
+        path, split, catalog, k, id_rank, *(np.array(part) for part in (numbers, queries, rows, scores))
+    )
+
+
+def _lists(
+    path: Path,
+    split: Split,
+    catalog: Catalog,
+    k: int,
+    id_rank: np.ndarray,
+    numbers: np.ndarray,
+    query_rows: np.ndarray,
+    rows: np.ndarray,
+    scores: np.ndarray,
+) -> np.ndarray:
+    """Put lines together as (Q, k) lists; `numbers` say where in the file each stands."""
+    rounded = np.round(scores, DECIMALS)
     pair = query_rows * len(catalog) + rows
     _, first_seen = np.unique(pair, return_index=True)
     if len(first_seen) != len(pair):
         again = int(np.setdiff1d(np.arange(len(pair)), first_seen)[0])
-        raise UserError(f"{wheres[again]}: item {items[again]!r} occurs twice for this query")
+        item = catalog.ids_at(rows[again : again + 1])[0]
+        raise UserError(f"{path}:{numbers[again]}: item {item!r} occurs twice for this query")
     allowed = np.flatnonzero((split.excluded[query_rows] != rows[:, None]).all(axis=1))
     query_rows, rows, rounded = query_rows[allowed], rows[allowed], rounded[allowed]
     order = np.lexsort((-id_rank[rows].astype(np.int64), -rounded, query_rows))
     ordered = query_rows[order]
     place = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
     kept = place < k
-    lists = np.full((len(query_ids), k), -1, dtype=np.int64)
+    lists = np.full((len(split), k), -1, dtype=np.int64)
     lists[ordered[kept], place[kept]] = rows[order][kept]
     return lists

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of judgements.parquet. The judge and the prompt are one per artifact: see its manifest."""
+
+READ = ["query_id", "item_id", "verdict", "grade"]
+"""The columns that a table is made from."""
 
 VERDICTS = {RELEVANT: "relevant", IRRELEVANT: "not relevant", UNKNOWN: "unusable"}
 """Verdicts as people read them."""
@@ -89,20 +93,27 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
     Raises:
         UserError: it names items that the catalog does not hold.
     """
-    keys = [np.empty(0, dtype=np.int64)]
-    verdicts = [np.empty(0, dtype=np.int8)]
-    grades = [np.empty(0, dtype=np.float32)]
-    wanted = pa.array(query_ids, pa.string())
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
-    for batch in file.iter_batches(batch_size=1 << 20, columns=["query_id", "item_id", "verdict", "grade"]):
+    return table_of(file.iter_batches(batch_size=1 << 20, columns=READ), query_ids, catalog, path)
+
+
+def table_of(
+    judgements: Iterable[pa.RecordBatch], query_ids: list[str], catalog: Catalog, where: Path
+) -> LabelTable:
+    """As `read_table`, of batches with the columns `READ`; each takes a pass over the catalog's ids."""
+    keys = [np.empty(0, dtype=np.int64)]
+    verdicts = [np.empty(0, dtype=np.int8)]
+    grades = [np.empty(0, dtype=np.float32)]
+    wanted = pa.array(query_ids, pa.string())
+    for batch in judgements:
         query_rows = pc.index_in(batch["query_id"], value_set=wanted)
         kept = query_rows.is_valid()
         item_rows = catalog.rows_of(batch["item_id"].filter(kept))
         if (item_rows < 0).any():
-            raise UserError(f"{path}: names items that the catalog does not hold; label again")
+            raise UserError(f"{where}: names items that the catalog does not hold; label again")
         rows = query_rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64)
         keys.append(rows * len(catalog) + item_rows)
         verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))

@@ -93,7 +93,7 @@ def _draw_from_policy(
         left_out = torch.from_numpy(excluded).to(embeddings.device)
         draw = run.items.draw(embeddings, 1, key, tau, left_out, replacement=True)
     else:
-        draw, _ = draw_from_top(*top_items(run, embeddings, excluded), 1, key, tau)
+        draw = draw_from_top(*top_items(run, embeddings, excluded), 1, key, tau)
     drawn = np.stack([places, draw.rows[:, 0].cpu().numpy()], axis=1)
     order, rows = processes.concatenate(drawn).T
     items, rewards = batch.items.copy(), batch.rewards.copy()
@@ -103,10 +103,14 @@ def _draw_from_policy(
 
 
 def top_items(run: Run, embeddings: torch.Tensor, excluded: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (n, --support) catalog rows and scores of what the draws keep to, the best first."""
+    """The (n, --support) catalog rows and scores that draws keep to, the best first, of n queries.
+
+    By the index's own approximate search where it has one.
+    """
     assert run.config.support is not None
-    found = run.index.search(
-        embeddings.cpu().numpy(), run.config.support, excluded, device=run.processes.device
-    )
+    support = min(run.config.support, len(run.index) - excluded.shape[1])
+    if run.index.faiss_index is None:
+        return run.items.top_k(embeddings, support, torch.from_numpy(excluded).to(embeddings.device))
+    found = run.index.search(embeddings.cpu().numpy(), support, excluded)
     rows, scores = (torch.from_numpy(array).to(embeddings.device) for array in found)
     return rows, scores.to(embeddings.dtype)

@@ -7,7 +7,6 @@ in judgements/step-N.parquet, from which a run that was killed knows what it kne
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from novelret.label.cost import Caps
 from novelret.label.judge import make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.label import asked_like, store_path
-from novelret.label.labels import judgement_rows, read_table
+from novelret.label.labels import READ, judgement_rows, table_of
 from novelret.label.table import UNKNOWN, LabelTable, empty_table, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
@@ -81,15 +80,16 @@ class Judging:
 
     def forget_after(self, first: int) -> LabelTable:
         """What was learnt before step `first`; files of later steps go (their answers are in the store)."""
-        table = self._empty()
         if self.processes.is_first:
             for path in self.folder.glob("step-*.parquet"):
                 if int(path.stem.split("-")[1]) >= first:
                     path.unlink()
         self.processes.wait()
-        for path in sorted(self.folder.glob("step-*.parquet")):
-            table = join_tables(table, read_table(path, self.split.query_ids, self.index.catalog))
-        return table
+        files = sorted(self.folder.glob("step-*.parquet"))
+        if not files:
+            return self._empty()
+        whole = pa.concat_tables(pq.read_table(path, columns=READ) for path in files).combine_chunks()
+        return table_of(whole.to_batches(), self.split.query_ids, self.index.catalog, self.folder)
 
     def ask(self, step: int, queries: np.ndarray, items: np.ndarray) -> None:
         """Start to ask about unlabelled pairs of a step to come."""
@@ -132,7 +132,6 @@ class Judging:
                 with pq.ParquetWriter(self.folder.with_suffix(".parquet"), tables[0].schema) as writer:
                     for table in tables:
                         writer.write_table(table)
-            shutil.rmtree(self.folder)
         return self.spent
 
     def close(self) -> None:
@@ -182,7 +181,7 @@ class Judging:
         if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):
             self.spent["failed"] = True
             self.report.warn(f"step {step}: {say_failed(facts)}; they count as not labelled")
-        return read_table(path, self.split.query_ids, self.index.catalog)
+        return self._answered(path, queries, items)
 
     def _check_alive(self, facts: dict[str, Any], step: int) -> None:
         """Stop where the judge has never answered, or no more: every step would wait for nothing."""
@@ -193,6 +192,16 @@ class Judging:
                 f"step {step}: {say_failed(facts)}; see to the judge and run the same command again, it goes "
                 "on from the last validation"
             )
+
+    def _answered(self, path: Path, queries: np.ndarray, items: np.ndarray) -> LabelTable:
+        """What a step's file says of its few pairs; to look ids up in the catalog takes a pass over that."""
+        ids = [self.split.query_ids[row] for row in queries]
+        place_of = {pair: n for n, pair in enumerate(zip(ids, self.index.catalog.ids_at(items), strict=True))}
+        rows = pq.read_table(path, columns=READ).to_pylist()
+        places = np.array([place_of[row["query_id"], row["item_id"]] for row in rows], dtype=np.int64)
+        verdicts = np.array([row["verdict"] for row in rows], dtype=np.int8)
+        grades = np.array([row["grade"] for row in rows], dtype=np.float32)
+        return make_table(queries[places], items[places], verdicts, len(self.index), grades=grades)
 
     def _empty(self) -> LabelTable:
         return empty_table(len(self.index))

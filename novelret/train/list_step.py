@@ -59,7 +59,7 @@ def list_losses(
         log_t = _expected_time(embeddings, items, excluded, tau, k)
         return expected_threshold.credited(logits, log_t, credit), rewards
     if config.objective in ("ca-pg", "ca-pg-loo"):
-        best = items.top_k(embeddings, k, excluded)
+        best, _ = items.top_k(embeddings, k, excluded)
         is_best = drawn.rows[:, :, None] == best[:, None, :]
         best_logits = _logits(embeddings, items, best, tau)
         log_rest = _log_rest(embeddings, items, excluded, best, tau)
@@ -95,7 +95,7 @@ def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> tuple[np.
 
 def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:
     """When K clocks have rung on average: the top items one by one, the others by their mass."""
-    top = items.top_k(embeddings, min(_EXACT_PER_ITEM * k, _available(items, excluded)), excluded)
+    top, _ = items.top_k(embeddings, min(_EXACT_PER_ITEM * k, _available(items, excluded)), excluded)
     rest = _log_rest(embeddings, items, excluded, top, tau)
     return expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)
 

@@ -58,13 +58,15 @@ def run_steps(run: Run, last: int | None = None, kept: Iterable[int] = ()) -> tu
                 return points, step
             began = time.perf_counter()
             batch, loss, norm = _step(run, batches, parameters, optimizer, scaler, step)
+            took = time.perf_counter() - began
             labelled.count(loss)
-            is_last = step + 1 == last
-            if step % config.log_every == 0 or is_last:
-                line = log_line(run, batch, loss, norm, step)
-                logs.line(line | {"step_time": round(time.perf_counter() - began, 5)})
+            is_validated = (step + 1) % config.steps_between_validations == 0 or step + 1 == last
+            if step % config.log_every == 0 or is_validated:
+                # Validation passes over the catalog anyway; for each line that would cost more than its step.
+                line = log_line(run, batch, loss, norm, step, over_catalog=step == 0 or is_validated)
+                logs.line(line | {"step_time": round(took, 5)})
             panel.advance(1)
-            if (step + 1) % config.steps_between_validations == 0 or is_last:
+            if is_validated:
                 labelled.warn(run)
                 if run.judging is not None and (fresh := run.judging.take_fresh()) is not None:
                     run.material = with_more_labels(run.material, fresh)
@@ -159,21 +161,24 @@ def _step(
         total = total + part.detached()
     total = StepLoss.from_tensor(processes.sum(total.as_tensor(processes.device)))
     if not math.isfinite(total.loss.item()):
-        raise UserError(
-            f"step {step}: the loss is {total.loss.item()}; the last validated checkpoint is kept. "
-            "Lower --learning-rate or raise --temperature"
-        )
+        raise UserError(_not_finite(f"step {step}: the loss is {total.loss.item()}"))
     processes.sum_gradients(parameters)
     if all(parameter.grad is None for parameter in parameters):  # no state of the batch had a reward
         return batch, total, 0.0
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips the step and lowers its scale
+        raise UserError(_not_finite(f"step {step}: the gradient is no number"))
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return batch, total, norm
+
+
+def _not_finite(what: str) -> str:
+    return f"{what}; the last validated checkpoint is kept. Lower --learning-rate or raise --temperature"
 
 
 def _save(

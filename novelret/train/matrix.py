@@ -71,11 +71,11 @@ class ItemMatrix:
         log_z, mean = self._moments(queries, temperature, excluded)
         return policy.entropy_of(queries.detach(), log_z, mean, temperature)
 
-    def top_k(self, queries: Tensor, k: int, excluded: Tensor) -> Tensor:
-        """(b, k) catalog rows with the highest scores; all processes have to call it."""
+    def top_k(self, queries: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, k) catalog rows with the highest scores, and these; all processes have to call it."""
         asked = self._gather(queries.detach(), excluded)
-        rows, _ = policy.top_k(asked.queries, self.held, k, asked.excluded, shard=self.shard)
-        return rows[asked.mine]
+        rows, scores = policy.top_k(asked.queries, self.held, k, asked.excluded, shard=self.shard)
+        return rows[asked.mine], scores[asked.mine]
 
     def _moments(self, queries: Tensor, temperature: float, excluded: Tensor) -> tuple[Tensor, Tensor]:
         asked = self._gather(queries.detach(), excluded)

@@ -40,8 +40,8 @@ class Panel:
         self.progress.advance(self.task, steps)
 
     def show_line(self, line: dict[str, Any]) -> None:
-        """Show a log line."""
-        self.line = line
+        """Show a log line, beside what only earlier ones say."""
+        self.line |= line
         self._draw()
 
     def show_points(self, points: list[Point]) -> None:

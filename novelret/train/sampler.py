@@ -188,14 +188,7 @@ def draw_without_replacement(
     return Draw(best.rows, log_probability, log_z.to(dtype), best.values.to(dtype))
 
 
-def draw_from_top(
-    top_rows: Tensor,
-    top_scores: Tensor,
-    n: int,
-    key: Key,
-    temperature: float,
-    log_partition: Tensor | None = None,
-) -> tuple[Draw, Tensor]:
+def draw_from_top(top_rows: Tensor, top_scores: Tensor, n: int, key: Key, temperature: float) -> Draw:
     """Approximate mode: draws with replacement restricted to each query's top P items.
 
     Args:
@@ -204,11 +197,9 @@ def draw_from_top(
         n: draws per query.
         key: what decides the draws.
         temperature: τ.
-        log_partition: (B,) exact log Z over the whole catalog, where it is known.
 
     Returns:
-        The draw, with probabilities within the support, and (B,) the share of the whole policy's mass that
-        the support covers; NaN where `log_partition` is not given.
+        The draw, with probabilities within the support.
 
     Raises:
         UserError: τ is not positive, a query has no item, or scores are not finite.
@@ -221,10 +212,7 @@ def draw_from_top(
     numbers = uniform(key.seed, _ITEMS, key.step, key.places[:, None], draws)
     chosen = _inverse(torch.softmax(logits, dim=1), numbers)
     log_probability = (logits.gather(1, chosen) - log_z[:, None]).to(top_scores.dtype)
-    draw = Draw(top_rows.gather(1, chosen), log_probability, log_z.to(top_scores.dtype))
-    if log_partition is None:
-        return draw, torch.full_like(draw.log_partition, torch.nan)
-    return draw, torch.exp(log_z - log_partition.double()).clamp(max=1.0)
+    return Draw(top_rows.gather(1, chosen), log_probability, log_z.to(top_scores.dtype))
 
 
 @dataclass(frozen=True)

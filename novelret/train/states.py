@@ -29,9 +29,9 @@ class Material:
 
     Attributes:
         split: queries and feedback.
-        base_rows: (Q, depth) int64, the lists of the deployed model that is finetuned against.
+        base_rows: (Q, depth) int32 or int64, the lists of the deployed model that is finetuned against.
         base_depth: L.
-        pool: (Q, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
+        pool: (Q, W) int32 or int64, T_L: the top-L lists of all deployed models, −1 padded.
         labels: verdicts by (query row, catalog row).
         reward: the reward function.
         positives: (P, 2) int64 labelled states (query row, item row) with reward > 0, ascending.
@@ -85,7 +85,15 @@ class Material:
     def known_relevant(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether items are feedback of their query or judged relevant to it; bool, broadcast shape."""
         judged = self.labels.lookup(query_rows, item_rows) == 1
-        return judged | _is_feedback(self.split, self.labels.catalog_size, query_rows, item_rows)
+        wanted = np.asarray(query_rows) * self.labels.catalog_size + np.asarray(item_rows)
+        place = np.minimum(np.searchsorted(self._feedback_keys, wanted), len(self._feedback_keys) - 1)
+        found: np.ndarray = judged | (self._feedback_keys[place] == wanted)
+        return found
+
+    @cached_property
+    def _feedback_keys(self) -> np.ndarray:
+        """Ascending, as feedback is sorted by (query, item)."""
+        return self.split.feedback_queries * self.labels.catalog_size + self.split.feedback_items
 
     def rewarded_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labelled items of queries with a reward: (b, M) rows, −1 padded, and their rewards, 0 padded."""
@@ -310,7 +318,7 @@ def shuffled(total: int, count: int, step: int, stream: tuple[int, ...]) -> np.n
     return chosen
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # 8 bytes a pair each: the streams of a step, one of them between two epochs
 def _permutation(total: int, stream: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(stream).permutation(total)
 
@@ -326,14 +334,3 @@ def _rewards(
     grades = torch.from_numpy(labels.lookup_grades(query_rows, item_rows))
     values: np.ndarray = reward(verdicts, grades, torch.from_numpy(in_base)).numpy()
     return values
-
-
-def _is_feedback(
-    split: Split, catalog_size: int, query_rows: np.ndarray, item_rows: np.ndarray
-) -> np.ndarray:
-    # Feedback is sorted by (query, item), so its keys are ascending.
-    keys = split.feedback_queries * catalog_size + split.feedback_items
-    wanted = np.asarray(query_rows) * catalog_size + np.asarray(item_rows)
-    position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    found: np.ndarray = keys[position] == wanted
-    return found

@@ -182,7 +182,7 @@ def _pair_losses(
     of_leader = embeddings[torch.from_numpy(leader)]
     scores = (of_leader @ items.rows(torch.from_numpy(others), embeddings).T)[torch.from_numpy(group)]
     if config.objective == "supervised-judged" and config.hard_negatives:
-        hard = material.base_rows[batch.queries[pairs], : config.hard_negatives]
+        hard = material.base_rows[batch.queries[pairs], : config.hard_negatives].astype(np.int64)
         vectors = items.rows(torch.from_numpy(np.maximum(hard, 0)), embeddings)
         scores = torch.cat([scores, torch.einsum("sd,snd->sn", embeddings, vectors)], dim=1)
         relevant = material.known_relevant(batch.queries[pairs][:, None], hard) | (hard < 0)
@@ -206,7 +206,7 @@ def _state_losses(
     if config.loss == "inclusion":
         return _inclusion_losses(embeddings, queries, leader, group, chosen, reward, material, config, items)
     first, last = negative_ranks(config)
-    negatives = material.base_rows[queries[leader], first:last]
+    negatives = material.base_rows[queries[leader], first:last].astype(np.int64)
     negative_vectors = items.rows(torch.from_numpy(np.maximum(negatives, 0)), embeddings)
     of_leader = embeddings[torch.from_numpy(leader)]
     negative_scores = torch.einsum("sd,snd->sn", of_leader, negative_vectors)[torch.from_numpy(group)]

@@ -44,8 +44,17 @@ class Labelled:
         self.is_told = True
 
 
-def log_line(run: Run, batch: Batch, loss: StepLoss, norm: float, step: int) -> Line:
-    """What log.jsonl holds of a step; every process has to call it."""
+def log_line(run: Run, batch: Batch, loss: StepLoss, norm: float, step: int, *, over_catalog: bool) -> Line:
+    """What log.jsonl holds of a step; every process has to call it.
+
+    Args:
+        run: the run.
+        batch: of the step.
+        loss: of the step.
+        norm: of its gradient.
+        step: its number, from 0.
+        over_catalog: whether with the figures that take a pass over the catalog.
+    """
     config = run.config
     if config.objective in LIST_OBJECTIVES:  # each process knows the rewards of the lists it drew
         count, size = len(batch.queries), run.processes.size
@@ -64,7 +73,7 @@ def log_line(run: Run, batch: Batch, loss: StepLoss, norm: float, step: int) -> 
         "labelled": round(loss.known / loss.drawn, 4) if loss.drawn else None,
         "grad_norm": round(norm, 6) if math.isfinite(norm) else None,  # fp16 overflow: the step is skipped
         "learning_rate": config.learning_rate_at(step),
-        **_policy_figures(run, batch, step),
+        **(_policy_figures(run, batch, step) if over_catalog else {}),
         "memory_gb": round(peak_memory(), 3),
     }
     if run.judging is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from novelret import encode
-from novelret.artifacts import check_output, fingerprint_of, open_output
+from novelret.artifacts import MANIFEST, check_output, fingerprint_of, open_output
 from novelret.errors import UserError
 from novelret.label.judge import make_judge, split_judge
 from novelret.label.label import asked_like
@@ -35,11 +35,10 @@ from novelret.train.prepare import Inputs, Prepared, open_inputs, prepare
 from novelret.train.processes import Processes, join
 from novelret.train.run import Run
 from novelret.train.validation import Point, best_first, steps_to_keep
-from novelret.train.write import read_points, write_model, write_points
+from novelret.train.write import REFIT, drop_resumables, read_points, write_model, write_points
 
 _NOT_IDENTITY = ("data", "index", "labels", "init", "store", "device", "log_every", "micro_batch", "wandb")
 _NOT_IDENTITY_OF_JUDGE = ("concurrency", "timeout", "rpm", "tpm", "max_requests", "max_cost", "price")
-_REFIT = "refit"
 _LEAST_SHARE = 0.05  # of all queries; fewer teach too little for a second training
 
 
@@ -93,14 +92,18 @@ def _train(
         output = open_output(out, fingerprint_of(settings), force=force, settings=settings)
     with output as folder:
         processes.wait()
-        if (folder / _REFIT).is_dir():  # a run that was killed had chosen already
+        # A run that was killed may have chosen already, or even have written all there is.
+        is_written = (folder / MANIFEST).is_file()
+        if is_written or (folder / REFIT).is_dir():
             points = read_points(folder)
         else:
             points = _search(config, inputs, prepared, items, folder, processes, report)
         share = prepared.held_back / len(inputs.split)
         del prepared  # a whole encoder, perhaps
-        if _is_worth_refitting(config, points, share):
+        if not is_written and _is_worth_refitting(config, points, share):
             _refit(config, inputs, items, points, folder, processes, report)
+        if processes.is_first:
+            drop_resumables(folder)
     processes.wait()
     return points
 
@@ -135,7 +138,7 @@ def _search(
                 best_first(points, config.max_recall_drop)[0], points, prepared.held_back, config, report
             )
         if _is_worth_refitting(config, points, prepared.held_back / len(inputs.split)):
-            (folder / _REFIT).mkdir()
+            (folder / REFIT).mkdir()
         else:
             write_model(config, run, folder, inputs, points, steps, spent)
     return points
@@ -161,7 +164,7 @@ def _refit(
     prepared = prepare(config, inputs, 0.0, processes, Reporter())  # what it has to say was said before
     run = Run(
         replace(config, wandb=None), prepared.tower, prepared.material, None, inputs.indexes[0], items,
-        folder / _REFIT, processes, None, report,
+        folder / REFIT, processes, None, report,
     )  # fmt: skip
     run_steps(run, max(kept), kept)
     if processes.is_first:

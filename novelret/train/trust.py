@@ -50,7 +50,8 @@ _REFERENCES = 256
 _GROUP = 256  # pairs of one query that are compared at once
 _CHUNK = 1 << 16  # labels at a time
 _NUMBERS = 1 << 24  # of embeddings held at a time, 64 MB
-_FEATURES = 8
+_FEATURES = 7
+_RATE, _SIMILAR = 4, 5  # two of them
 
 
 def weigh_labels(
@@ -183,7 +184,7 @@ class _Context:
     items: np.ndarray
 
     def features(self, pairs: np.ndarray, is_yes: np.ndarray) -> np.ndarray:
-        """Features of (query, item) pairs, grouped by query, (n, 8) float64.
+        """Features of (query, item) pairs, grouped by query, (n, 7) float64; similarities may be NaN.
 
         Args:
             pairs: (n, 2) int64.
@@ -200,12 +201,11 @@ class _Context:
         found[:, 1] = found[:, 0] - self._scores(np.stack([asked, np.maximum(edge[asked], 0)], axis=1))[place]
         found[:, 2] = np.log(self._ranks(pairs))
         found[:, 3] = np.log(1e-3 + rate)
-        found[:, 4] = rate
+        found[:, _RATE] = rate
         split = self.material.split
         feedback = np.stack([split.feedback_queries, split.feedback_items], axis=1)
-        found[:, 5] = self._similarities(pairs, labelled.yeses, 3, others=True)
+        found[:, _SIMILAR] = self._similarities(pairs, labelled.yeses, 3, others=True)
         found[:, 6] = self._similarities(pairs, feedback, 1, others=False)
-        found[:, 7] = found[:, 5] * rate
         return found
 
     def _scores(self, pairs: np.ndarray) -> np.ndarray:
@@ -229,10 +229,9 @@ class _Context:
         return np.concatenate(parts)
 
     def _similarities(self, pairs: np.ndarray, of: np.ndarray, most: int, *, others: bool) -> np.ndarray:
-        """Mean of the `most` largest similarities to a query's items `of`, (n,) float64.
+        """Mean of the `most` largest similarities to a query's items `of`, (n,) float64, NaN without any.
 
-        The mean of all pairs that have one stands in where there is none. With `others`, an item is not
-        compared with itself.
+        With `others`, an item is not compared with itself.
         """
         found = np.full(len(pairs), np.nan)
         for group in _groups(pairs[:, 0], self.items.shape[1]):
@@ -253,8 +252,6 @@ class _Context:
             there = torch.isfinite(best)
             mean = best.masked_fill(~there, 0.0).sum(dim=2) / there.sum(dim=2)
             found[group[inside]] = mean.numpy()[inside]
-        known = np.isfinite(found)
-        found[~known] = found[known].mean() if known.any() else 0.0
         return found
 
 
@@ -284,8 +281,18 @@ def _groups(queries: np.ndarray, dimension: int) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The fitted model; `mean` and `scale` standardise features, `weights` (16,) are for them and squares."""
+    """The fitted model.
 
+    Attributes:
+        stand_in: (7,) what counts for a feature that a pair lacks.
+        mean: (8,) and
+        scale: (8,) standardise features and the product of two.
+        weights: (16,) for these and their squares.
+        bias: of the score.
+        floor: share of irrelevant items that the judge calls relevant.
+    """
+
+    stand_in: np.ndarray
     mean: np.ndarray
     scale: np.ndarray
     weights: Tensor
@@ -294,9 +301,16 @@ class _Model:
 
     def right(self, features: np.ndarray) -> np.ndarray:
         """P(right | yes) of pairs with a yes, (n,) float32."""
-        p = torch.sigmoid(_expand(features, self.mean, self.scale) @ self.weights + self.bias)
+        whole = _completed(features, self.stand_in)
+        p = torch.sigmoid(_expand(whole, self.mean, self.scale) @ self.weights + self.bias)
         right: np.ndarray = (p / (self.floor + (1 - self.floor) * p)).float().numpy()
         return right
+
+
+def _completed(features: np.ndarray, stand_in: np.ndarray) -> np.ndarray:
+    """(n, 8): nothing lacks, and what the query's other yeses are like counts by how many they are, too."""
+    whole = np.where(np.isnan(features), stand_in, features)
+    return np.column_stack([whole, whole[:, _SIMILAR] * whole[:, _RATE]])
 
 
 def _expand(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Tensor:
@@ -306,6 +320,9 @@ def _expand(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Tensor
 
 def _fit(features: np.ndarray, is_yes: np.ndarray, stands_for: np.ndarray) -> _Model | None:
     """Maximum likelihood; None where a floor is not better than none, or nothing finite is found."""
+    known = np.isfinite(features)
+    stand_in = np.where(known, features, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
+    features = _completed(features, stand_in)
     share = stands_for / stands_for.sum()
     mean = share @ features
     scale = np.sqrt(share @ (features - mean) ** 2) + 1e-6
@@ -316,7 +333,7 @@ def _fit(features: np.ndarray, is_yes: np.ndarray, stands_for: np.ndarray) -> _M
     gain = 2 * len(features) * (likelihood - without)
     if not (np.isfinite(gain) and gain > _RATIO and bool(torch.isfinite(weights).all())):
         return None
-    return _Model(mean, scale, weights, bias, float(torch.sigmoid(logit)))
+    return _Model(stand_in, mean, scale, weights, bias, float(torch.sigmoid(logit)))
 
 
 def _maximise(x: Tensor, yes: Tensor, weight: Tensor, floor: float | None) -> tuple[float, list[Tensor]]:

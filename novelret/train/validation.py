@@ -24,8 +24,8 @@ class Validation:
     Attributes:
         split: the held-back queries with their feedback.
         known: (P,) query rows and (P,) catalog rows of the pairs whose recall is measured.
-        base_rows: (V, L) int64, the lists of the deployed model that is finetuned against.
-        pool: (V, W) int64, T_L: the top-L lists of all deployed models, −1 padded.
+        base_rows: (V, L) int32 or int64, the lists of the deployed model that is finetuned against.
+        pool: (V, W) int32 or int64, T_L: the top-L lists of all deployed models, −1 padded.
         labels: verdicts by (validation query row, catalog row).
     """
 

@@ -26,6 +26,7 @@ from novelret.train.prepare import Inputs
 from novelret.train.run import Run
 from novelret.train.validation import Point, best_first, keeps_budget, pareto, pareto_set, worth_showing
 
+REFIT = "refit"
 _POINTS = "validation.json"
 
 
@@ -77,8 +78,6 @@ def write_model(
     (folder / "curves.svg").write_text(picture, encoding="utf-8")
     if chosen is not None:
         _write_frontier(folder, points, chosen, config)
-    for of in {folder, run.folder}:
-        shutil.rmtree(of / "resume")
     facts = {
         "steps": steps,
         "chosen": None if chosen is None else asdict(chosen),
@@ -90,6 +89,12 @@ def write_model(
     }
     fingerprint = encode.fingerprint_encoder(finished)
     write_manifest(folder, Manifest("model", asdict(config), inputs.fingerprints, fingerprint, facts))
+
+
+def drop_resumables(folder: Path) -> None:
+    """Delete what a killed run goes on from; with its manifest written it has nothing to go on to."""
+    for path in (folder / "resume", folder / REFIT / "resume", folder / "judgements"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_points(folder: Path, points: list[Point]) -> None:

@@ -176,13 +176,11 @@ def test_extreme_scores_are_drawn():
     assert (drawn.rows[:, 0] == 0).all()
 
 
-def test_approximate_draws_report_the_mass_they_cover():
+def test_approximate_draws_keep_to_the_top_items_in_proportion():
     scores = QUERIES @ ITEMS.T
     top = torch.topk(scores, 10, dim=1)
-    exact = torch.logsumexp(scores / TAU, dim=1)
-    drawn, covered = sampler.draw_from_top(top.indices, top.values, 20_000, key(range(4)), TAU, exact)
+    drawn = sampler.draw_from_top(top.indices, top.values, 20_000, key(range(4)), TAU)
     inside = torch.softmax(scores / TAU, dim=1).gather(1, top.indices)
-    assert torch.allclose(covered, inside.sum(dim=1))
     for q in range(4):
         seen = np.bincount(drawn.rows[q].numpy(), minlength=37)[top.indices[q].numpy()]
         check_counts(seen, (inside[q] / inside[q].sum()).numpy() * 20_000)

@@ -123,7 +123,7 @@ def by_hand(material, query, item, is_yes):
     near = np.mean(yeses) if yeses else np.nan
     return np.array([
         score, score - QUERIES[query] @ ITEMS[base[L - 1]], np.log(rank), np.log(1e-3 + rate), rate,
-        near, (ITEMS[liked] @ ITEMS[item]).max(), near * rate,
+        near, (ITEMS[liked] @ ITEMS[item]).max(),
     ])  # fmt: skip
 
 
@@ -144,9 +144,30 @@ def test_features_are_those_of_their_definition(monkeypatch, cut):
     expected = np.stack([by_hand(material, *pair, yes) for pair, yes in zip(pairs, is_yes, strict=True)])
     alone = np.isnan(expected[:, 5])
     assert alone.any()
-    expected[alone, 5] = np.nanmean(expected[:, 5])
-    expected[alone, 7] = expected[alone, 5] * expected[alone, 4]
-    assert np.allclose(context.features(pairs, is_yes), expected, atol=1e-5)
+    features = context.features(pairs, is_yes)
+    assert np.allclose(features, expected, atol=1e-5, equal_nan=True)
+    whole = trust._completed(features, np.arange(7.0))
+    expected[alone, 5] = 5
+    assert np.allclose(whole, np.column_stack([expected, expected[:, 5] * expected[:, 4]]), atol=1e-5)
+
+
+def test_what_a_yes_alone_is_worth_does_not_depend_on_what_it_is_estimated_with(monkeypatch):
+    verdicts = judged(0.05)
+    for query in range(0, 12):
+        verdicts[query] = False
+        verdicts[query, 20 + query] = True
+    material = make_material(verdicts)
+    at_once = trust.estimate_trust(material, QUERIES, ITEMS)
+    assert at_once.floor > 0
+    states = material.positives
+    context = trust._Context(material, trust._gather(material, 0), QUERIES, ITEMS)
+    alone = np.isnan(context.features(states, np.ones(len(states), dtype=bool))[:, 5])
+    assert alone.sum() >= 12
+    real = trust._Model.right
+    monkeypatch.setattr(
+        trust._Model, "right", lambda self, x: np.concatenate([real(self, part[None]) for part in x])
+    )
+    assert np.allclose(trust.estimate_trust(material, QUERIES, ITEMS).weights, at_once.weights, atol=1e-6)
 
 
 def test_the_user_is_told_of_a_notable_rate(capsys):

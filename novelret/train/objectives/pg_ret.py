@@ -50,10 +50,9 @@ def contrastive(
         (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) for R < 0.
     """
     against = torch.logsumexp((negative_scores / temperature).masked_fill(~negative_mask, -torch.inf), dim=1)
-    logit = score / temperature - against
     # Without any negative there is nothing to outrank, and logsigmoid(inf) would give NaN gradients.
     empty = ~negative_mask.any(dim=1)
-    logit = torch.where(empty, 0.0, torch.nan_to_num(logit, posinf=0.0))
+    logit = score / temperature - against.masked_fill(empty, 0.0)
     loss = -reward.abs() * logsigmoid(torch.sign(reward) * logit)
     return loss.masked_fill(empty, 0.0)
 
