@@ -34,10 +34,12 @@ class Question(NamedTuple):
     Attributes:
         key: its identity in the store.
         messages: the rendered prompt.
+        again: whether it is asked although the store has an answer, as that cannot be read.
     """
 
     key: bytes
     messages: Messages
+    again: bool = False
 
 
 @dataclass
@@ -182,15 +184,16 @@ class Feed:
         start = 0
         for chunk in self.chunks():
             keys = [question.key for question in chunk]
-            stored = store.known(keys)
+            stored, unread = store.known(keys), set()
             if ask_again is not None:
-                unread = {k for k, a in store.find(stored).items() if ask_again(a.text)[0] == UNKNOWN}
-                stored -= unread - tally.settled
+                answers = store.find(stored).items()
+                unread = {k for k, a in answers if ask_again(a.text)[0] == UNKNOWN} - tally.settled
+                stored -= unread
             missing = {}
             if len(stored) < len(chunk):
                 # What is under way now is stored or has failed later; it is not for this chunk to ask.
                 passed = stored | tally.under_way | tally.failed.keys()
-                missing = {q.key: q for q in chunk if q.key not in passed}
+                missing = {q.key: q._replace(again=q.key in unread) for q in chunk if q.key not in passed}
             if start >= self._looked_at:
                 self._look_at(start, keys, stored)
                 advance(len(chunk) - len(missing))

@@ -9,6 +9,7 @@ import signal
 import socket
 import sqlite3
 import time
+import types
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.label import questions as questions_module
+from novelret.label.judges import endpoint
 from novelret.label.judges import openai as judge_module
 from novelret.label.store import Store, key_function
 from tests.conftest import make_world
@@ -632,6 +634,52 @@ def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folde
         assert sum(n - 1 for n in server.billed.values()) <= concurrency * kills
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["both finish", "one is killed"])
+def test_two_runs_with_one_store_pay_for_no_pair_twice(world, index_folder, tmp_path, kill):
+    concurrency, pairs = 4, 20 * 12
+    with LoopbackJudge(delay=0.02) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        command = [
+            "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
+            "--base-depth", 3, "--depth", 15, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
+            "--json", "--out",
+        ]  # fmt: skip
+        logs = [tmp_path / "log-a", tmp_path / "log-b"]
+        runs = [
+            start([*map(str, command), str(tmp_path / name)], environment, log, {})
+            for name, log in zip("ab", logs, strict=True)
+        ]
+        if kill:
+            while len(server.seen) < pairs // 4:
+                time.sleep(0.002)
+            os.kill(runs[0].pid, signal.SIGKILL)
+        for run in runs:
+            run.join(120)
+        assert runs[1].exitcode == 0, logs[1].read_text()
+        labels = [rows_of(tmp_path / name) for name in ("b" if kill else "ab")]
+        assert [len(rows) for rows in labels] == [pairs] * len(labels)
+        twice = sum(n - 1 for n in server.billed.values())
+        assert twice <= (concurrency if kill else 0)
+    assert not list(tmp_path.glob("store.sqlite-asking-*"))
+
+
+def test_text_in_parts_is_put_together():
+    parts = [{"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]
+    response = types.SimpleNamespace(
+        error=None, choices=[types.SimpleNamespace(message=types.SimpleNamespace(content=parts))]
+    )
+    assert endpoint.text_of(response) == "Yes"
+    response.choices[0].message.content = [{"type": "image"}]
+    assert json.loads(endpoint.text_of(response)) == [{"type": "image"}]
+
+
+@pytest.mark.parametrize("fault", ["html", "malformed"])
+def test_a_cap_counts_replies_that_hold_nothing(arguments, tmp_path, capsys, monkeypatch, fault):
+    with LoopbackJudge(always=fault) as server:
+        ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", "--max-requests", 20)
+        assert len(server.seen) == 20
 
 
 def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):

@@ -100,7 +100,8 @@ def text_of(response: Any) -> str:
         raise ValueError(f"no choices in {str(response)[:80]!r}")
     message = choices[0].message
     text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
-    # Content that comes in parts, as some endpoints send it, is kept as it came.
+    if isinstance(text, list) and all(isinstance(part, dict) and "text" in part for part in text):
+        text = "".join(str(part["text"]) for part in text)  # in parts, as some endpoints send it
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
     return text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be stored nowhere
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from novelret.artifacts import fsync_file
 from novelret.errors import UserError
+from novelret.label.claims import Claims
 from novelret.label.cost import Price
 from novelret.label.judges.endpoint import (
     FATAL,
@@ -35,6 +37,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _CONNECT = 10.0  # seconds until a host that does not answer counts as absent
+_OTHERS = 0.2  # seconds until what other processes are asking is looked at again
+_NO_MORE = Question(b"", [])
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
 _DEAD, _DEAD_AFTER = 32, 20.0  # faults in a row, and seconds, of an endpoint that never answered at all
 
@@ -89,8 +93,9 @@ def ask_all(
         KeyboardInterrupt: Ctrl-C.
     """
     store.relax()
-    asking = _Asking(model, parameters, count_tokens, store, limits, tally, say)
-    asyncio.run(_ask_all(questions, asking, advance))
+    with Claims(store) as claims:
+        asking = _Asking(model, parameters, count_tokens, store, claims, limits, tally, say)
+        asyncio.run(_ask_all(questions, asking, advance))
 
 
 async def _ask_all(
@@ -169,9 +174,12 @@ class _Asking:
     parameters: dict[str, Any]
     count_tokens: Callable[[Messages], int]
     store: Store
+    claims: Claims
     limits: Limits
     tally: Tally
     say: Callable[[str], None]
+    elsewhere: deque[Question] = field(default_factory=deque)  # what other processes are asking
+    waited: bool = False  # whether it was told that these are waited for
     pace: Pace = field(init=False)
     stopping: bool = False
     reserved: float = 0.0  # dollars that requests under way may cost at most
@@ -220,6 +228,13 @@ class _Asking:
                 f"a row (the last: {fault.reason}); check OPENAI_BASE_URL and run the same command again"
             )
 
+    async def wait_for_others(self) -> None:
+        """Give other processes time to answer what they are asking."""
+        if not self.waited:
+            self.say(f"waiting for {len(self.elsewhere)} questions that another process is asking")
+            self.waited = True
+        await asyncio.sleep(_OTHERS)
+
     async def sync(self) -> None:
         """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
         while True:
@@ -245,12 +260,23 @@ async def _work(
     price, longest = asking.limits.price, longest_answer(asking.parameters)
     under_way = asking.tally.under_way
     while not asking.stopping and asking.tally.stopped is None:
-        try:
-            question = next(questions)
-        except StopIteration:
-            return
+        question = next(questions, _NO_MORE)
+        if question is _NO_MORE:
+            if not asking.elsewhere:
+                return
+            await asking.wait_for_others()
+            if not asking.elsewhere:
+                continue
+            question = asking.elsewhere.popleft()
         if question is None:
             await asyncio.sleep(0)
+            continue
+        if not asking.claims.take(question.key):
+            asking.elsewhere.append(question)
+            continue
+        if not question.again and asking.store.known([question.key]):  # since it was looked up
+            asking.claims.give_up(question.key)
+            advance(1)
             continue
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
@@ -264,6 +290,7 @@ async def _work(
             raise
         finally:
             under_way.discard(question.key)
+            asking.claims.give_up(question.key)
             asking.reserved -= worst
         advance(1)
 
@@ -313,6 +340,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         asking.fail(question, hide_secrets(str(error)))
         return None
     except ValueError as error:  # a body that is not JSON
+        asking.tally.bill(None, None, None)  # a reply all the same
         return _Fault(f"malformed answer: {hide_secrets(str(error))}")
     usage = getattr(response, "usage", None)
     try:
@@ -320,6 +348,8 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
     except ValueError as error:
         if usage is not None:  # paid for all the same
             asking.receive(question, None, usage)
+        else:
+            asking.tally.bill(None, None, None)
         return _Fault(f"malformed answer: {hide_secrets(str(error))}")
     asking.receive(question, text, usage)
     return None

@@ -1,0 +1,84 @@
+"""Claims on questions: several processes may ask with one store, and none asks what another is asking.
+
+A claim is a row in the store's file and names its process by a lock file beside it. The process keeps that
+locked as long as it lives, so that a kill gives up its claims at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+from novelret.label.store import Store
+
+_SCHEMA = "CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, holder TEXT NOT NULL) WITHOUT ROWID"
+
+
+class Claims:
+    """This process's claims on questions of a store."""
+
+    def __init__(self, store: Store) -> None:
+        """Make the lock file; where files cannot be locked (not Unix), every claim is granted."""
+        self.store = store
+        store.connection.execute(_SCHEMA)
+        self.holder = f"{store.path.name}-asking-{uuid.uuid4().hex[:12]}"
+        self.lock = _lock(self._file_of(self.holder), create=True)
+
+    def take(self, key: bytes) -> bool:
+        """Claim a question; False where a living process holds it."""
+        if self.lock is None:
+            return True
+        with self.store.transaction() as connection:
+            held = connection.execute("SELECT holder FROM claims WHERE key = ?", (key,)).fetchone()
+            if held is not None and held[0] != self.holder and self._lives(held[0]):
+                return False
+            connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self.holder))
+            return True
+
+    def give_up(self, key: bytes) -> None:
+        """Leave a question to others."""
+        if self.lock is not None:
+            with self.store.transaction() as connection:
+                connection.execute("DELETE FROM claims WHERE key = ? AND holder = ?", (key, self.holder))
+
+    def _lives(self, holder: str) -> bool:
+        path = self._file_of(holder)
+        lock = _lock(path)
+        if lock is None:
+            return path.exists()
+        os.close(lock)
+        path.unlink(missing_ok=True)  # of a process that was killed
+        return False
+
+    def _file_of(self, holder: str) -> Path:
+        return self.store.path.with_name(holder)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.lock is not None:
+            self._file_of(self.holder).unlink(missing_ok=True)
+            os.close(self.lock)
+
+
+def _lock(path: Path, *, create: bool = False) -> int | None:
+    """A handle on the file, locked; None where another process holds it, or there is none to lock."""
+    try:
+        import fcntl
+    except ImportError:  # not Unix
+        return None
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            return None
+        return handle
+    return None
