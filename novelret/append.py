@@ -94,7 +94,8 @@ def append_items(
         model = encode.load_encoder(
             own_side if own_side.is_dir() else old.folder / "query_encoder", encode.pick_device(config.device)
         )
-        encode_catalog(model, catalog, folder, old.embeddings.dtype.name, config.batch_size, report)
+        dtype = old.embeddings.dtype.name
+        encode_catalog(model, catalog, folder, dtype, config.batch_size, report, len(old))
         for side in ("query_encoder", "item_encoder"):
             if (old.folder / side).is_dir():
                 shutil.copytree(old.folder / side, folder / side, dirs_exist_ok=True)

@@ -104,15 +104,18 @@ def build_index(
         "item_encoder": source.fingerprint() if source else encode.fingerprint_encoder(items_model),
         "query_encoder": encode.fingerprint_encoder(query_model),
     }
-    settings = {**inputs, "dtype": config.dtype, "factory": config.factory}
-    if config.search_params:
-        settings["search_params"] = config.search_params
+    encoding = {**inputs, "dtype": config.dtype}
     if config.ids:
-        settings["ids"] = fingerprint_file(Path(config.ids))
-    identity = fingerprint_of(settings)
+        encoding["ids"] = fingerprint_file(Path(config.ids))
+    searching = {"factory": config.factory}
+    if config.search_params:
+        searching["search_params"] = config.search_params
+    identity = fingerprint_of(encoding | searching)
+    _empty_faiss(config, int(query_model.get_embedding_dimension() or 0))  # refuses what faiss does not know
     # Hours of encoding are not dropped without being asked; a copy is simply begun anew.
-    dear = None if source else settings
-    with open_output(out, identity, force=force, settings=dear) as folder:
+    dear = None if source else encoding
+    with open_output(out, fingerprint_of(encoding), force=force, settings=dear) as folder:
+        (folder / "items.faiss").unlink(missing_ok=True)  # of a killed run, perhaps with another factory
         _prepare_catalog(config, source, folder, report)
         catalog = open_catalog(folder / "items.arrow")
         if source:
@@ -130,7 +133,7 @@ def build_index(
             "prompts": query_model.prompts,
         }
         if config.factory != "Flat":
-            _build_faiss(config.factory, config.search_params, folder, report)
+            _build_faiss(config, folder, report)
         elif source and source.faiss is not None:
             _copy_faiss(source, folder)
         if (folder / "items.faiss").is_file():
@@ -211,9 +214,15 @@ def _check_same_space(
 
 
 def encode_catalog(
-    model: SentenceTransformer, catalog: Catalog, folder: Path, dtype: str, batch_size: int, report: Reporter
+    model: SentenceTransformer,
+    catalog: Catalog,
+    folder: Path,
+    dtype: str,
+    batch_size: int,
+    report: Reporter,
+    first: int = 0,
 ) -> None:
-    """Write embeddings.npy, from where `progress.json` in the folder says on."""
+    """Write embeddings.npy from row `first` on, or from where `progress.json` in the folder says."""
     if encode.is_api(model):
         report.note(
             f"{len(catalog):,} items will be embedded by an API, which bills them; "
@@ -227,7 +236,7 @@ def encode_catalog(
         return embeddings
 
     shape = (len(catalog), model.get_embedding_dimension())
-    _fill_matrix(encoded, shape, dtype, 32 * batch_size, folder, report, "encoding items")
+    _fill_matrix(encoded, shape, dtype, 32 * batch_size, folder, report, "encoding items", first)
 
 
 def _copy_embeddings(
@@ -274,13 +283,14 @@ def _fill_matrix(
     folder: Path,
     report: Reporter,
     what: str,
+    first: int = 0,
 ) -> None:
     """Write embeddings.npy chunk by chunk; goes on after the last chunk that is on disk."""
     path, progress = folder / "embeddings.npy", folder / "progress.json"
     done = read_json(progress)["rows"] if progress.is_file() and path.is_file() else 0
     if done == 0:
         make_matrix(path, shape, dtype)
-    if 0 < done < shape[0]:
+    if first < done < shape[0]:
         report.note(f"going on at item {done:,} of {shape[0]:,}")
     with report.bar(what, shape[0]) as advance:
         advance(done)
@@ -305,14 +315,33 @@ def make_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
     return matrix
 
 
-def _build_faiss(factory: str, search_params: str | None, folder: Path, report: Reporter) -> None:
-    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+def _empty_faiss(config: IndexConfig, dimension: int) -> Any:
+    """A faiss index without items, not trained yet.
+
+    Raises:
+        UserError: faiss does not know the factory or the search parameters.
+    """
     try:
-        index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, config.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
         raise UserError(
-            f"--factory {factory}: faiss does not know it; for instance Flat, IVF1024,Flat or HNSW32"
+            f"--factory {config.factory}: faiss does not know it; for instance Flat, IVF1024,Flat or HNSW32"
         ) from None
+    if config.search_params:
+        try:
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, config.search_params)
+        except RuntimeError:
+            raise UserError(
+                f"--search-params {config.search_params}: faiss does not take them for {config.factory}; for "
+                "instance nprobe=16 or efSearch=64"
+            ) from None
+    return index
+
+
+def _build_faiss(config: IndexConfig, folder: Path, report: Reporter) -> None:
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    index = _empty_faiss(config, embeddings.shape[1])
     if not index.is_trained:
         centroids = getattr(faiss.try_extract_index_ivf(index), "nlist", 256)
         wanted = min(len(embeddings), centroids * _TRAIN_ROWS_PER_CENTROID)
@@ -320,15 +349,9 @@ def _build_faiss(factory: str, search_params: str | None, folder: Path, report: 
         try:
             index.train(np.ascontiguousarray(embeddings[sample], dtype=np.float32))
         except RuntimeError:
-            raise UserError(f"--factory {factory}: {len(embeddings)} items are too few to train it") from None
-    if search_params:
-        try:
-            space: Any = faiss.ParameterSpace()
-            space.set_index_parameters(index, search_params)
-        except RuntimeError:
             raise UserError(
-                f"--search-params {search_params}: faiss does not take them for {factory}; for instance "
-                "nprobe=16 or efSearch=64"
+                f"--factory {config.factory}: {len(embeddings)} items are too few to train it; give another, "
+                "the embeddings are kept"
             ) from None
     add_to_faiss(index, embeddings, folder / "items.faiss", report)
 

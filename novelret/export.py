@@ -40,6 +40,7 @@ from novelret.errors import UserError
 from novelret.index import open_index
 from novelret.memory import is_attention, memory_modules, read_memory
 from novelret.progress import Reporter
+from novelret.trained import training_of
 
 FORMATS = ("st", "onnx", "npz")
 TOLERANCE = 1e-4
@@ -97,6 +98,11 @@ def export_model(
         with open_output(out, identity, force=force) as folder:
             difference = write(encoder, model, folder)
             facts = {"difference": difference, "dimension": encoder.get_embedding_dimension()}
+            training = training_of(model)
+            if training is not None:
+                facts["training"] = training.facts()
+                if training.queries is not None:
+                    np.save(folder / "queries.npy", training.queries)
             inputs = {"model": encode.fingerprint_encoder(encoder)}
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, inputs, identity, facts))

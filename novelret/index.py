@@ -24,18 +24,14 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from novelret import adapted, encode
-from novelret.artifacts import (
-    Manifest,
-    fingerprint_of,
-    is_kind,
-    read_manifest,
-)
+from novelret.artifacts import MANIFEST, Manifest, fingerprint_of, is_kind, read_manifest
 from novelret.data.catalog import Catalog, open_catalog
 from novelret.data.source import fingerprint_part
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
+from novelret.trained import training_of
 
 _QUERIES = 32_768  # whose lists are held in memory at a time
 
@@ -296,13 +292,14 @@ def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> Sente
         UserError: unreadable, of another dimension, or trained for another index.
     """
     folder = Path(path)
-    if (folder / "manifest.json").is_file() and not is_kind(folder, "export"):
-        manifest = read_manifest(folder, "model")
-        if not index.descends_from(manifest.inputs["index"]):
-            raise UserError(
-                f"{path}: was trained for another index ({manifest.config['index']}) than {index.folder}; "
-                "train it again or pass the index it belongs to"
-            )
+    if (folder / MANIFEST).is_file() and not is_kind(folder, "export"):
+        read_manifest(folder, "model")  # refuses other artifacts
+    training = training_of(folder)
+    if training is not None and not index.descends_from(training.index):
+        raise UserError(
+            f"{path}: was trained for another index ({training.index_folder}) than {index.folder}; "
+            "train it again or pass the index it belongs to"
+        )
     model = encode.load_encoder(path, device)
     dimension = model.get_embedding_dimension()
     if dimension != index.dimension:

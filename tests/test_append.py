@@ -13,7 +13,7 @@ from novelret.append import AppendConfig, append_items
 from novelret.build import IndexConfig, build_index
 from novelret.data.split import load_split
 from novelret.index import base_lists, open_index
-from tests.cli.test_chain import fails, result
+from tests.cli.test_chain import fails, result, run
 from tests.conftest import make_encoder, write_jsonl, write_qrels
 
 LATER = 8  # every fifth item (those that are "black") comes later
@@ -61,6 +61,12 @@ def trained(start, tmp_path_factory):
 
 def append(world, folder, out, **settings):
     return append_items(AppendConfig(str(world), str(folder / "index"), device="cpu", **settings), out)
+
+
+def test_nothing_is_gone_on_with_where_nothing_was_begun(world, start, tmp_path, capsys):
+    _, _, err = run(capsys, "index", "--data", world, "--append", start[0] / "index", "--out", tmp_path / "g")
+    assert "8 new items behind 32 old ones" in err
+    assert "going on" not in err
 
 
 def test_old_rows_stay_and_only_new_items_are_encoded(world, start, index_folder, tmp_path, monkeypatch):

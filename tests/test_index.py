@@ -53,6 +53,25 @@ def test_a_faiss_factory_is_searched(world, encoder, index_folder, tmp_path, fac
     assert np.allclose(scores[found], base_lists(exact, split, 3)[1][found], atol=2e-6)
 
 
+@pytest.mark.parametrize("wrong", [{"factory": "IFV2,Flat"}, {"search_params": "nprobe=many"}])
+def test_what_faiss_does_not_take_is_refused_before_anything_is_encoded(
+    world, encoder, tmp_path, monkeypatch, wrong
+):
+    monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UserError, match=r"faiss does not"):
+        build(world, encoder, tmp_path / "index", **({"factory": "IVF2,Flat"} | wrong))
+    assert not (tmp_path / "index.partial").exists()
+
+
+def test_another_factory_takes_what_is_encoded(world, encoder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="40 items are too few to train it; give another"):
+        build(world, encoder, tmp_path / "index", factory="IVF64,Flat")
+    real = build(world, encoder, tmp_path / "whole", factory="IVF2,Flat")
+    monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded again"))
+    index = build(world, encoder, tmp_path / "index", factory="IVF2,Flat")
+    assert index.manifest.fingerprint == real.manifest.fingerprint
+
+
 def test_another_query_side_is_kept(world, encoder, tmp_path):
     other = make_encoder(tmp_path / "other", seed=5)
     index = build(world, encoder, tmp_path / "index", query_model=str(other))

@@ -102,7 +102,8 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
                 repeated |= {name, name + "s"}
     unknown = [key for key in values if str(key).replace("-", "_") not in names]
     if unknown:
-        options = ", ".join(sorted(name for name in names if name not in ("config", "help", "h")))
+        flags = {flag for parameter in context.command.params for flag in parameter.opts}
+        options = ", ".join(sorted(flag[2:] for flag in flags - {"--config", "--help"} if flag[:2] == "--"))
         raise UserError(
             f"{path}: unknown option {unknown[0]!r} for `novelret {command}` (it knows: {options})"
         )

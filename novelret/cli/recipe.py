@@ -91,6 +91,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(yaml.safe_dump(stages, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        for stage in stages:  # all of them before any, as what one stage pays for is spent
+            _check_options(name, stage, file)
         ran = None
         for stage, options in stages.items():
             out = None if options.get("out") is None else Path(options["out"])
@@ -107,6 +109,25 @@ def run(
             code = main([stage, "--config", str(file), *(["--quiet"] if quiet else [])])
             if code:
                 raise typer.Exit(code)
+
+
+def _check_options(name: str, stage: str, file: Path) -> None:
+    """Refuse a stage or options of it that the command line does not know.
+
+    Raises:
+        UserError: says so.
+    """
+    from novelret.cli import app as whole
+
+    commands = getattr(typer.main.get_command(whole), "commands", {})
+    if stage not in commands:
+        raise UserError(f"recipe {name}: {stage!r} is no command of novelret; see `novelret --help`")
+    try:
+        commands[stage].make_context(stage, ["--config", str(file)])
+    except UserError as error:
+        raise UserError(str(error).replace(str(file), f"recipe {name}")) from None
+    except typer.BadParameter as error:
+        raise UserError(f"recipe {name}, {stage}: {error.format_message()}") from None
 
 
 _CAPS = ("max-cost", "max-requests")

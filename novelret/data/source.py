@@ -19,13 +19,16 @@ Row = tuple[str, dict[str, Any]]
 
 
 def find_file(folder: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
-    """The first of stem + suffix, then stem + suffix + ".gz", that exists in the folder."""
-    for suffix in suffixes:
-        for ending in (suffix, suffix + ".gz"):
-            path = folder / (stem + ending)
-            if path.is_file():
-                return path
-    return None
+    """The one of stem + suffix and stem + suffix + ".gz" that is in the folder, if any is.
+
+    Raises:
+        UserError: there are several, of which one may be of yesterday.
+    """
+    names = [stem + suffix + ending for suffix in suffixes for ending in ("", ".gz")]
+    found = [name for name in names if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds both {found[0]} and {found[1]}; keep one")
+    return folder / found[0] if found else None
 
 
 def is_folder(data: str) -> bool:
@@ -199,7 +202,7 @@ def read_jsonl(path: Path, expected: str = "a JSON object with _id and text") ->
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))  # the decoder counts columns from the last line break
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(row, dict):

@@ -189,7 +189,13 @@ def _judgements(config: CompareConfig, split: Split, index: Index) -> LabelTable
         return file_table(path, split.query_ids, index.catalog, config.missing)
     found, verdicts = path / "judgements.parquet", path / "qrels" / "judged.trec"
     if (path / MANIFEST).is_file() and found.is_file():
-        return read_table(found, split.query_ids, index.catalog)
+        table = read_table(found, split.query_ids, index.catalog)
+        if not len(table):
+            raise UserError(
+                f"--judgements {path}: judges no query of split {split.name}; give those of its queries, or "
+                "another --split"
+            )
+        return table
     if (path / MANIFEST).is_file() and verdicts.is_file():  # a REPORT whose judge was a file
         return file_table(verdicts, split.query_ids, index.catalog, config.missing)
     raise UserError(

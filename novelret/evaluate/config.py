@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from novelret.artifacts import MANIFEST
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
 from novelret.label.judge import Asking, check_asking, split_judge
@@ -146,11 +147,11 @@ def _expanded(models: dict[str, str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, path in models.items():
-        inside = {
-            f"{name}-{part.parent.name}": str(part.parent)
-            for part in sorted(Path(path).glob("*/modules.json"))
-        }
-        if not inside or (Path(path) / "modules.json").is_file():
+        folders = [part.parent for part in sorted(Path(path).glob("*/modules.json"))]
+        # What a kill left is no model yet; an artifact is none of several models.
+        folders = [folder for folder in folders if folder.suffix not in (".partial", ".old")]
+        inside = {f"{name}-{folder.name}": str(folder) for folder in folders}
+        if not inside or (Path(path) / "modules.json").is_file() or (Path(path) / MANIFEST).is_file():
             inside = {name: path}
         twice = inside.keys() & found.keys()
         if twice:

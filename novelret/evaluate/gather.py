@@ -12,8 +12,6 @@ from novelret import adapted, encode
 from novelret.artifacts import (
     fingerprint_file,
     hash_texts,
-    is_kind,
-    read_manifest,
 )
 from novelret.data.split import Split, load_split
 from novelret.evaluate.config import BASE, EvalConfig, check_config
@@ -37,6 +35,7 @@ from novelret.label.label import asked_like
 from novelret.label.table import LabelTable, empty_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
+from novelret.trained import training_of
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,11 @@ def candidates_of(gathered: Gathered) -> Candidates:
 
 def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, report: Reporter) -> None:
     """Say what of its training makes a model look better than it is."""
-    if not is_kind(Path(path), "model"):
+    training = training_of(Path(path))
+    if training is None:
         return
-    manifest = read_manifest(Path(path), "model")
-    hashes = Path(path) / "queries.npy"
-    if hashes.is_file():
-        seen = int(np.isin(hash_texts(split.query_texts), np.load(hashes)).sum())
+    if training.queries is not None:
+        seen = int(np.isin(hash_texts(split.query_texts), training.queries).sum())
         share = "all" if seen == len(split) else f"{seen:,}"
         if seen:
             report.warn(
@@ -183,8 +181,7 @@ def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, re
             )
     if config.judge is None or config.judge.startswith("file:"):
         return
-    trained_by = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
-    if any(same_judge(str(judge), config.judge) for judge in trained_by):
+    if any(same_judge(judge, config.judge) for judge in training.judges):
         report.warn(
             f"{name} was trained on labels of {config.judge}, which now judges it; "
             "another, stronger judge would be fairer"

@@ -100,7 +100,7 @@ class TrainConfig(Asking):
         seed: decides every draw.
         precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
-        log_every: steps between log lines.
+        log_every: steps between log lines; validations have one anyway.
         wandb: Weights & Biases project to log to as well, where wandb is installed.
         device: "auto", "cpu" or a CUDA device.
         ignore_identical_ids: leave the item whose id is the query's own out.

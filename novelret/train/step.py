@@ -237,7 +237,7 @@ def _inclusion_losses(
     """Against the current policy's K-th item other than z, whose score moves too: the list's boundary."""
     k = config.base_depth
     excluded = torch.from_numpy(material.split.excluded[queries[leader]]).to(embeddings.device)
-    best = items.top_k(embeddings[torch.from_numpy(leader)], k + 1, excluded)[torch.from_numpy(group)]
+    best = items.top_k(embeddings[torch.from_numpy(leader)], k + 1, excluded)[0][torch.from_numpy(group)]
     own = torch.from_numpy(chosen).to(best.device)
     inside = (best[:, :k] == own[:, None]).any(dim=1)
     threshold_rows = torch.where(inside, best[:, k], best[:, k - 1])

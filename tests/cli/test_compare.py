@@ -118,6 +118,14 @@ def test_terminal_marks_what_is_novel_and_relevant(common, world, capsys, monkey
     assert "RelevantNovel@5" in out
 
 
+def test_judgements_of_another_split_are_refused(common, world, index_folder, tmp_path, capsys):
+    labels = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{world}/judgements.tsv",
+              "--split", "train", "--base-depth", 3, "--depth", 9, "--out", tmp_path / "labels"]  # fmt: skip
+    result(capsys, *labels)
+    message = fails(capsys, *common, "--judgements", tmp_path / "labels")
+    assert "judges no query of split test" in message
+
+
 def test_bad_input_has_one_line_each(common, index_folder, capsys):
     cases = {
         "--query-id q99: is no query of split test": ["--query-id", "q99"],

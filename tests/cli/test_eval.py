@@ -447,6 +447,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
         "--merge-budget 0: must be at least 1": [*common, "--merge-budget", 0],
         "--max-recall-drop 2.0: expected a share": [*common, "--max-recall-drop", 2],
     }  # fmt: skip
+    cases["is an INDEX, expected a MODEL"] = [*common, "--model", f"x={index_folder}"]
     for message, arguments in cases.items():
         said = fails(capsys, *arguments, *out)
         assert message.replace("\\n", "") in said, (message, said)

@@ -157,6 +157,19 @@ def test_what_is_no_recipe_is_one_line(tmp_path, capsys):
     assert "expected stages" in fails(capsys, "recipe", "run", tmp_path / "bad.yaml")
 
 
+def test_every_stage_is_checked_before_the_first_runs(world, encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["recipe", "run", "default", "--set", f"data={world}", "--set", f"index.model={encoder}", "--set"]
+    said = fails(capsys, *given, "train.stepz=5")
+    assert "recipe default: unknown option 'stepz' for `novelret train`" in said
+    assert "as_json" not in said
+    assert "indexs" not in said
+    assert "'--steps'" in fails(capsys, *given, "train.steps=many")
+    (tmp_path / "mine.yaml").write_text("lable:\n  depth: 3\n")
+    assert "recipe mine.yaml: 'lable' is no command" in fails(capsys, "recipe", "run", "mine.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
     world, encoder, index_folder, tmp_path, capsys, monkeypatch
 ):

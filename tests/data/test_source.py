@@ -135,7 +135,7 @@ def replace_line(path, number, text):
 
 
 BAD_CORPUS = [
-    ('{"_id": "i02", "text": ', r"corpus\.jsonl:3: malformed JSON"),
+    ('{"_id": "i02", "text": ', r"corpus\.jsonl:3: malformed JSON \(Expecting value at column 2[4-6]\)"),
     ("[1]", r"corpus\.jsonl:3: expected a JSON object"),
     ('{"_id": "i00", "text": "again"}', r"corpus\.jsonl:3: duplicate _id 'i00', seen before at .*:1$"),
     ('{"_id": "x", "title": "", "text": " "}', r"corpus\.jsonl:3: item 'x' has neither title nor text"),

@@ -324,6 +324,36 @@ def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_pa
     assert found["chosen"]["step"] == 0
 
 
+def test_what_a_checkpoint_or_an_export_was_trained_on_is_known(
+    command, world, index_folder, encoder, capsys, tmp_path
+):
+    train(capsys, command, tmp_path / "model", *ADAPTER, "--keep", 1)
+    (kept,) = (tmp_path / "model" / "checkpoints").iterdir()
+    export = ["export", "--model", kept, "--format", "st", "--out", tmp_path / "served"]
+    assert run(capsys, *export)[0] == 0
+    evaluate = ["eval", "--data", world, "--index", index_folder, "--split", "train", "--base-depth", 3, "--k", 3,
+                "--model", f"kept={kept}", "--model", f"served={tmp_path / 'served'}"]  # fmt: skip
+    code, _, err = run(capsys, *evaluate, "--out", tmp_path / "report")
+    assert code == 0, err
+    for name in ("kept", "served"):
+        assert f"{name} was trained on all of these" in err
+    other = [
+        "index",
+        "--data",
+        world,
+        "--model",
+        make_encoder(tmp_path / "other", seed=9),
+        "--out",
+        tmp_path / "ix",
+    ]
+    assert run(capsys, *other)[0] == 0
+    for path in (kept, tmp_path / "served"):
+        words = ["eval", "--data", world, "--index", tmp_path / "ix", "--model", f"m={path}", "--k", 3,
+                 "--base-depth", 3, "--out", tmp_path / "r"]  # fmt: skip
+        code, _, err = run(capsys, *words)
+        assert (code, "was trained for another index" in err) == (2, True), err
+
+
 def test_kept_checkpoints_load_and_the_frontier_lists_all(command, world, index_folder, capsys, tmp_path):
     found, _ = train(capsys, command, tmp_path / "model", *ADAPTER, "--keep", 2)
     points = [Point(**p) for p in found["points"]]

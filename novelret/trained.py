@@ -1,0 +1,48 @@
+"""How a query encoder was trained, wherever it lies: in a MODEL, among its checkpoints, or exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from novelret.artifacts import MANIFEST, is_kind, read_manifest
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known of a training.
+
+    Attributes:
+        index: fingerprint of the index it was for.
+        index_folder: where that lay.
+        judges: who judged its labels.
+        queries: (n,) uint64 hashes of the texts it was trained on; None where nothing tells.
+    """
+
+    index: str
+    index_folder: str
+    judges: list[str]
+    queries: np.ndarray | None
+
+    def facts(self) -> dict[str, Any]:
+        """As an export's manifest carries it; the hashes lie beside it."""
+        return {"index": self.index, "index_folder": self.index_folder, "judges": self.judges}
+
+
+def training_of(folder: Path) -> Training | None:
+    """How the encoder in a folder was trained; None where nothing tells."""
+    if folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file():
+        folder = folder.parent.parent
+    hashes = folder / "queries.npy"
+    queries = np.load(hashes) if hashes.is_file() else None
+    if is_kind(folder, "export"):
+        facts = read_manifest(folder, "export").facts.get("training")
+        return Training(**facts, queries=queries) if facts else None
+    if not is_kind(folder, "model"):
+        return None
+    manifest = read_manifest(folder, "model")
+    judges = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
+    return Training(manifest.inputs["index"], manifest.config["index"], list(map(str, judges)), queries)
