@@ -31,6 +31,7 @@ from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
+from novelret.train.policy import Items
 from novelret.trained import training_of
 
 _QUERIES = 32_768  # whose lists are held in memory at a time
@@ -98,14 +99,17 @@ class Index:
         device: str = "cpu",
         report: Reporter | None = None,
         what: str = "searching",
+        items: Items | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Top-k rows and scores of query embeddings (see `search_exact`); by faiss where it was built."""
+        """Top-k rows and scores of query embeddings (see `search_exact`); by faiss where it was built.
+
+        `items` are this index's embeddings where they are on the device already.
+        """
         if self.faiss_index is not None:
             return search_faiss(self.faiss_index, queries, k, self.id_rank, excluded)
         with (report or Reporter()).bar(what, len(queries)) as advance:
-            return search_exact(
-                queries, self.embeddings, k, self.id_rank, excluded, device=device, advance=advance
-            )
+            held = self.embeddings if items is None else items
+            return search_exact(queries, held, k, self.id_rank, excluded, device=device, advance=advance)
 
 
 def open_index(folder: str | Path, data: str | None = None) -> Index:

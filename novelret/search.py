@@ -14,10 +14,13 @@ import faiss
 import numpy as np
 import torch
 
+from novelret.train.policy import BLOCK, Items, top_k
+
 DECIMALS = 6
 _SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once
 _QUERY_CHUNK = 32_768
 _BLOCK_BYTES = 128 << 20
+_SCORES = 1 << 28  # on a GPU at a time, 1 GiB
 _PAIRS = 1 << 24  # candidates fetched at a time, of some 50 bytes each
 
 
@@ -27,7 +30,7 @@ def nothing(_: int) -> None:
 
 def search_exact(
     queries: np.ndarray,
-    items: np.ndarray,
+    items: Items,
     k: int,
     id_rank: np.ndarray,
     excluded: np.ndarray | None = None,
@@ -39,7 +42,7 @@ def search_exact(
 
     Args:
         queries: (Q, d) float32.
-        items: (N, d) float32 or float16, possibly memory-mapped.
+        items: (N, d) float32 or float16, possibly memory-mapped, or a tensor that is on the device.
         k: length of the lists.
         id_rank: (N,) rank of each item's id; ties go to the higher rank.
         excluded: (Q, E) rows left out of each query's list, −1 padded.
@@ -72,7 +75,7 @@ def search_faiss(
 
 def _search_chunk(
     queries: np.ndarray,
-    items: np.ndarray,
+    items: Items,
     k: int,
     id_rank: np.ndarray,
     excluded: np.ndarray | None,
@@ -127,52 +130,43 @@ def _finish(
     return best_rows, best, fetched_last >= best[:, -1]
 
 
-def _top(queries: np.ndarray, items: np.ndarray, width: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+def _top(queries: np.ndarray, items: Items, width: int, device: str) -> tuple[np.ndarray, np.ndarray]:
     """The `width` best items per query by unrounded score, block by block."""
-    search = _top_block_cpu if device == "cpu" else _top_block_gpu
+    return _top_cpu(queries, items, width) if device == "cpu" else _top_gpu(queries, items, width, device)
+
+
+def _top_cpu(queries: np.ndarray, items: Items, width: int) -> tuple[np.ndarray, np.ndarray]:
+    items = np.asarray(items)
     block = max(width, _BLOCK_BYTES // (4 * items.shape[1]))
-    if items.dtype == np.float32 and device == "cpu":
+    if items.dtype == np.float32:
         block *= 4  # no copy is made, so only the search's own buffers count
-    rows: np.ndarray | None = None
-    scores = np.empty(0)
+    rows = np.empty((len(queries), 0), dtype=np.int64)
+    scores = np.empty((len(queries), 0), dtype=np.float32)
     for start in range(0, len(items), block):
         part = items[start : start + block]
-        part_rows, part_scores = search(queries, part, min(width, len(part)), device)
-        part_rows = part_rows + start
-        if rows is None:
-            rows, scores = part_rows, part_scores
-            continue
-        rows = np.concatenate([rows, part_rows], axis=1)
+        part_scores, part_rows = faiss.knn(
+            np.ascontiguousarray(queries, dtype=np.float32),
+            np.ascontiguousarray(part, dtype=np.float32),
+            min(width, len(part)),
+            metric=faiss.METRIC_INNER_PRODUCT,
+        )
+        rows = np.concatenate([rows, part_rows + start], axis=1)
         scores = np.concatenate([scores, part_scores], axis=1)
         if rows.shape[1] > width:
             keep = np.argpartition(-scores, width - 1, axis=1)[:, :width]
             rows, scores = np.take_along_axis(rows, keep, axis=1), np.take_along_axis(scores, keep, axis=1)
-    assert rows is not None
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
-def _top_block_cpu(
-    queries: np.ndarray, part: np.ndarray, width: int, _: str
-) -> tuple[np.ndarray, np.ndarray]:
-    scores, rows = faiss.knn(
-        np.ascontiguousarray(queries, dtype=np.float32),
-        np.ascontiguousarray(part, dtype=np.float32),
-        width,
-        metric=faiss.METRIC_INNER_PRODUCT,
-    )
+def _top_gpu(queries: np.ndarray, items: Items, width: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores, and the best so far, stay on the device: only what is found comes back."""
+    rows = np.empty((len(queries), width), dtype=np.int64)
+    scores = np.empty((len(queries), width), dtype=np.float32)
+    size = max(1, _SCORES // BLOCK)
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        asked = torch.from_numpy(np.array(queries[part], dtype=np.float32)).to(device)
+        found_rows, found_scores = top_k(asked, items, width)
+        rows[part], scores[part] = found_rows.cpu().numpy(), found_scores.cpu().numpy()
     return rows, scores
-
-
-def _top_block_gpu(
-    queries: np.ndarray, part: np.ndarray, width: int, device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    block = torch.from_numpy(np.ascontiguousarray(part)).to(device)
-    all_rows, all_scores = [], []
-    step = max(1, (1 << 28) // len(part))  # at most 1 GiB of scores at a time
-    for start in range(0, len(queries), step):
-        query = torch.from_numpy(np.ascontiguousarray(queries[start : start + step])).to(device)
-        top = torch.topk(query.float() @ block.float().T, width, dim=1)
-        all_rows.append(top.indices.cpu().numpy())
-        all_scores.append(top.values.cpu().numpy())
-    return np.concatenate(all_rows), np.concatenate(all_scores)

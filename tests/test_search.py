@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from novelret import search
 
@@ -17,16 +18,21 @@ def brute_force(queries, items, k, id_rank, excluded):
 
 @pytest.mark.parametrize("block_bytes", [1 << 8, 1 << 28])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_matches_brute_force_with_ties(monkeypatch, block_bytes, dtype):
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"], ids=["cpu", "as on a gpu"])
+def test_matches_brute_force_with_ties(monkeypatch, block_bytes, dtype, device):
     monkeypatch.setattr(search, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(search, "_SCORES", 7 * search.BLOCK)  # queries at a time, on a GPU
     rng = np.random.default_rng(0)
     # Few distinct small-integer vectors: exact arithmetic and ties far longer than the spare candidates.
     items = rng.integers(-1, 2, size=(300, 3)).astype(dtype)
     queries = rng.integers(-1, 2, size=(20, 3)).astype(np.float32)
     id_rank = rng.permutation(300)
     excluded = rng.integers(-1, 300, size=(20, 2))
-    rows, scores = search.search_exact(queries, items, 25, id_rank, excluded)
+    rows, scores = search.search_exact(queries, items, 25, id_rank, excluded, device=device)
     assert rows.tolist() == brute_force(queries, items, 25, id_rank, excluded)
+    if device != "cpu":
+        held, _ = search.search_exact(queries, torch.from_numpy(items), 25, id_rank, excluded, device=device)
+        assert (held == rows).all()
     assert np.allclose(scores, np.take_along_axis(queries @ items.astype(np.float32).T, rows, axis=1))
 
 

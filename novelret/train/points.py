@@ -12,7 +12,8 @@ _MEMORY_SHARES = (0.5, 0.25, 0.1)
 def add_point(run: Run, points: list[Point], step: int, share: float = 1.0, memory: float = 1.0) -> None:
     """Validate the weights as they are and add the point; every process has to call it."""
     assert run.validation is not None
-    figures = measure(run.validation, run.tower.embed_validation(), run.index, run.processes.device)
+    whole = run.items.held if run.items.shard is None else None
+    figures = measure(run.validation, run.tower.embed_validation(), run.index, whole, run.processes.device)
     points.append(make_point(step, run.processes.concatenate(figures), share, memory))
 
 

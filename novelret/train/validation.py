@@ -12,6 +12,7 @@ from novelret.evaluate.metrics import recall
 from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
+from novelret.train.policy import Items
 
 MOST_QUERIES = 2_000
 """A validation search costs one pass over the catalog; more queries than this do not sharpen it much."""
@@ -117,8 +118,17 @@ def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.nd
     return labels.relevant_and(split.feedback_queries, split.feedback_items)
 
 
-def measure(validation: Validation, embeddings: np.ndarray, index: Index, device: str) -> np.ndarray:
+def measure(
+    validation: Validation, embeddings: np.ndarray, index: Index, items: Items | None, device: str
+) -> np.ndarray:
     """Search the validation queries and compare with the deployed lists.
+
+    Args:
+        validation: the queries and what is known of them.
+        embeddings: (V, d) float32.
+        index: to search.
+        items: its embeddings, where they are on the device already.
+        device: where to search.
 
     Returns:
         (V, 5) float64 per query: novel items, relevant novel ones, judged novel ones, recall and the
@@ -128,7 +138,7 @@ def measure(validation: Validation, embeddings: np.ndarray, index: Index, device
     if len(split) == 0:
         return np.zeros((0, 5))
     depth = validation.base_rows.shape[1]
-    rows, _ = index.search(embeddings, depth, split.excluded, device=device)
+    rows, _ = index.search(embeddings, depth, split.excluded, device=device, items=items)
     new = novel(rows, validation.pool, depth)
     verdicts = validation.labels.lookup(np.arange(len(split))[:, None], rows)
     figures = (

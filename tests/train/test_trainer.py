@@ -244,7 +244,7 @@ def test_recall_of_what_is_known_counts_relevant_labels_beside_feedback():
     deployed = np.array([[3, 8], [0, 1]])
     for known, expected in ((of_feedback, [[0, 1], [1, 0]]), ((queries, items), [[1 / 3, 2 / 3], [1, 0]])):
         validation = Validation(split, known, deployed, deployed, labels)
-        figures = measure(validation, np.zeros((2, 2)), Search(), "cpu")
+        figures = measure(validation, np.zeros((2, 2)), Search(), None, "cpu")
         assert figures[:, 3:] == pytest.approx(np.array(expected))
         assert figures[:, :3].tolist() == [[2, 1, 2], [2, 0, 0]]
 
