@@ -58,7 +58,7 @@ def embed_behind(
     at_once = min(_AT_ONCE, max(1, _NUMBERS // widest))
     with torch.inference_mode():
         for start in range(0, len(embeddings), at_once):
-            part = torch.from_numpy(embeddings[start : start + at_once]).to(device, dtype)
+            part = torch.from_numpy(np.array(embeddings[start : start + at_once])).to(device, dtype)
             for module in modules:
                 part = module({"sentence_embedding": part})["sentence_embedding"]
             part = part.float()
