@@ -156,14 +156,25 @@ class World:
         self.folder, self.store = folder, folder / "store.sqlite"
 
     def label(self, name: str, **settings: Any) -> dict[str, Any]:
-        from novelret.label.label import LabelConfig, judge_candidates
+        from novelret.label.asking import ask_and_write
+        from novelret.label.judge import Asking, make_judge
         from novelret.progress import Reporter
 
-        config = LabelConfig("d", "i", "openai:m", store=str(self.store), concurrency=CONCURRENCY, **settings)
-        out = self.folder / name
-        out.mkdir()
-        index, split = self, self  # all that asking looks at is here
-        return judge_candidates(config, index, split, self.candidates, out / "judgements.parquet", Reporter())
+        asking = Asking(store=str(self.store), concurrency=CONCURRENCY, **settings)
+        judge, index, split = make_judge("openai:m", asking), self, self  # all that asking looks at is here
+        (self.folder / name).mkdir()
+        return ask_and_write(
+            judge,
+            index,
+            split,
+            self.candidates,
+            asking.store_path,
+            self.folder / name / "judgements.parquet",
+            Reporter(),
+            retry_unusable=False,
+            send=True,
+            caps=asking.caps,
+        )
 
 
 def measure_bare(options: argparse.Namespace) -> None:
@@ -206,15 +217,14 @@ def measure_allowance(options: argparse.Namespace) -> None:
 
 
 def measure_known(options: argparse.Namespace) -> None:
-    from novelret.label.judge import make_judge
-    from novelret.label.label import LabelConfig
+    from novelret.label.judge import Asking, make_judge
     from novelret.label.questions import Feed, Tally
     from novelret.label.store import Store, key_function
 
     os.environ["OPENAI_API_KEY"] = "k"
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), options.pairs)
-        judge = make_judge(LabelConfig("d", "i", "openai:m"))
+        judge = make_judge("openai:m", Asking())
         feed = Feed(world, world, world.candidates, judge.render, key_function(judge.name, judge.parameters))
         with closing(Store(world.store)) as store:
             for chunk in feed.chunks():

@@ -57,15 +57,8 @@ from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import write_qrels, write_run
 from novelret.evaluate.weights import Bucket, merged_by_bucket
 from novelret.index import Index
-from novelret.label.asking import Plan
-from novelret.label.label import (
-    asked_like,
-    check_plan,
-    judge_candidates,
-    plan_candidates,
-    stopped_early,
-    what_is_asked,
-)
+from novelret.label.asking import Plan, ask_and_write, plan_asking
+from novelret.label.label import check_plan, stopped_early, what_is_asked
 from novelret.label.labels import read_table
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
@@ -199,7 +192,9 @@ def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
     gathered = gather(config, report, sends=False)
     pairs = candidates_of(gathered)
     assert gathered.judge is not None
-    return plan_candidates(asked_like(config), gathered.judge, gathered.index, gathered.split, pairs, report)
+    return plan_asking(
+        gathered.judge, gathered.index, gathered.split, pairs, config.store_path, report, retry_unusable=False
+    )
 
 
 def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]], report: Reporter) -> None:
@@ -235,8 +230,20 @@ def _ask_judge(
     path = folder / "judgements.parquet"
     pairs = candidates_of(gathered)
     index, split = gathered.index, gathered.split
-    settings = asked_like(config)
-    asked = judge_candidates(settings, gathered.judge, index, split, pairs, path, report, earlier)
+    assert gathered.judge is not None
+    asked = ask_and_write(
+        gathered.judge,
+        index,
+        split,
+        pairs,
+        config.store_path,
+        path,
+        report,
+        retry_unusable=False,
+        send=True,
+        caps=config.caps,
+        earlier=earlier,
+    )
     return read_table(path, split.query_ids, index.catalog), asked
 
 

@@ -31,7 +31,6 @@ from novelret.index import (
 from novelret.label.candidates import Candidates
 from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import asked_like
 from novelret.label.table import LabelTable, empty_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
@@ -84,7 +83,9 @@ def gather(config: EvalConfig, report: Reporter, *, sends: bool = True) -> Gathe
     inputs |= {what: fingerprint_file(path) for what, path in _files(config, runs).items()}
     weights = load_weights(config.data, split.query_ids, Path(config.weights) if config.weights else None)
     known = _known_verdicts(config, index, split, report)
-    judge = make_judge(asked_like(config), sends=sends) if known is None else None
+    judge = None
+    if known is None:
+        judge = make_judge(str(config.judge), config, device=device, wait=config.wait, sends=sends)
     people = None
     if config.human is not None:
         people = read_sample(Path(config.human), split.query_ids, index.catalog)

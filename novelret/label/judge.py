@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from novelret.errors import UserError
 from novelret.label.cost import Caps, Price, find_price
@@ -14,11 +14,8 @@ from novelret.label.judges.endpoint import check_key, longest_answer, parameters
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
 from novelret.label.questions import Messages, Question, Reader, Tally
-from novelret.label.store import Store
+from novelret.label.store import Store, default_store
 from novelret.label.tokens import TokenCounter, token_counter
-
-if TYPE_CHECKING:
-    from novelret.label.label import LabelConfig
 
 KINDS = ("file", "openai", "openai-batch", "cross-encoder")
 SCORE_THRESHOLD = 0.5
@@ -56,6 +53,16 @@ class Asking:
     max_requests: int | None = None
     max_cost: float | None = None
     price: str | None = None
+
+    @property
+    def store_path(self) -> Path:
+        """Where the answers are kept."""
+        return Path(self.store) if self.store else default_store()
+
+    @property
+    def caps(self) -> Caps:
+        """How far asking may go."""
+        return Caps(self.max_requests, self.max_cost)
 
 
 Unanswered = Callable[[], Iterator[Question | None]]
@@ -118,7 +125,7 @@ def check_asking(config: Asking) -> None:
     Raises:
         UserError: one line naming the option.
     """
-    Caps(config.max_requests, config.max_cost)  # refuses what is below 0
+    _ = config.caps  # refuses what is below 0
     if config.concurrency < 1:
         raise UserError(f"--concurrency {config.concurrency}: must be at least 1")
     above_zero = {"timeout": config.timeout, "rpm": config.rpm, "tpm": config.tpm}
@@ -127,25 +134,30 @@ def check_asking(config: Asking) -> None:
             raise UserError(f"--{name} {limit:g}: must be above 0")
 
 
-def make_judge(config: LabelConfig, *, sends: bool = True) -> Judge:
-    """The judge of a configuration.
+def make_judge(
+    judge: str, asking: Asking, *, device: str = "auto", wait: bool = True, sends: bool = True
+) -> Judge:
+    """A judge, ready to be asked.
 
     Args:
-        config: its judge is no file.
+        judge: as given to --judge; no file.
+        asking: how.
+        device: for a cross-encoder.
+        wait: stay until batches are answered.
         sends: whether it will be asked; False for a plan and for reading stored answers again.
 
     Raises:
         UserError: no key, a bad prompt, price or option, or a model that cannot be read.
     """
-    kind, model = split_judge(config.judge)
+    kind, model = split_judge(judge)
     if kind == "cross-encoder":
-        return _cross_encoder(config, model)
+        return _cross_encoder(asking, model, device)
     if sends:
         check_key()
-    return _endpoint(config, model, batch=kind == "openai-batch")
+    return _endpoint(asking, model, batch=kind == "openai-batch", wait=wait)
 
 
-def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
+def _endpoint(config: Asking, model: str, *, batch: bool, wait: bool) -> Judge:
     prompt = _prompt(config)
     price = find_price(model, config.price, batch=batch)
     if config.max_cost is not None and price is None:
@@ -188,7 +200,7 @@ def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
             tally,
             advance,
             say,
-            wait=config.wait,
+            wait=wait,
         )
 
     return Judge(
@@ -204,7 +216,7 @@ def _endpoint(config: LabelConfig, model: str, *, batch: bool) -> Judge:
     )
 
 
-def _prompt(config: LabelConfig) -> Prompt:
+def _prompt(config: Asking) -> Prompt:
     """The prompt, with --answer and --threshold in place of how it says its answers are read."""
     prompt = load_prompt(config.prompt)
     if config.answer is not None:
@@ -216,11 +228,11 @@ def _prompt(config: LabelConfig) -> Prompt:
     return prompt
 
 
-def _cross_encoder(config: LabelConfig, name: str) -> Judge:
+def _cross_encoder(config: Asking, name: str, device: str) -> Judge:
     # torch takes seconds to load; judges over the network do without.
     from novelret.label.judges import cross_encoder
 
-    model = cross_encoder.load_cross_encoder(name, config.device)
+    model = cross_encoder.load_cross_encoder(name, device)
     weights = cross_encoder.fingerprint(model)
     threshold = SCORE_THRESHOLD if config.threshold is None else config.threshold
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +26,14 @@ from novelret.errors import UserError
 from novelret.index import Index, open_index
 from novelret.label.asking import Plan, ask_and_write, plan_asking, spent_on
 from novelret.label.candidates import Candidates, gather_candidates
-from novelret.label.cost import Caps
 from novelret.label.judge import Asking, Judge, check_asking, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows, write_queries
-from novelret.label.store import default_store
 from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
 
 if TYPE_CHECKING:
     from novelret.evaluate.config import EvalConfig
-    from novelret.train.config import TrainConfig
 
 _ROWS = 100_000  # judgements written at a time
 _HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price", "device")
@@ -80,12 +77,6 @@ class LabelConfig(Asking):
     ignore_identical_ids: bool = True
 
 
-def asked_like(config: EvalConfig | TrainConfig) -> LabelConfig:
-    """How the judge of another stage is asked: by that stage's settings, where they mean the same here."""
-    same = {of.name: getattr(config, of.name) for of in fields(LabelConfig) if hasattr(config, of.name)}
-    return LabelConfig(**same | {"index": config.indexes[0]})
-
-
 def build_labels(
     config: LabelConfig, out: Path, *, force: bool = False, report: Reporter | None = None
 ) -> Manifest:
@@ -104,7 +95,7 @@ def build_labels(
     if earlier is None:
         check_output(out, force=force)
     is_file = split_judge(config.judge)[0] == "file"
-    judge = None if is_file else make_judge(config, sends=not config.reparse)
+    judge = None if is_file else _make_judge(config, sends=not config.reparse)
     asked = _asked(config, judge)
     index, split, candidates = _prepare(config, report)
     _warn_of_same_answers(config, asked, report)
@@ -117,7 +108,22 @@ def build_labels(
         report.note(f"{out}: goes on from {earlier.facts['pairs']:,} judged pairs")
     with open_output(out, identity, force=force or earlier is not None) as folder:
         path = folder / "judgements.parquet"
-        facts = judge_candidates(config, judge, index, split, candidates, path, report, earlier)
+        if judge is None:
+            facts = _label_from_file(config, index, split, candidates, path, report)
+        else:
+            facts = ask_and_write(
+                judge,
+                index,
+                split,
+                candidates,
+                config.store_path,
+                path,
+                report,
+                retry_unusable=config.retry_unusable,
+                send=not config.reparse,
+                caps=config.caps,
+                earlier=earlier,
+            )
         _check_no_loss(config, out, earlier, facts)
         write_config(folder, config)
         write_queries(folder, split)
@@ -168,42 +174,9 @@ def _check_no_loss(config: LabelConfig, out: Path, earlier: Manifest | None, fac
     """Keep LABELS that hold more than what would replace them: the store has lost answers since."""
     if earlier is not None and facts["pairs"] < earlier.facts["pairs"]:
         raise UserError(
-            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {store_path(config)} "
+            f"{out}: holds {earlier.facts['pairs']:,} judged pairs, not all of which {config.store_path} "
             "knows any more; it is left as it is: give another --out, or --force to replace it"
         )
-
-
-def judge_candidates(
-    config: LabelConfig,
-    judge: Judge | None,
-    index: Index,
-    split: Split,
-    candidates: Candidates,
-    out: Path,
-    report: Reporter,
-    earlier: Manifest | None = None,
-) -> dict[str, Any]:
-    """Have given pairs judged and write them as judgements.parquet; returns the counts and the cost.
-
-    `judge` is the configuration's, None where that is a file; `earlier` what this goes on from (see
-    `stopped_early`).
-    """
-    if judge is None:
-        path = Path(split_judge(config.judge)[1])
-        return _label_from_file(config, path, index, split, candidates, out, report)
-    return ask_and_write(
-        judge,
-        index,
-        split,
-        candidates,
-        store_path(config),
-        out,
-        report,
-        retry_unusable=config.retry_unusable,
-        send=not config.reparse,
-        earlier=earlier,
-        caps=Caps(config.max_requests, config.max_cost),
-    )
 
 
 def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
@@ -215,10 +188,12 @@ def plan(config: LabelConfig, *, report: Reporter | None = None) -> Plan:
     report = report or Reporter()
     _check(config)
     check_plan(config.judge)
-    judge = make_judge(config, sends=False)  # a bad prompt or price is said before anything is searched
+    judge = _make_judge(config, sends=False)  # a bad prompt or price is said before anything is searched
     index, split, candidates = _prepare(config, report)
     _warn_of_same_answers(config, _asked(config, judge), report)
-    return plan_candidates(config, judge, index, split, candidates, report)
+    return plan_asking(
+        judge, index, split, candidates, config.store_path, report, retry_unusable=config.retry_unusable
+    )
 
 
 def check_plan(judge: str) -> None:
@@ -231,17 +206,8 @@ def check_plan(judge: str) -> None:
         raise UserError(f"--plan is for judges that are asked, not for {judge}")
 
 
-def plan_candidates(
-    config: LabelConfig,
-    judge: Judge,
-    index: Index,
-    split: Split,
-    candidates: Candidates,
-    report: Reporter,
-) -> Plan:
-    """What having given pairs judged would ask, and cost at most; sends nothing."""
-    again = config.retry_unusable
-    return plan_asking(judge, index, split, candidates, store_path(config), report, retry_unusable=again)
+def _make_judge(config: LabelConfig, *, sends: bool) -> Judge:
+    return make_judge(config.judge, config, device=config.device, wait=config.wait, sends=sends)
 
 
 def _prepare(config: LabelConfig, report: Reporter) -> tuple[Index, Split, Candidates]:
@@ -302,13 +268,13 @@ def _warn_of_same_answers(config: LabelConfig, asked: dict[str, str], report: Re
 
 def _label_from_file(
     config: LabelConfig,
-    path: Path,
     index: Index,
     split: Split,
     candidates: Candidates,
     out: Path,
     report: Reporter,
 ) -> dict[str, Any]:
+    path = Path(split_judge(config.judge)[1])
     table = file_table(path, split.query_ids, index.catalog, config.missing, report)
     verdicts = table.lookup(candidates.query_rows, candidates.item_rows)
     known = np.flatnonzero(verdicts != UNKNOWN)
@@ -336,11 +302,6 @@ def _check(config: LabelConfig) -> None:
         raise UserError(f"--seed {config.seed}: must be at least 0")
     if config.reparse and config.retry_unusable:
         raise UserError("--reparse asks nothing, --retry-unusable asks again: pass one of them")
-
-
-def store_path(config: Asking) -> Path:
-    """Where the answers are kept."""
-    return Path(config.store) if config.store else default_store()
 
 
 def _count(verdicts: np.ndarray) -> dict[str, int]:

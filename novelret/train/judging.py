@@ -25,7 +25,6 @@ from novelret.label.candidates import Candidates
 from novelret.label.cost import Caps
 from novelret.label.judge import make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
-from novelret.label.label import asked_like, store_path
 from novelret.label.labels import READ, judgement_rows, table_of
 from novelret.label.table import UNKNOWN, LabelTable, empty_table, join_tables, make_table
 from novelret.progress import Reporter
@@ -64,9 +63,10 @@ class Judging:
         self.file: LabelTable | None = None
         if kind == "file":
             self.file = file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
-        self.settings = replace(asked_like(config), **_as_labelled(config))
-        self.judge = make_judge(self.settings) if kind != "file" and processes.is_first else None
-        self.caps = Caps(config.max_requests, config.max_cost)
+        self.asking = replace(config, **_as_labelled(config))
+        self.judge = None
+        if kind != "file" and processes.is_first:
+            self.judge = make_judge(config.judge, self.asking, device=config.device)
         self.pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.futures: dict[int, Future[LabelTable]] = {}
         self.fresh: list[LabelTable] = []
@@ -156,15 +156,15 @@ class Judging:
             self.index,
             self.split,
             candidates,
-            store_path(self.settings),
+            self.asking.store_path,
             path,
             Reporter(),
             retry_unusable=False,
             send=True,
             may_be_empty=True,
             caps=Caps(
-                _left(self.caps.max_requests, self.spent["requests"]),
-                _left(self.caps.max_cost, self.spent["cost"]),
+                _left(self.asking.max_requests, self.spent["requests"]),
+                _left(self.asking.max_cost, self.spent["cost"]),
             ),
         )
         # What a killed run spent on this step was not known yet.

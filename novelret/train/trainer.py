@@ -22,7 +22,6 @@ from novelret import encode
 from novelret.artifacts import MANIFEST, check_output, fingerprint_of, open_output
 from novelret.errors import UserError
 from novelret.label.judge import make_judge, split_judge
-from novelret.label.label import asked_like
 from novelret.progress import Reporter
 from novelret.train.choice import say_choice
 from novelret.train.config import TrainConfig
@@ -187,7 +186,7 @@ def _check_judge(config: TrainConfig) -> None:
             f"--judge {config.judge}: batches are answered too late for training; use openai:MODEL"
         )
     if kind == "openai":
-        make_judge(asked_like(config))  # a missing key, a bad prompt or price
+        make_judge(str(config.judge), config)  # a missing key, a bad prompt or price
 
 
 def _identity(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:
