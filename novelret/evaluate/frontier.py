@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from novelret.tradeoff import keeps_recall, unbeaten
+
 
 @dataclass(frozen=True)
 class FrontierPoint:
@@ -79,23 +81,15 @@ def make_frontier(
         for model in means
     ]
     gain = judged or novelty
-    floor = recall[base] * (1 - max_recall_drop) - 1e-12
     inside = [
-        model for model in gain if model != base and recall[model] >= floor and gain[model] > gain[base]
+        model
+        for model in gain
+        if gain[model] > gain[base] and keeps_recall(recall[model], recall[base], max_recall_drop)
     ]
     selected = max(inside, key=lambda model: (gain[model], novelty[model], recall[model]), default=None)
     return Frontier(k, recall_metric, max_recall_drop, points, selected)
 
 
 def _pareto(recall: dict[str, float], gain: dict[str, float]) -> set[str]:
-    """Models that no other one equals or beats in both figures and beats in one."""
-    return {
-        model
-        for model in gain
-        if not any(
-            recall[other] >= recall[model]
-            and gain[other] >= gain[model]
-            and (recall[other] > recall[model] or gain[other] > gain[model])
-            for other in gain
-        )
-    }
+    best = unbeaten([(recall[model], gain[model]) for model in gain])
+    return {model for model, is_best in zip(gain, best, strict=True) if is_best}

@@ -12,6 +12,7 @@ from novelret.evaluate.metrics import recall
 from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
+from novelret.tradeoff import keeps_recall, unbeaten
 from novelret.train.policy import Items
 
 MOST_QUERIES = 2_000
@@ -169,7 +170,7 @@ def make_point(step: int, figures: np.ndarray, share: float = 1.0, memory: float
 
 def keeps_budget(point: Point, max_recall_drop: float) -> bool:
     """Whether a checkpoint's recall lies within the budget."""
-    return point.recall >= point.base_recall * (1 - max_recall_drop) - 1e-12
+    return keeps_recall(point.recall, point.base_recall, max_recall_drop)
 
 
 def best_first(points: list[Point], max_recall_drop: float) -> list[Point]:
@@ -218,9 +219,6 @@ def pareto(points: list[Point]) -> list[bool]:
     """Whether no other point has as many relevant novel items and as much recall; of equals, the first."""
     figures = [(point.relevant_novel, point.recall) for point in points]
     return [
-        not any(
-            other[0] >= mine[0] and other[1] >= mine[1] and (other != mine or before < n)
-            for before, other in enumerate(figures)
-        )
-        for n, mine in enumerate(figures)
+        is_best and mine not in figures[:n]
+        for n, (mine, is_best) in enumerate(zip(figures, unbeaten(figures), strict=True))
     ]

@@ -12,7 +12,7 @@ from novelret.cli import main
 from novelret.data.split import make_split
 from novelret.label.table import make_table
 from novelret.progress import Reporter
-from novelret.train import trust
+from novelret.train import trust, trust_features
 from novelret.train.config import TrainConfig
 from novelret.train.list_step import _rewards
 from novelret.train.matrix import ItemMatrix
@@ -83,7 +83,7 @@ def test_a_judge_without_false_positives_is_believed(misses):
 def test_a_sample_stands_for_the_rest(monkeypatch):
     material = make_material(judged(0.05))
     monkeypatch.setattr(trust, "_MOST", 700)
-    labelled = trust._gather(material, 3)
+    labelled = trust_features.gather_labelled(material, trust._MOST, 3)
     assert len(labelled.noes) < 900 < len(labelled.yeses)
     assert labelled.count.tolist() == [DEPTH - L] * Q
     assert len(labelled.noes) * labelled.no_weight == pytest.approx(Q * DEPTH * 0.9, rel=0.1)
@@ -131,12 +131,13 @@ def by_hand(material, query, item, is_yes):
 def test_features_are_those_of_their_definition(monkeypatch, cut):
     if cut:
         for name, value in {"_GROUP": 3, "_CHUNK": 7, "_NUMBERS": 5 * D * (3 + 256)}.items():
-            monkeypatch.setattr(trust, name, value)
+            monkeypatch.setattr(trust_features, name, value)
     verdicts = judged(0.02, 0.3)
     verdicts[4] = False
     verdicts[4, 20] = True  # a yes alone
     material = make_material(verdicts, lists=LISTS[:, :60])  # what lies deeper is in no list
-    context = trust._Context(material, trust._gather(material, 0), QUERIES, ITEMS)
+    labelled = trust_features.gather_labelled(material, trust._MOST, 0)
+    context = trust_features.Pairs(material, labelled, QUERIES, ITEMS)
     pairs = np.stack([np.repeat(np.arange(9), 95), LISTS[:9, L:].ravel()], axis=1)
     pairs = pairs[np.random.default_rng(2).permutation(len(pairs))[:200]]
     pairs = np.concatenate([pairs, [[4, LISTS[4, 20]]]])
@@ -160,7 +161,8 @@ def test_what_a_yes_alone_is_worth_does_not_depend_on_what_it_is_estimated_with(
     at_once = trust.estimate_trust(material, QUERIES, ITEMS)
     assert at_once.floor > 0
     states = material.positives
-    context = trust._Context(material, trust._gather(material, 0), QUERIES, ITEMS)
+    labelled = trust_features.gather_labelled(material, trust._MOST, 0)
+    context = trust_features.Pairs(material, labelled, QUERIES, ITEMS)
     alone = np.isnan(context.features(states, np.ones(len(states), dtype=bool))[:, 5])
     assert alone.sum() >= 12
     real = trust._Model.right
