@@ -29,7 +29,7 @@ class Manifest:
     """What an artifact is and where it came from.
 
     Attributes:
-        kind: "index", "labels", "model" or "report".
+        kind: "data", "index", "labels", "model", "report" or "export".
         config: the resolved settings that made it.
         inputs: name of each input → its fingerprint. Later stages compare these.
         fingerprint: identity of what the artifact holds. Two artifacts with the same fingerprint are

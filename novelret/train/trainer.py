@@ -3,9 +3,12 @@
 MODEL/
   modules.json, …       the finetuned query encoder, a sentence-transformers folder
   README.md             model card
+  manifest.json         what it was made from, and what was chosen
+  config.yaml           the settings, as `--config` takes them
   log.jsonl             one line every so many steps; tensorboard/ holds the same
   refit/                the same of the second training, on all queries
-  frontier.parquet      every validated point; frontier.svg and curves.svg show the best
+  validation.json       every validated point
+  frontier.parquet      the same as a table; frontier.svg and curves.svg show the best
   checkpoints/step-N/   the best checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
   queries.npy           hashes of the split's texts, so that eval can tell what was trained on
