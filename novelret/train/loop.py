@@ -22,8 +22,9 @@ from novelret.train.panel import Panel, training_panel
 from novelret.train.points import add_point
 from novelret.train.run import Run
 from novelret.train.states import Batch, with_more_labels
-from novelret.train.step import StepLoss, batch_loss
+from novelret.train.step import batch_loss
 from novelret.train.step_figures import Labelled, log_line
+from novelret.train.step_loss import StepLoss
 from novelret.train.validation import Point, judged_top, left_for_good, steps_to_keep
 
 

@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, window_multiples
+from novelret.train.example_weights import example_weights, is_pair
 from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
 from novelret.train.objectives.supervised import in_batch_infonce
 from novelret.train.sampler import Key
-from novelret.train.states import BASE, FEEDBACK, POLICY, Batch, Material
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """A step's loss, as a sum over examples that micro-batches add up to.
-
-    Attributes:
-        loss: scalar, with gradient where it was just computed.
-        feedback: the feedback pairs' part of it.
-        states: the judged states' part of it.
-        drawn: how many states were drawn, or items in drawn lists.
-        known: how many of them have a label.
-    """
-
-    loss: Tensor
-    feedback: float
-    states: float
-    drawn: float = 0.0
-    known: float = 0.0
-
-    @staticmethod
-    def nothing() -> StepLoss:
-        """The loss of no example."""
-        return StepLoss(torch.zeros(()), 0.0, 0.0)
-
-    def detached(self) -> StepLoss:
-        """Without gradient, on the CPU."""
-        return replace(self, loss=self.loss.detach().cpu())
-
-    def __add__(self, other: StepLoss) -> StepLoss:
-        return StepLoss(*(mine + its for mine, its in zip(self._parts(), other._parts(), strict=True)))
-
-    def as_tensor(self, device: str) -> Tensor:
-        """(5,) float64, to be summed over processes."""
-        return torch.tensor([float(part) for part in self._parts()], dtype=torch.float64, device=device)
-
-    @staticmethod
-    def from_tensor(tensor: Tensor) -> StepLoss:
-        """The inverse of `as_tensor`."""
-        loss, *rest = tensor.tolist()
-        return StepLoss(torch.tensor(loss, dtype=torch.float64), *rest)
-
-    def _parts(self) -> tuple[Any, ...]:
-        return self.loss, self.feedback, self.states, self.drawn, self.known
+from novelret.train.states import Batch, Material
+from novelret.train.step_loss import StepLoss
 
 
 def batch_loss(
@@ -87,23 +42,23 @@ def batch_loss(
         items: the frozen catalog.
         step: the optimizer step, part of the key of draws made here.
     """
-    infonce = _is_pair(batch, config)
-    weights = _weights(batch, infonce, config)
+    infonce = is_pair(batch, config)
+    weights = example_weights(batch, infonce, config)
     here = batch.states_of(passes)
     place = np.searchsorted(passes, batch.passes[here])
     feedback = embeddings.new_zeros(())
     states = embeddings.new_zeros(())
     rewards = batch.rewards[here[~infonce[here]]]
-    is_pair, is_state = infonce[here], ~infonce[here] & (weights[here] > 0)
-    of_pairs, of_states = here[is_pair], here[is_state]
+    paired, rewarded = infonce[here], ~infonce[here] & (weights[here] > 0)
+    of_pairs, of_states = here[paired], here[rewarded]
     if len(of_pairs):
-        chosen = embeddings[torch.from_numpy(place[is_pair])]
+        chosen = embeddings[torch.from_numpy(place[paired])]
         losses = _pair_losses(chosen, of_pairs, batch, infonce, material, config, items)
         feedback = (losses * losses.new_tensor(weights[of_pairs])).sum()
     # Losses that pass over the catalog are computed by all processes together.
     together = config.objective in LIST_OBJECTIVES or config.loss == "inclusion"
     if len(of_states) or (items.shard is not None and together and not infonce.all()):
-        chosen = embeddings[torch.from_numpy(place[is_state])]
+        chosen = embeddings[torch.from_numpy(place[rewarded])]
         if config.objective in LIST_OBJECTIVES:
             key = Key(config.seed, step, torch.from_numpy(of_states).to(embeddings.device))
             losses, rewards = list_losses(chosen, batch.queries[of_states], material, items, config, key)
@@ -115,54 +70,11 @@ def batch_loss(
     return StepLoss(feedback + states, feedback.item(), states.item(), rewards.size, known)
 
 
-def _is_pair(batch: Batch, config: TrainConfig) -> np.ndarray:
-    """Which examples are (query, relevant item) pairs for InfoNCE rather than states to be rewarded."""
-    is_feedback: np.ndarray = batch.sources == FEEDBACK
-    if config.objective == "supervised-judged":
-        return is_feedback | (batch.rewards > 0)
-    return is_feedback
-
-
 def _known_mean(rewards: np.ndarray) -> np.ndarray:
     """Mean of the known rewards of each list, NaN where none is known."""
     known = ~np.isnan(rewards)
     total = np.where(known, rewards, 0).sum(axis=1)
     return np.divide(total, known.sum(axis=1), out=np.full(len(rewards), np.nan), where=known.any(axis=1))
-
-
-def _weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Each kind of example is averaged, then weighted by its share of the mixture; no reward, no weight.
-
-    Base and policy states share what is not γ by the passes that found a reward, so that queries with many
-    judged items do not drown the policy's draws. States count as far as they are believed; a list objective
-    credits many items a state, each by its own trust (see `list_step`).
-    """
-    if config.objective.startswith("supervised"):
-        return _pair_weights(batch, infonce, config)
-    rewarded = ~infonce
-    if config.objective not in LIST_OBJECTIVES:
-        rewarded &= ~np.isnan(batch.rewards)
-    weights = np.zeros(len(batch.queries), dtype=np.float32)
-    weights[infonce] = config.gamma / max(1, infonce.sum())
-    trust = np.ones_like(weights) if config.objective in LIST_OBJECTIVES else batch.trust
-    passes = max(1, len(np.unique(batch.passes[rewarded])))
-    for source in (BASE, POLICY):
-        of_source = rewarded & (batch.sources == source)
-        share = (1 - config.gamma) * len(np.unique(batch.passes[of_source])) / passes
-        weights[of_source] = share * trust[of_source] / max(1.0, float(trust[of_source].sum()))
-    return weights
-
-
-def _pair_weights(batch: Batch, pairs: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Feedback pairs weigh γ in all and judged pairs the rest; one kind alone weighs 1."""
-    of_feedback = batch.sources == FEEDBACK
-    judged = pairs & ~of_feedback
-    gamma = config.gamma if judged.any() else 1.0
-    gamma = gamma if of_feedback.any() else 0.0
-    weights = np.zeros(len(pairs), dtype=np.float32)
-    weights[of_feedback] = gamma / max(1, of_feedback.sum())
-    weights[judged] = (1 - gamma) / max(1, judged.sum())
-    return weights
 
 
 def _pair_losses(

@@ -14,7 +14,7 @@ from novelret.train.log import Line
 from novelret.train.panel import peak_memory
 from novelret.train.run import Run
 from novelret.train.states import SOURCES, Batch
-from novelret.train.step import StepLoss
+from novelret.train.step_loss import StepLoss
 
 _ENTROPY_QUERIES = 16
 _LEAST_LABELLED = 0.01

@@ -14,12 +14,13 @@ from novelret.label.table import make_table
 from novelret.progress import Reporter
 from novelret.train import trust, trust_features
 from novelret.train.config import TrainConfig
+from novelret.train.example_weights import example_weights
 from novelret.train.list_step import _rewards
 from novelret.train.matrix import ItemMatrix
 from novelret.train.processes import Processes
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, draw_batch, gather_material, with_more_labels
-from novelret.train.step import _weights, batch_loss, negative_ranks
+from novelret.train.step import batch_loss, negative_ranks
 
 Q, CLUSTERS, SIZE, D, L, DEPTH = 200, 80, 15, 16, 5, 100
 N = CLUSTERS * SIZE
@@ -227,7 +228,7 @@ def test_a_step_of_hardly_believed_states_is_not_blown_up(weighed):
     settings = config(gamma=0.0)
     batch = draw_batch(weighed, settings, 0)
     doubtful = dataclasses.replace(batch, trust=np.full(len(batch.queries), 1e-6, dtype=np.float32))
-    assert _weights(doubtful, np.zeros(len(batch.queries), dtype=bool), settings).sum() < 1e-3
+    assert example_weights(doubtful, np.zeros(len(batch.queries), dtype=bool), settings).sum() < 1e-3
 
 
 def test_list_objectives_credit_items_by_their_trust(weighed):
