@@ -155,6 +155,9 @@ class World:
         self.candidates = Candidates(rows, found, np.zeros(pairs, dtype=np.int16), ("base-novel",))
         self.folder, self.store = folder, folder / "store.sqlite"
 
+    def __len__(self) -> int:
+        return len(self.query_texts)
+
     def label(self, name: str, **settings: Any) -> dict[str, Any]:
         from novelret.label.asking import ask_and_write
         from novelret.label.judge import Asking, make_judge

@@ -26,9 +26,12 @@ class Claims:
         store.connection.execute(_SCHEMA)
         self.holder = f"{store.path.name}-asking-{uuid.uuid4().hex[:12]}"
         self.lock = _lock(self._file_of(self.holder), create=True)
+        for (holder,) in store.connection.execute("SELECT DISTINCT holder FROM claims").fetchall():
+            if not self._lives(holder):
+                self._forget(holder)
 
     def take(self, key: bytes) -> bool:
-        """Claim a question; False where a living process holds it."""
+        """Claim a question until this process ends; False where another that lives holds it."""
         if self.lock is None:
             return True
         with self.store.transaction() as connection:
@@ -43,6 +46,10 @@ class Claims:
         if self.lock is not None:
             with self.store.transaction() as connection:
                 connection.execute("DELETE FROM claims WHERE key = ? AND holder = ?", (key, self.holder))
+
+    def _forget(self, holder: str) -> None:
+        with self.store.transaction() as connection:
+            connection.execute("DELETE FROM claims WHERE holder = ?", (holder,))
 
     def _lives(self, holder: str) -> bool:
         path = self._file_of(holder)
@@ -63,6 +70,7 @@ class Claims:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.lock is not None:
+            self._forget(self.holder)
             self._file_of(self.holder).unlink(missing_ok=True)
             os.close(self.lock)
 

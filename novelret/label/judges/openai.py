@@ -245,6 +245,7 @@ class _Asking:
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
         self.tally.failed[question.key] = reason
+        self.claims.give_up(question.key)
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= _HOPELESS:
             self.tally.stopped = f"{_HOPELESS} questions in a row got no answer"
@@ -271,12 +272,11 @@ async def _work(
         if question is None:
             await asyncio.sleep(0)
             continue
-        if not asking.claims.take(question.key):
-            asking.elsewhere.append(question)
-            continue
         if not question.again and asking.store.known([question.key]):  # since it was looked up
-            asking.claims.give_up(question.key)
             advance(1)
+            continue
+        if not asking.claims.take(question.key):
+            asking.elsewhere.append(question._replace(again=False))  # another process asks it again
             continue
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
@@ -290,7 +290,6 @@ async def _work(
             raise
         finally:
             under_way.discard(question.key)
-            asking.claims.give_up(question.key)
             asking.reserved -= worst
         advance(1)
 
