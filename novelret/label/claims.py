@@ -30,16 +30,23 @@ class Claims:
             if not self._lives(holder):
                 self._forget(holder)
 
-    def take(self, key: bytes) -> bool:
-        """Claim a question until this process ends; False where another that lives holds it."""
+    def take(self, keys: list[bytes]) -> set[bytes]:
+        """Claim questions until this process ends; those that no other living process holds.
+
+        Args:
+            keys: a few hundred at most.
+        """
         if self.lock is None:
-            return True
+            return set(keys)
         with self.store.transaction() as connection:
-            held = connection.execute("SELECT holder FROM claims WHERE key = ?", (key,)).fetchone()
-            if held is not None and held[0] != self.holder and self._lives(held[0]):
-                return False
-            connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self.holder))
-            return True
+            marks = ",".join("?" * len(keys))
+            found = connection.execute(f"SELECT key, holder FROM claims WHERE key IN ({marks})", keys)
+            held = {key: holder for key, holder in found if holder != self.holder}
+            living = {holder for holder in set(held.values()) if self._lives(holder)}
+            free = {key for key in keys if held.get(key) not in living}
+            rows = [(key, self.holder) for key in free]
+            connection.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", rows)
+            return free
 
     def give_up(self, key: bytes) -> None:
         """Leave a question to others."""

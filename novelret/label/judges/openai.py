@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +37,7 @@ _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only say
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _CONNECT = 10.0  # seconds until a host that does not answer counts as absent
 _OTHERS = 0.2  # seconds until what other processes are asking is looked at again
-_NO_MORE = Question(b"", [])
+_AT_ONCE = 32  # questions claimed in one go
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
 _DEAD, _DEAD_AFTER = 32, 20.0  # faults in a row, and seconds, of an endpoint that never answered at all
 
@@ -95,7 +94,7 @@ def ask_all(
     store.relax()
     with Claims(store) as claims:
         asking = _Asking(model, parameters, count_tokens, store, claims, limits, tally, say)
-        asyncio.run(_ask_all(questions, asking, advance))
+        asyncio.run(_ask_all(_ours(asking, questions, advance), asking, advance))
 
 
 async def _ask_all(
@@ -178,8 +177,7 @@ class _Asking:
     limits: Limits
     tally: Tally
     say: Callable[[str], None]
-    elsewhere: deque[Question] = field(default_factory=deque)  # what other processes are asking
-    waited: bool = False  # whether it was told that these are waited for
+    waits: bool = False  # whether all that is left is what other processes are asking
     pace: Pace = field(init=False)
     stopping: bool = False
     reserved: float = 0.0  # dollars that requests under way may cost at most
@@ -228,13 +226,6 @@ class _Asking:
                 f"a row (the last: {fault.reason}); check OPENAI_BASE_URL and run the same command again"
             )
 
-    async def wait_for_others(self) -> None:
-        """Give other processes time to answer what they are asking."""
-        if not self.waited:
-            self.say(f"waiting for {len(self.elsewhere)} questions that another process is asking")
-            self.waited = True
-        await asyncio.sleep(_OTHERS)
-
     async def sync(self) -> None:
         """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
         while True:
@@ -252,6 +243,40 @@ class _Asking:
             self.stopping = True  # what waits to be repeated is not
 
 
+def _ours(
+    asking: _Asking, questions: Iterator[Question | None], advance: Callable[[int], None]
+) -> Iterator[Question | None]:
+    """The questions that no other process asks, and at last those that it leaves; None to wait a little."""
+    batch: list[Question] = []
+    elsewhere: list[Question] = []
+
+    def claimed() -> Iterator[Question]:
+        known = asking.store.known([question.key for question in batch if not question.again])
+        advance(len(known))  # answered since they were looked up
+        left = [question for question in batch if question.key not in known]
+        batch.clear()
+        free = asking.claims.take([question.key for question in left])
+        # What another process asks again as well needs no third time.
+        elsewhere.extend(question._replace(again=False) for question in left if question.key not in free)
+        yield from (question for question in left if question.key in free)
+
+    for question in questions:
+        if question is not None:
+            batch.append(question)
+        if question is None or len(batch) == _AT_ONCE:
+            yield from claimed()
+        if question is None:
+            yield None
+    yield from claimed()
+    if elsewhere:
+        asking.waits = True
+        asking.say(f"waiting for {len(elsewhere)} questions that another process is asking")
+    while elsewhere:
+        yield None
+        batch, elsewhere = elsewhere[:_AT_ONCE], elsewhere[_AT_ONCE:]
+        yield from claimed()
+
+
 async def _work(
     asking: _Asking,
     client: AsyncOpenAI,
@@ -261,22 +286,12 @@ async def _work(
     price, longest = asking.limits.price, longest_answer(asking.parameters)
     under_way = asking.tally.under_way
     while not asking.stopping and asking.tally.stopped is None:
-        question = next(questions, _NO_MORE)
-        if question is _NO_MORE:
-            if not asking.elsewhere:
-                return
-            await asking.wait_for_others()
-            if not asking.elsewhere:
-                continue
-            question = asking.elsewhere.popleft()
+        try:
+            question = next(questions)
+        except StopIteration:
+            return
         if question is None:
-            await asyncio.sleep(0)
-            continue
-        if not question.again and asking.store.known([question.key]):  # since it was looked up
-            advance(1)
-            continue
-        if not asking.claims.take(question.key):
-            asking.elsewhere.append(question._replace(again=False))  # another process asks it again
+            await asyncio.sleep(_OTHERS if asking.waits else 0)
             continue
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
