@@ -223,12 +223,12 @@ def open_output(
         yield partial
         if not (partial / MANIFEST).is_file():
             raise RuntimeError(f"{partial} has no manifest")
-        (partial / STATE).unlink()
         old = out.with_name(out.name + ".old")
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.replace(old)
         partial.replace(out)
+        (out / STATE).unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -77,7 +78,8 @@ class Claims:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.lock is not None:
-            self._forget(self.holder)
+            with contextlib.suppress(sqlite3.Error):  # a full disk; without the lock they mean nothing
+                self._forget(self.holder)
             self._file_of(self.holder).unlink(missing_ok=True)
             os.close(self.lock)
 
@@ -94,6 +96,8 @@ def _lock(path: Path, *, create: bool = False) -> int | None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(handle)
+            if create:  # a disk that knows no locks
+                path.unlink(missing_ok=True)
             return None
         return handle
     return None

@@ -273,11 +273,14 @@ def _check_sizes(config: TrainConfig, catalog_size: int) -> None:
         value = getattr(config, name)
         if value is not None and value > catalog_size:
             raise UserError(f"{_flag(name)} {value}: the catalog holds {catalog_size} items; lower it")
-    for name in ("negatives", "hard_negatives"):  # taken from the deployed list
-        if getattr(config, name) > config.depth:
-            raise UserError(
-                f"{_flag(name)} {getattr(config, name)}: more than --depth {config.depth}; raise that"
-            )
+    of_list = {
+        "negatives": config.objective == "pg-ret" and config.loss == "aggressive",
+        "hard_negatives": config.objective == "supervised-judged",
+    }
+    for name, is_used in of_list.items():
+        value = getattr(config, name)
+        if is_used and value > config.depth:
+            raise UserError(f"{_flag(name)} {value}: more than --depth {config.depth}; raise that")
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -107,9 +107,14 @@ def _available(items: ItemMatrix, excluded: Tensor) -> int:
 
 def _log_rest(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, listed: Tensor, tau: float) -> Tensor:
     """(b,) log-partition over the items that are not listed; −inf where that is none."""
-    if listed.shape[1] >= _available(items, excluded):
-        return embeddings.new_full((len(embeddings),), -torch.inf)
-    return items.log_partition(embeddings, tau, torch.cat([excluded, listed], dim=1))
+    if listed.shape[1] < _available(items, excluded):
+        return items.log_partition(embeddings, tau, torch.cat([excluded, listed], dim=1))
+    # Hardly a catalog: some query may have nothing left. One listed item is then kept, and taken away again.
+    there = (excluded >= 0).sum(dim=1) + listed.shape[1] < len(items)
+    kept = listed.clone()
+    kept[~there, -1] = -1
+    rest = items.log_partition(embeddings, tau, torch.cat([excluded, kept], dim=1))
+    return torch.where(there, rest, -torch.inf)
 
 
 def _pl_rank(

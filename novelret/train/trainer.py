@@ -104,6 +104,7 @@ def _train(
         del prepared  # a whole encoder, perhaps
         if not is_written and _is_worth_refitting(config, points, share):
             _refit(config, inputs, items, points, folder, processes, report)
+        processes.wait()  # until all have seen what there is
         if processes.is_first:
             drop_resumables(folder)
     processes.wait()

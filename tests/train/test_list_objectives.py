@@ -416,3 +416,28 @@ def test_gradients_of_a_peaked_policy_are_right_in_single_precision(name):
     assert torch.linalg.norm(single - double, dim=1) == pytest.approx(
         0, abs=1e-3 * double.norm(dim=1).max().item()
     )
+
+
+def test_a_list_of_all_items_but_one_leaves_that_one():
+    draw = torch.Generator().manual_seed(4)
+    items = torch.randn(12, 5, generator=draw, dtype=torch.float64)
+    embeddings = torch.randn(3, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    excluded = torch.tensor([[-1], [-1], [2]])  # two queries have one item left, the third has none
+    material = types.SimpleNamespace(
+        split=types.SimpleNamespace(excluded=excluded.numpy()),
+        rewards=lambda _, rows: np.ones(len(rows), np.float32),
+        trust_of=lambda _, rows: np.ones(len(rows), np.float32),
+    )
+    config = TrainConfig("d", "i", objective="v-pg", temperature=1.0, list_size=11)
+    key, matrix = Key(0, 0, torch.arange(3)), ItemMatrix(items, items)
+    losses, _ = list_losses(embeddings, np.arange(3), material, matrix, config, key)
+    (found,) = torch.autograd.grad(losses.sum(), embeddings)
+    rows = matrix.draw(embeddings, 11, key, 1.0, excluded, replacement=False).rows
+    logits = (embeddings @ items.T).masked_fill(torch.arange(12) == excluded, -torch.inf)
+    log_p = 0.0
+    for k in range(11):
+        gone = (rows[:, None, :k] == torch.arange(12)[None, :, None]).any(dim=2)
+        left = torch.logsumexp(logits.masked_fill(gone, -torch.inf), dim=1)
+        log_p = log_p + logits.gather(1, rows[:, k : k + 1])[:, 0] - left
+    (expected,) = torch.autograd.grad(-11 * log_p.sum(), embeddings)
+    assert torch.allclose(found, expected, atol=1e-9)

@@ -275,7 +275,10 @@ def test_bad_settings_each_have_their_line():
     for changes, message in [
         ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"negatives": 91}, "--negatives 91: the catalog holds 90 items"),
-        ({"negatives": 41, "depth": 40}, "--negatives 41: more than --depth 40; raise that"),
+        (
+            {"loss": "aggressive", "negatives": 41, "depth": 40},
+            "--negatives 41: more than --depth 40; raise that",
+        ),
         ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
         ({"alpha": 0.6}, "--alpha 0.6 --gamma 0.5: neither may be below 0, nor their sum above 1"),
         ({"window": "1"}, "--window 1: expected two multiples of L"),

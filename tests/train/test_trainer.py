@@ -806,7 +806,9 @@ def test_hardly_any_label_on_what_is_drawn_is_said(world, index_folder, capsys, 
 
 
 def covered(folder):
-    return np.array([line["covered"] for line in log_of(folder) if "covered" in line])
+    lines = [line for line in log_of(folder) if "covered" in line]
+    assert [line["step"] for line in lines] == [1, 4, 8, 12]
+    return np.array([line["covered"] for line in lines])
 
 
 def test_draws_among_the_top_items_say_what_they_cover(command, capsys, tmp_path):

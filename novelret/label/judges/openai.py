@@ -29,7 +29,7 @@ from novelret.label.judges.endpoint import (
 )
 from novelret.label.judges.pace import Pace, retry_after
 from novelret.label.questions import Messages, Question, Tally
-from novelret.label.store import Store
+from novelret.label.store import Answer, Store
 
 _ATTEMPTS = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
@@ -249,15 +249,18 @@ def _ours(
     """The questions that no other process asks, and at last those that it leaves; None to wait a little."""
     batch: list[Question] = []
     elsewhere: list[Question] = []
+    before: dict[bytes, Answer | None] = {}
 
     def claimed() -> Iterator[Question]:
-        known = asking.store.known([question.key for question in batch if not question.again])
-        advance(len(known))  # answered since they were looked up
-        left = [question for question in batch if question.key not in known]
+        answers = asking.store.find([question.key for question in batch])
+        # One that is asked again has an answer, and is answered when it gets another.
+        is_old = {question.key for question in batch if question.again}
+        is_old = {key for key in is_old if before.setdefault(key, answers.get(key)) == answers.get(key)}
+        left = [question for question in batch if question.key in is_old or question.key not in answers]
+        advance(len(batch) - len(left))  # answered since they were looked up
         batch.clear()
         free = asking.claims.take([question.key for question in left])
-        # What another process asks again as well needs no third time.
-        elsewhere.extend(question._replace(again=False) for question in left if question.key not in free)
+        elsewhere.extend(question for question in left if question.key not in free)
         yield from (question for question in left if question.key in free)
 
     for question in questions:
