@@ -591,16 +591,27 @@ def test_a_plan_sends_nothing(arguments, tmp_path, capsys, monkeypatch):
         assert (plan["to_ask"], plan["known"], plan["cost"]) == (100, 20, None)
 
 
+def labelling(world, index_folder, tmp_path, depth, concurrency):
+    """A command line for another process, to which the rest is added."""
+    return [
+        "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
+        "--base-depth", 3, "--depth", depth, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
+        "--json",
+    ]  # fmt: skip
+
+
 def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folder, tmp_path):
     rng = random.Random(0)
     concurrency, pairs = 4, 20 * 36
     with LoopbackJudge(delay=0.02) as server:
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         command = [
-            "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
-            "--base-depth", 3, "--depth", 39, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
-            "--out", tmp_path / "labels", "--json", "--config", tmp_path / "empty.yaml",
-        ]  # fmt: skip
+            *labelling(world, index_folder, tmp_path, 39, concurrency),
+            "--out",
+            tmp_path / "labels",
+            "--config",
+            tmp_path / "empty.yaml",
+        ]
         (tmp_path / "empty.yaml").write_text("{}")
         command, log = list(map(str, command)), tmp_path / "log"
         stored: set[bytes] = set()
@@ -641,11 +652,7 @@ def test_two_runs_with_one_store_pay_for_no_pair_twice(world, index_folder, tmp_
     concurrency, pairs = 4, 20 * 12
     with LoopbackJudge(delay=0.02) as server:
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
-        command = [
-            "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
-            "--base-depth", 3, "--depth", 15, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
-            "--json", "--out",
-        ]  # fmt: skip
+        command = [*labelling(world, index_folder, tmp_path, 15, concurrency), "--out"]
         logs = [tmp_path / "log-a", tmp_path / "log-b"]
         runs = [
             start([*map(str, command), str(tmp_path / name)], environment, log, {})
@@ -687,10 +694,11 @@ def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):
     with LoopbackJudge(delay=0.01) as server:
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         command = [
-            "label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt", "query-keyword",
-            "--base-depth", 3, "--depth", 39, "--concurrency", concurrency, "--store", tmp_path / "store.sqlite",
-            "--out", tmp_path / "labels", "--json", "--max-requests",
-        ]  # fmt: skip
+            *labelling(world, index_folder, tmp_path, 39, concurrency),
+            "--out",
+            tmp_path / "labels",
+            "--max-requests",
+        ]
         log, patches = tmp_path / "log", {"novelret.label.asking": {"_NOTED": 0.0}}
         kills = 0
         for _ in range(3):
