@@ -101,8 +101,8 @@ def export_model(
             training = training_of(model)
             if training is not None:
                 facts["training"] = training.facts()
-                if training.queries is not None:
-                    np.save(folder / "queries.npy", training.queries)
+                if training.hashes.is_file():
+                    shutil.copyfile(training.hashes, folder / training.hashes.name)
             inputs = {"model": encode.fingerprint_encoder(encoder)}
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, inputs, identity, facts))

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from novelret.artifacts import MANIFEST, is_kind, read_manifest
 
 
@@ -19,13 +17,18 @@ class Training:
         index: fingerprint of the index it was for.
         index_folder: where that lay.
         judges: who judged its labels.
-        queries: (n,) uint64 hashes of the texts it was trained on; None where nothing tells.
+        folder: of the MODEL or the export that tells.
     """
 
     index: str
     index_folder: str
     judges: list[str]
-    queries: np.ndarray | None
+    folder: Path
+
+    @property
+    def hashes(self) -> Path:
+        """The file of (n,) uint64 hashes of the texts it was trained on; models of before have none."""
+        return self.folder / "queries.npy"
 
     def facts(self) -> dict[str, Any]:
         """As an export's manifest carries it; the hashes lie beside it."""
@@ -36,13 +39,11 @@ def training_of(folder: Path) -> Training | None:
     """How the encoder in a folder was trained; None where nothing tells."""
     if folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file():
         folder = folder.parent.parent
-    hashes = folder / "queries.npy"
-    queries = np.load(hashes) if hashes.is_file() else None
     if is_kind(folder, "export"):
         facts = read_manifest(folder, "export").facts.get("training")
-        return Training(**facts, queries=queries) if facts else None
+        return Training(**facts, folder=folder) if facts else None
     if not is_kind(folder, "model"):
         return None
     manifest = read_manifest(folder, "model")
     judges = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
-    return Training(manifest.inputs["index"], manifest.config["index"], list(map(str, judges)), queries)
+    return Training(manifest.inputs["index"], manifest.config["index"], list(map(str, judges)), folder)

@@ -172,8 +172,8 @@ def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, re
     training = training_of(Path(path))
     if training is None:
         return
-    if training.queries is not None:
-        seen = int(np.isin(hash_texts(split.query_texts), training.queries).sum())
+    if training.hashes.is_file():
+        seen = int(np.isin(hash_texts(split.query_texts), np.load(training.hashes)).sum())
         share = "all" if seen == len(split) else f"{seen:,}"
         if seen:
             report.warn(

@@ -46,8 +46,7 @@ class Batches:
         mine = run.processes.share(run.config.batch_size)
         embeddings = run.embed(batch.queries_of(mine), step)
         if _has_policy_states(batch, run.config):
-            states = batch.states_of(mine)
-            places = states[batch.sources[states] == POLICY]
+            places = self._policy_places(batch)
             chosen = np.searchsorted(mine, batch.passes[places])
             drawn_by = embeddings.detach()[torch.from_numpy(chosen)]
             batch = _draw_from_policy(run, batch, drawn_by, places, step)
@@ -58,14 +57,18 @@ class Batches:
         batch = draw_batch(run.material, run.config, step)
         if not _has_policy_states(batch, run.config):
             return batch
-        mine = batch.states_of(run.processes.share(run.config.batch_size))
-        places = mine[batch.sources[mine] == POLICY]
+        places = self._policy_places(batch)
         with torch.no_grad():
             batch = _draw_from_policy(run, batch, run.embed(batch.queries[places], step), places, step)
         if run.judging is not None:
             unknown = np.flatnonzero((batch.sources == POLICY) & np.isnan(batch.rewards))
             run.judging.ask(step, batch.queries[unknown], batch.items[unknown])
         return batch
+
+    def _policy_places(self, batch: Batch) -> np.ndarray:
+        """Where this process's policy states stand in the batch."""
+        mine = batch.states_of(self.run.processes.share(self.run.config.batch_size))
+        return mine[batch.sources[mine] == POLICY]
 
 
 def _has_policy_states(batch: Batch, config: TrainConfig) -> bool:

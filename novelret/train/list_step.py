@@ -95,21 +95,15 @@ def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> tuple[np.
 
 def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:
     """When K clocks have rung on average: the top items one by one, the others by their mass."""
-    top, _ = items.top_k(embeddings, min(_EXACT_PER_ITEM * k, _available(items, excluded)), excluded)
+    available = len(items) - excluded.shape[1]  # to a query that leaves out the most
+    top, _ = items.top_k(embeddings, min(_EXACT_PER_ITEM * k, available), excluded)
     rest = _log_rest(embeddings, items, excluded, top, tau)
     return expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)
 
 
-def _available(items: ItemMatrix, excluded: Tensor) -> int:
-    """How many items a query that leaves out the most has."""
-    return len(items) - excluded.shape[1]
-
-
 def _log_rest(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, listed: Tensor, tau: float) -> Tensor:
     """(b,) log-partition over the items that are not listed; −inf where that is none."""
-    if listed.shape[1] < _available(items, excluded):
-        return items.log_partition(embeddings, tau, torch.cat([excluded, listed], dim=1))
-    # Hardly a catalog: some query may have nothing left. One listed item is then kept, and taken away again.
+    # Where a query has nothing left, one listed item is kept for the pass, and its result dropped.
     there = (excluded >= 0).sum(dim=1) + listed.shape[1] < len(items)
     kept = listed.clone()
     kept[~there, -1] = -1
