@@ -37,6 +37,9 @@ REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
     ("Eq. 7, trust, asked twice", {}, True),
     ("Eq. 7, trust, with a memory", MEMORY, False),
 ]
+# A yes earns 1 − e and a no −e, e the judge's rate of false positives, taken as measured without error: on
+# average the reward of the true verdict (Natarajan et al., 2013). A reward's size is how often it is drawn.
+CORRECTED = {"reward": "eq6", "draw": "states", "trust": False}
 FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.0, 0.4)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
@@ -90,6 +93,10 @@ def noise() -> Iterator[Variant]:
             for share in FALSE_POSITIVES:
                 if share or misses or not twice:  # asked again about what is right, a judge says the same
                     yield Variant(name, f"{share:g} / {misses:g}", settings, _noisy(share, misses, twice))
+    for misses in MISSES:
+        for share in FALSE_POSITIVES[1:]:  # without false positives a no earns nothing, as with Eq. 7
+            labels = _noisy(share, misses, False)
+            yield Variant("rewards corrected by error rates", f"{share:g} / {misses:g}", CORRECTED, labels)
 
 
 def _noisy(false_positives: float, misses: float, twice: bool) -> dict[str, Any] | None:
@@ -202,7 +209,10 @@ def ablate(pool: ProcessPoolExecutor, setting: Setting, wanted: str, out: Path) 
 def _job(setting: Setting, name: str, variant: Variant, seed: int) -> Job:
     given = METHODS["default-adapter"] | variant.settings
     if variant.labels is not None:
-        given["labels"] = str(_labels_folder(setting, variant.labels))
+        labels = _labels_folder(setting, variant.labels)
+        given["labels"] = str(labels)
+        if variant.settings is CORRECTED:
+            given["negative_share"] = corrected_share(labels, variant.labels["false_positives"])
     if variant.starts_supervised:
         given["init"] = str(_init_folder(setting, seed))
     return setting.job(f"{name}-{variant.series}-{variant.x}", given, seed, variant.rate, variant.evaluate)
@@ -227,6 +237,14 @@ def _inputs(setting: Setting, variant: Variant, seed: int) -> Iterator[Job]:
             "make": {"kind": "start"},
             "train": train,
         }
+
+
+def corrected_share(labels: Path, false_positives: float) -> float:
+    """Share of the corrected rewards' size that noes have, in labels of which every pair is judged."""
+    verdicts = pq.read_table(labels / "judgements.parquet", columns=["verdict"])["verdict"].to_numpy()
+    yes = float((verdicts > 0).mean())
+    of_noes = false_positives * (1 - yes)
+    return round(of_noes / (of_noes + (1 - false_positives) * yes), 4)
 
 
 def _labels_folder(setting: Setting, make: dict[str, Any]) -> Path:
