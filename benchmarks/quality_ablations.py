@@ -52,6 +52,7 @@ PARTS: list[tuple[str, dict[str, Any]]] = [
     ("default", {}),
     ("one state a pass", {"draw": "states"}),
     ("no blends", {"blends": 1}),
+    ("in-batch negatives for feedback pairs", {"catalog_negatives": 0}),
     ("loss temperature 0.05", {"temperature": 0.05}),
     ("the list's top 5 as negatives", {"loss": "aggressive"}),
     ("the top item alone, no margin", {"loss": "conservative"}),

@@ -172,6 +172,14 @@ def train(
     negatives: Annotated[
         int, typer.Option(help="M: top base items that aggressive contrasts with.", rich_help_panel=STATES)
     ] = 5,
+    catalog_negatives: Annotated[
+        int,
+        typer.Option(
+            help="Random items that feedback pairs are contrasted with; they stand for the whole catalog. "
+            "0: the other items of the batch, as published.",
+            rich_help_panel=STATES,
+        ),
+    ] = 4096,
     hard_negatives: Annotated[
         int,
         typer.Option(help="Top base items among the negatives of supervised-judged.", rich_help_panel=STATES),

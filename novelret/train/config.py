@@ -75,6 +75,9 @@ class TrainConfig(Asking):
         base_depth: L, the deployed list's length: items beyond it are novel.
         depth: deepest base rank that states are drawn from.
         negatives: M, the base model's top items that "aggressive" contrasts with.
+        catalog_negatives: pairs are contrasted with so many items, drawn at random in each step, which stand
+            for the whole catalog (one of fewer items is taken whole). 0: with the other items of the batch,
+            as published.
         hard_negatives: the base model's top items added to the negatives of "supervised-judged".
         list_size: K, items that a list objective draws per query.
         window: "boundary" contrasts with base ranks between two multiples of L; "1,2": ranks L + 1 to 2L.
@@ -134,6 +137,7 @@ class TrainConfig(Asking):
     base_depth: int = 50
     depth: int = 400
     negatives: int = 5
+    catalog_negatives: int = 4096
     hard_negatives: int = 0
     list_size: int = 50
     window: str = "1,2"
@@ -230,7 +234,8 @@ def _check_numbers(config: TrainConfig) -> None:
     positive = ("temperature", "sampling_temperature", "peak_learning_rate", "max_grad_norm")
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         ((*sizes, "memory_size", "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),
-        (("patience", "keep", "hard_negatives", "weight_decay"), lambda value: value >= 0, "at least 0"),
+        (("patience", "keep", "weight_decay"), lambda value: value >= 0, "at least 0"),
+        (("catalog_negatives", "hard_negatives"), lambda value: value >= 0, "at least 0"),
         (positive, lambda value: value > 0, "above 0"),
         (("max_recall_drop", "negative_share", "warmup"), lambda value: 0 <= value <= 1, "from 0 to 1"),
         (("validation_fraction",), lambda value: 0 <= value < 1, "from 0 to below 1"),

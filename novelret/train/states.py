@@ -95,6 +95,25 @@ class Material:
         """Ascending, as feedback is sorted by (query, item)."""
         return self.split.feedback_queries * self.labels.catalog_size + self.split.feedback_items
 
+    def no_negatives(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which catalog rows are known to be relevant to queries, or left out of their lists; (b, n) bool.
+
+        Args:
+            queries: (b,) query rows.
+            rows: (n,) ascending catalog rows; as few of many are, nothing is looked up pair by pair.
+        """
+        listed = np.concatenate([items_of(self._relevant, queries), self.split.excluded[queries]], axis=1)
+        place = np.minimum(np.searchsorted(rows, listed), len(rows) - 1)
+        query, column = np.nonzero(rows[place] == listed)
+        found = np.zeros((len(queries), len(rows)), dtype=bool)
+        found[query, place[query, column]] = True
+        return found
+
+    @cached_property
+    def _relevant(self) -> np.ndarray:
+        split = self.split
+        return np.stack(self.labels.relevant_and(split.feedback_queries, split.feedback_items), axis=1)
+
     def rewarded_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labelled items of queries with a reward: (b, M) rows, −1 padded, and their rewards, 0 padded."""
         rows = np.concatenate([items_of(part, queries) for part in (self.positives, self.negatives)], axis=1)
@@ -131,6 +150,7 @@ class Batch:
         rewards: (S,) float32; NaN where the label is unknown.
         passes: (S,) int64, the state's forward pass, ascending from 0 to batch_size − 1.
         trust: (S,) float32, how far the reward is to be believed: the state's weight in the loss.
+        sampled: (n,) int64, ascending catalog rows that pairs are contrasted with; none for in-batch ones.
     """
 
     queries: np.ndarray
@@ -139,6 +159,7 @@ class Batch:
     rewards: np.ndarray
     passes: np.ndarray
     trust: np.ndarray
+    sampled: np.ndarray
 
     def queries_of(self, passes: np.ndarray) -> np.ndarray:
         """The query rows that forward passes are over."""
@@ -219,7 +240,8 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     rewards = np.full(len(queries), np.nan, dtype=np.float32)
     known = items >= 0
     rewards[known] = material.rewards(queries[known], items[known])
-    return Batch(queries, items, sources, rewards, np.cumsum(starts) - 1, material.trust_of(queries, items))
+    trust, sampled = material.trust_of(queries, items), _draw_catalog(material, config, step)
+    return Batch(queries, items, sources, rewards, np.cumsum(starts) - 1, trust, sampled)
 
 
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -236,6 +258,13 @@ def _draw_feedback(material: Material, config: TrainConfig, step: int, count: in
     split = material.split
     chosen = shuffled(len(split.feedback_queries), count, step, (config.seed, FEEDBACK))
     return _states(split.feedback_queries[chosen], split.feedback_items[chosen], FEEDBACK)
+
+
+def _draw_catalog(material: Material, config: TrainConfig, step: int) -> np.ndarray:
+    """Catalog rows at random, ascending, the same for all pairs of a step."""
+    size = material.labels.catalog_size
+    generator = np.random.default_rng((config.seed, FEEDBACK, 1, step))
+    return np.sort(generator.choice(size, min(config.catalog_negatives, size), replace=False))
 
 
 def _draw_base(material: Material, config: TrainConfig, step: int, count: int) -> list[_Part]:

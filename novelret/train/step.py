@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from novelret.train.example_weights import example_weights, is_pair
 from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
-from novelret.train.objectives.supervised import in_batch_infonce
+from novelret.train.objectives.supervised import infonce as infonce_loss
 from novelret.train.sampler import Key
 from novelret.train.states import Batch, Material
 from novelret.train.step_loss import StepLoss
@@ -86,21 +88,32 @@ def _pair_losses(
     config: TrainConfig,
     items: ItemMatrix,
 ) -> Tensor:
-    columns = np.flatnonzero(infonce)
-    others = batch.items[columns]
     _, leader, group = np.unique(batch.passes[pairs], return_index=True, return_inverse=True)
-    known = material.known_relevant(batch.queries[pairs[leader]][:, None], others[None, :])[group]
-    known |= batch.items[pairs][:, None] == others[None, :]
+    queries = batch.queries[pairs[leader]]
+    own = batch.items[pairs]
+    is_sample = len(batch.sampled) > 0
+    others = batch.sampled if is_sample else batch.items[infonce]
     of_leader = embeddings[torch.from_numpy(leader)]
     scores = (of_leader @ items.rows(torch.from_numpy(others), embeddings).T)[torch.from_numpy(group)]
+    if is_sample:
+        # The pair's own item, then the sample, each item of which stands for N / n of the catalog.
+        stands_for = config.temperature * math.log(len(items) / len(others))
+        score = (embeddings * items.rows(torch.from_numpy(own), embeddings)).sum(dim=1)
+        scores = torch.cat([score[:, None], scores + stands_for], dim=1)
+        known = np.pad(material.no_negatives(queries, others)[group], ((0, 0), (1, 0)))
+        positive = np.zeros(len(pairs), dtype=np.int64)
+    else:
+        known = material.known_relevant(queries[:, None], others[None, :])[group]
+        known |= own[:, None] == others[None, :]
+        positive = np.searchsorted(np.flatnonzero(infonce), pairs)
     if config.objective == "supervised-judged" and config.hard_negatives:
         hard = material.base_rows[batch.queries[pairs], : config.hard_negatives].astype(np.int64)
         vectors = items.rows(torch.from_numpy(np.maximum(hard, 0)), embeddings)
         scores = torch.cat([scores, torch.einsum("sd,snd->sn", embeddings, vectors)], dim=1)
         relevant = material.known_relevant(batch.queries[pairs][:, None], hard) | (hard < 0)
         known = np.concatenate([known, relevant], axis=1)
-    positive = torch.from_numpy(np.searchsorted(columns, pairs)).to(scores.device)
-    return in_batch_infonce(scores, positive, torch.from_numpy(known).to(scores.device), config.temperature)
+    column = torch.from_numpy(positive).to(scores.device)
+    return infonce_loss(scores, column, torch.from_numpy(known).to(scores.device), config.temperature)
 
 
 def _state_losses(

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from novelret.train.objectives import pg_ret
-from novelret.train.objectives.supervised import in_batch_infonce
+from novelret.train.objectives.supervised import infonce
 
 torch.manual_seed(0)
 SCORE = torch.rand(6, dtype=torch.float64) * 2 - 1
@@ -48,14 +48,14 @@ def test_inclusion_is_the_gumbel_formula():
 def test_infonce_leaves_known_positives_out_of_the_negatives():
     scores = torch.tensor([[0.5, 0.1, 0.9]], dtype=torch.float64)
     known = torch.tensor([[True, False, True]])
-    loss = in_batch_infonce(scores, torch.tensor([0]), known, TAU)
+    loss = infonce(scores, torch.tensor([0]), known, TAU)
     expected = -np.log(np.exp(0.5 / TAU) / (np.exp(0.5 / TAU) + np.exp(0.1 / TAU)))
     assert loss.item() == pytest.approx(expected)
 
 
 def test_infonce_is_cross_entropy_without_known_positives():
     scores = torch.randn(5, 5, dtype=torch.float64)
-    loss = in_batch_infonce(scores, torch.arange(5), torch.zeros(5, 5, dtype=torch.bool), TAU)
+    loss = infonce(scores, torch.arange(5), torch.zeros(5, 5, dtype=torch.bool), TAU)
     expected = torch.nn.functional.cross_entropy(scores / TAU, torch.arange(5), reduction="none")
     assert torch.allclose(loss, expected)
 

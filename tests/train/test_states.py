@@ -128,6 +128,8 @@ def gradient(material, settings, size):
 
 OBJECTIVES = [
     {"objective": "supervised"},
+    {"objective": "supervised", "catalog_negatives": 30},
+    {"objective": "supervised", "catalog_negatives": 0},
     {"objective": "supervised-judged"},
     {"objective": "supervised-judged", "hard_negatives": 3},
     *(
@@ -152,7 +154,7 @@ def test_micro_batches_add_up_to_the_same_gradient(material, changes):
 
 
 def test_supervised_loss_is_written_out(material):
-    settings = config(objective="supervised", batch_size=6)
+    settings = config(objective="supervised", batch_size=6, catalog_negatives=0)
     batch = draw_batch(material, settings, 0)
     scores = (
         QUERIES[torch.from_numpy(batch.queries)] @ torch.from_numpy(ITEMS[batch.items]).T / 0.03
@@ -166,6 +168,34 @@ def test_supervised_loss_is_written_out(material):
     embeddings = QUERIES[torch.from_numpy(batch.queries)].clone().requires_grad_()
     found = batch_loss(embeddings, np.arange(6), batch, material, settings, MATRIX, 0)
     assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [30, N, 4096])
+def test_pairs_are_contrasted_with_a_sample_that_stands_for_the_catalog(material, count):
+    excluded = np.tile([7, -1], (Q, 1))  # an item that is left out of all lists
+    material = dataclasses.replace(material, split=dataclasses.replace(material.split, excluded=excluded))
+    settings = config(objective="supervised", batch_size=6, catalog_negatives=count)
+    batch = draw_batch(material, settings, 0)
+    assert batch.sampled.tolist() == sorted(set(batch.sampled.tolist()))
+    assert len(batch.sampled) == min(count, N)
+    expected = 0.0
+    for q, own in zip(batch.queries, batch.items, strict=True):
+        known = {i for i in range(N) if material.known_relevant(np.array(q), np.array(i))} | {7}
+        mass = np.exp((QUERIES[q] @ torch.from_numpy(ITEMS).T / 0.03).double().numpy())
+        others = sum(mass[i] for i in batch.sampled if i not in known) * N / len(batch.sampled)
+        expected += np.log(mass[own] + others) - np.log(mass[own])
+    embeddings = QUERIES[torch.from_numpy(batch.queries)]
+    found = batch_loss(embeddings, np.arange(6), batch, material, settings, MATRIX, 0)
+    assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
+
+
+def test_every_item_is_sampled_alike_and_anew_in_each_step(material):
+    drawn = [draw_batch(material, config(catalog_negatives=30), step).sampled for step in range(300)]
+    assert not np.array_equal(drawn[0], drawn[1])
+    counts = np.bincount(np.concatenate(drawn), minlength=N)
+    assert counts.min() > 65  # 100 each, four standard deviations of 8.2
+    assert counts.max() < 135
+    assert len(draw_batch(material, config(catalog_negatives=0), 0).sampled) == 0
 
 
 @pytest.mark.parametrize(
@@ -216,7 +246,7 @@ def test_losses_of_states_are_written_out(material, changes, ranks):
     ids=str,
 )
 def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(material, changes):
-    settings = config(objective="supervised-judged", gamma=0.25, **changes)
+    settings = config(objective="supervised-judged", gamma=0.25, catalog_negatives=0, **changes)
     if changes.get("reward"):
         material = dataclasses.replace(material, reward=load_reward(changes["reward"]))
     batch = draw_batch(material, settings, 1)

@@ -1,4 +1,4 @@
-"""InfoNCE with in-batch negatives (PG-Ret, Eq. 1): the supervised baseline and the feedback term."""
+"""InfoNCE (PG-Ret, Eq. 1): the supervised baseline and the feedback term."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 
-def in_batch_infonce(scores: Tensor, positive: Tensor, known_positive: Tensor, temperature: float) -> Tensor:
-    """−log softmax of the positive among the batch's items, per example.
+def infonce(scores: Tensor, positive: Tensor, known_positive: Tensor, temperature: float) -> Tensor:
+    """−log softmax of the positive among the items of the columns, per example.
 
     Args:
-        scores: (S, B) cosines of each query with every item of the batch.
+        scores: (S, B) cosines of each query with an item a column: the batch's, as published, or a sample of
+            the catalog, where τ log n is added to the score of an item that stands for n.
         positive: (S,) int64, column of each query's positive.
         known_positive: (S, B) bool, columns known to be relevant to the query; those other than the
             positive itself are no negatives and are left out. Repeats of the positive's item belong here.
