@@ -139,6 +139,16 @@ def test_noisy_and_incomplete_judgement_files(true_labels: Path, tmp_path: Path)
     assert listed(tmp_path / "known.tsv") == [(f"q{n}", "i0", 1.0) for n in range(300)]
 
 
+def test_corrected_rewards_are_right_on_average(true_labels: Path) -> None:
+    """Drawn in these shares, yeses at +1 and noes at −1 add up to 0 over what is truly irrelevant."""
+    errs = 0.1
+    share = quality_ablations.corrected_share(true_labels.parent, errs)
+    verdicts = pq.read_table(true_labels)["verdict"].to_numpy()  # one yes in ten
+    per_yes, per_no = (1 - share) / (verdicts > 0).sum(), share / (verdicts == 0).sum()
+    # Of irrelevant pairs a tenth is called relevant.
+    assert errs * per_yes == pytest.approx((1 - errs) * per_no, rel=1e-3)
+
+
 def test_a_rate_is_chosen_by_the_checkpoint_within_the_budget_first() -> None:
     def tuned(recall: float, gain: float, chosen: int) -> dict:
         points = [
