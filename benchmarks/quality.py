@@ -102,7 +102,8 @@ class Setting:
             **settings, "data": self.data, "index": str(self.folder / "index"),
             "labels": settings.get("labels", str(self.labels)), "tune": settings.get("tune", "adapter"),
             "steps": steps, "batch_size": BATCH, "learning_rate": rate, "seed": seed,
-            "base_depth": self.length, "depth": self.depth, "validation_fraction": 0.2,
+            "base_depth": self.length, "depth": self.depth,
+            "validation_fraction": settings.get("validation_fraction", 0.2),
             "eval_every": max(1, steps // 10), "max_recall_drop": self.options.max_recall_drop,
             "recall_of": self.options.recall_of, "log_every": 100,
         }  # fmt: skip

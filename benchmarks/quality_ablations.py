@@ -164,6 +164,20 @@ def start() -> Iterator[Variant]:
     yield Variant(OURS, "supervised", starts_supervised=True)
 
 
+def queries() -> Iterator[Variant]:
+    """How much more queries to train on would bring: the rest of them is held back."""
+    for series, settings, rate in (
+        ("supervised", METHODS["supervised"], 3e-3),
+        ("supervised, random negatives", METHODS["supervised-catalog"], 3e-3),
+        (OURS, {}, None),
+        ("default, with a memory", MEMORY, None),
+    ):
+        for share in (0.1, 0.2, 0.4, 0.8):
+            yield Variant(
+                series, f"{share:.0%}", settings | {"validation_fraction": round(1 - share, 1)}, rate=rate
+            )
+
+
 def unknown() -> Iterator[Variant]:
     for name, settings in (("Eq. 7", {}), ("Eq. 6", EQ6)):
         yield Variant(name, "irrelevant", settings)
@@ -180,6 +194,7 @@ ABLATIONS: dict[str, tuple[Callable[[], Iterator[Variant]], str]] = {
     "mixture": (mixture, "shares of policy, base and feedback states"),
     "start": (start, "start from"),
     "unknown": (unknown, "pairs that the judge does not list"),
+    "queries": (queries, "train queries learnt from"),
     "tune": (tune, "what is trained"),
 }
 
