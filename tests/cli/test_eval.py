@@ -153,6 +153,50 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
     assert "--out is missing" in fails(capsys, *common[:5])
 
 
+def test_counts_that_few_verdicts_stand_behind_are_marked_as_bounds(
+    common, models, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
+    folder = tmp_path / "report"
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        code, out, err = run(capsys, *arguments, "--max-requests", 40, "--out", folder)
+        assert code == 0, err
+        found = json.loads((folder / "metrics.json").read_text())
+        lists, base = (lists_of(folder, name) for name in ("new", "base"))
+        judged = {
+            (query, item)
+            for query, _, item, _ in map(
+                str.split, (folder / "qrels" / "judged.trec").read_text().splitlines()
+            )
+        }
+        novel = {q: [i for i in items if i not in base[q]] for q, items in lists.items()}
+        shares = [sum((q, i) in judged for i in items) / len(items) for q, items in novel.items() if items]
+        share = sum(shares) / len(shares)
+        new = found["models"]["new"]
+        assert new["NovelJudged@5"] == pytest.approx(share)
+        assert f"judged {share:.1%} of the novel items in the top 5 of new" in " ".join(err.split())
+        assert any("lower bounds" in warning for warning in found["warnings"])
+        # In the terminal, the page and the tables: a bound, without a test or an interval.
+        bound = f"≥{new['RelevantNovel@5']:.2f}"
+        assert f"{bound} " in out
+        assert f"RelevantNovel@5 ({bound})" in out
+        assert "≥: a lower bound" in out
+        page, table = ((folder / name).read_text() for name in ("report.html", "table.md"))
+        assert f"<td>{bound}</td>" in page
+        assert f"<td>≥{new['MergedDensity']:.2f}</td>" in page
+        assert f"| {bound} |" in table
+        assert rf"$\geq${new['RelevantNovel@5']:.2f} &" in (folder / "table.tex").read_text()
+
+        code, out, err = run(capsys, *arguments, "--out", folder)
+        assert code == 0, err
+        whole = json.loads((folder / "metrics.json").read_text())
+        assert whole["models"]["new"]["NovelJudged@5"] == whole["judged"] == 1
+        assert not any("lower bound" in text for text in (out, err, *whole["warnings"]))
+        assert "≥" not in (folder / "report.html").read_text()
+
+
 def asks_endpoint(common, store):
     """The arguments with an LLM as the judge instead of a file."""
     without = [part for part in common if not str(part).startswith("file:")]
