@@ -12,7 +12,9 @@ import yaml
 from novelret import recipe
 from novelret.cli import app, main
 from novelret.evaluate.config import check_config as check_evaluation
-from novelret.label.prompts import load_prompt
+from novelret.label.cost import find_price
+from novelret.label.prompts import load_prompt, render
+from novelret.label.tokens import token_counter
 from novelret.train.config import TrainConfig, check_config
 from tests.loopback import LoopbackJudge
 
@@ -85,6 +87,20 @@ def test_every_key_is_an_option_and_every_value_fits(name):
     from novelret.evaluate.config import EvalConfig
 
     check_evaluation(EvalConfig("d", "i", base_depth=evaluation.get("base-depth", 50), **given), CATALOG)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe.names() if name != "default"])
+def test_the_cap_of_eval_is_enough_for_all_that_it_asks_about(name):
+    """For the test splits that the converters make, each list without an item of another."""
+    options = recipe.load(recipe.find(name), [])["eval"]
+    queries = {"amazon": 11_000, "orcas": 8_500, "query-keyword": 6_200}[name.rpartition("-")[0]]
+    text = {"amazon": " ".join(["six products of ten words each, as long as titles are"] * 6)}
+    query = text.get(name.rpartition("-")[0], "how long does it take to get a passport")
+    messages = render(load_prompt(options["prompt"]), query, "Passport processing times, a title")
+    model = options["judge"].partition(":")[2]
+    price, answer = find_price(model, None), 150 if options["prompt"] == "user-product" else 2
+    pairs = queries * (options["base-depth"] + max(map(int, options["k"].split(","))))
+    assert price.of(token_counter(model).count(messages), answer) * pairs <= options["max-cost"]
 
 
 @pytest.mark.parametrize("name", recipe.names())
