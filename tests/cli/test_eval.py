@@ -8,6 +8,8 @@ import re
 import shutil
 
 import ir_measures
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -72,6 +74,16 @@ def test_people_who_labelled_everything_overrule_the_judge(common, world, models
     assert people["Precision@5"]["low"] < people["Precision@5"]["value"] < people["Precision@5"]["high"]
     saved = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert saved["human"] == found["human"]
+    # The same judgements in the other forms of qrels.
+    write(tmp_path / "human.trec", "".join(f"{query} 0 {item} {score}\n" for query, item, score in rows))
+    columns = zip(*rows, strict=True)
+    table = pa.table(dict(zip(("query-id", "corpus-id", "score"), columns, strict=True)))
+    pq.write_table(table, tmp_path / "human.parquet")
+    for name in ("human.trec", "human.parquet"):
+        again = result(
+            capsys, *common, "--model", f"new={models[1][0]}", "--human", tmp_path / name, "--out", tmp_path / f"r-{name}"
+        )  # fmt: skip
+        assert again["human"] == found["human"]
 
 
 def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys, tmp_path):
@@ -457,7 +469,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
     pair = {name: write(tmp_path / f"{name}.tsv", text) for name, text in {
         "negative": "q01\t-3\n", "nanweight": "id\tweight\nq01\tnan\n", "few": "q01\t3\n", "double": "q01\t3\nq01\t4\n",
         "wide": "q01\t3\t4\n", "alien": "zz\ti01\t1\n", "elsewhere": "q01\ti01\t1\n",
-        "words": "q01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
+        "words": "q01\ti02\t1\nq01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
     }.items()}  # fmt: skip
     without_judge = ["eval", "--data", world, "--index", index_folder, "--k", 5, "--base-depth", 5]
     cases = {
@@ -486,7 +498,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
         "double.tsv:2: query 'q01' has a weight already": [*common, "--weights", pair["double"]],
         "wide.tsv:1: 3 columns, expected query-id and weight": [*common, "--weights", pair["wide"]],
         "--human-sample 0: must be at least 1": [*common, "--human-sample", 0],
-        "words.tsv:1: the score 'yes' is not a number": [*common, "--human", pair["words"]],
+        "words.tsv:2: the score 'yes' is not a number": [*common, "--human", pair["words"]],
         "wrongitem.tsv:1: item id 'i99' is not in the catalog": [*common, "--human", pair["wrongitem"]],
         "--merge-budget 0: must be at least 1": [*common, "--merge-budget", 0],
         "--max-recall-drop 2.0: expected a share": [*common, "--max-recall-drop", 2],
