@@ -30,6 +30,7 @@ from novelret.cli.options import (
     PriceOption,
     PromptOption,
     QuietOption,
+    RetryUnusableOption,
     RpmOption,
     StoreOption,
     ThresholdOption,
@@ -87,6 +88,7 @@ def evaluate(
     prompt: PromptOption = "query-document",
     answer: AnswerOption = None,
     threshold: ThresholdOption = None,
+    retry_unusable: RetryUnusableOption = False,
     store: StoreOption = None,
     plan: Annotated[
         bool,

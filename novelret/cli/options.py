@@ -163,6 +163,14 @@ ThresholdOption = Annotated[
         rich_help_panel=JUDGE,
     ),
 ]
+RetryUnusableOption = Annotated[
+    bool,
+    typer.Option(
+        "--retry-unusable",
+        help="Ask again where the stored answer cannot be read.",
+        rich_help_panel=JUDGE,
+    ),
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option(

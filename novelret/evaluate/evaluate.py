@@ -201,7 +201,13 @@ def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
     pairs = candidates_of(gathered)
     assert gathered.judge is not None
     return plan_asking(
-        gathered.judge, gathered.index, gathered.split, pairs, config.store_path, report, retry_unusable=False
+        gathered.judge,
+        gathered.index,
+        gathered.split,
+        pairs,
+        config.store_path,
+        report,
+        retry_unusable=config.retry_unusable,
     )
 
 
@@ -275,7 +281,7 @@ def _ask_judge(
         config.store_path,
         path,
         report,
-        retry_unusable=False,
+        retry_unusable=config.retry_unusable,
         send=True,
         caps=config.caps,
         earlier=earlier,

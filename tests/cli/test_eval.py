@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from novelret.cli import main
 from novelret.evaluate.weights import bucket_of
 from novelret.label.judges import openai_batch
 from tests.cli.test_chain import fails, result, run
@@ -237,6 +238,25 @@ def test_answers_are_read_and_asked_for_as_told(common, models, capsys, tmp_path
             ("--prompt", "poem"),
         ):
             assert option.strip("-") in fails(capsys, *wrong, option, value)  # before any model is opened
+
+
+def test_answers_that_cannot_be_read_are_asked_again(common, models, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
+    with LoopbackJudge(["refusal"] * 7) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        code, _, err = run(capsys, *arguments, "--out", tmp_path / "a")
+        assert code == 0
+        # What is advised are options of this command.
+        advised = re.search(r"7 answers are not usable.*", " ".join(err.split())).group()
+        for option in re.findall(r"--[a-z-]+", advised):
+            assert main(["eval", option]) == 2
+            assert "No such option" not in capsys.readouterr().err
+        before = len(server.seen)
+        assert result(capsys, *arguments, "--plan", "--retry-unusable")["to_ask"] == 7
+        whole = result(capsys, *arguments, "--retry-unusable", "--out", tmp_path / "b")
+        assert len(server.seen) == before + 7
+        assert whole["judged"] == 1
 
 
 def test_batches_are_left_and_collected(common, models, capsys, tmp_path, monkeypatch):
