@@ -169,6 +169,10 @@ def test_what_is_no_recipe_is_one_line(tmp_path, capsys):
     assert "no stage of default.yaml names 'steps'" in fails(
         capsys, "recipe", "run", "default", "--set", "steps=1"
     )
+    for value in ("data=[x", "train.steps=a: b: c"):
+        assert "the value is not readable as YAML" in fails(
+            capsys, "recipe", "run", "default", "--set", value
+        )
     (tmp_path / "bad.yaml").write_text("- a list")
     assert "expected stages" in fails(capsys, "recipe", "run", tmp_path / "bad.yaml")
 
@@ -186,8 +190,9 @@ def test_every_stage_is_checked_before_the_first_runs(world, encoder, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+@pytest.mark.parametrize("cap", ["max-requests", "max_requests"])
 def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
-    world, encoder, index_folder, tmp_path, capsys, monkeypatch
+    cap, world, encoder, index_folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
@@ -195,7 +200,7 @@ def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
     stages = {
         "label": {
             "data": str(world), "index": str(index_folder), "judge": "openai:tiny", "prompt": "query-keyword",
-            "base-depth": 3, "depth": 9, "max-requests": 60, "out": "labels",
+            "base-depth": 3, "depth": 9, cap: 60, "out": "labels",
         },
         "train": {
             "data": str(world), "index": str(index_folder), "labels": "labels", "base-depth": 3, "depth": 9,
@@ -209,7 +214,7 @@ def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
             assert main(["recipe", "run", "mine.yaml"]) == 0, capsys.readouterr().err
             assert len(server.seen) == 60
         capsys.readouterr()
-        assert main(["recipe", "run", "mine.yaml", "--set", "label.max-requests=90"]) == 2
+        assert main(["recipe", "run", "mine.yaml", "--set", f"label.{cap}=90"]) == 2
         assert len(server.seen) == 90
         assert "train: model was made before label ran; remove it" in " ".join(
             capsys.readouterr().err.split()
