@@ -820,7 +820,9 @@ def test_draws_among_the_top_items_say_what_they_cover(command, capsys, tmp_path
 
 
 def test_the_panel_shows_how_it_learns():
-    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    console = Console(file=terminal, force_terminal=True, width=160)
     config = TrainConfig("d", "i", steps=10)
     with training_panel(config, config.steps, Reporter(console=console)) as panel:
         panel.advance(3)
