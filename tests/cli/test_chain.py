@@ -347,6 +347,16 @@ def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_pat
     (tmp_path / "bad.yaml").write_text("colour: red\n")
     if "OPENAI" in str(cases):
         monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
+    judge = ["--judge", f"file:{world}/judgements.tsv"]
+    for arguments in (
+        ["index", "--data", world, "--model", encoder, *out],
+        ["label", *common, *judge, "--base-depth", 3, "--depth", 9, *out],
+        [*train, *TRAIN],
+        ["eval", *common, *judge, "--k", 5, "--base-depth", 3, *out],
+        ["search", *common, "a sofa", "--base-depth", 3],
+    ):
+        said = fails(capsys, *arguments, "--device", "gpu")
+        assert said.endswith("--device gpu: unknown; choose from auto, cpu, cuda and cuda:NUMBER")
     for message, arguments in cases.items():
         if "prompt" in message:
             monkeypatch.setenv("OPENAI_API_KEY", "k")
