@@ -553,9 +553,10 @@ def test_judging_needs_policy_states_and_a_key(command, capsys, tmp_path, monkey
     for more, message in [
         ((), "--judge asks about items drawn from the policy"),
         ((*MIXED, "--objective", "swap", "--list-size", 5), "--judge asks about items drawn from the policy"),
+        (("--alpha", 0.003), "--alpha 0.003: not one of --batch-size 16 states is drawn from the policy"),
         (MIXED, "OPENAI_API_KEY is not set"),
     ]:
-        if message.startswith("--judge"):
+        if message.startswith("--"):
             monkeypatch.setenv("OPENAI_API_KEY", "k")
         else:
             monkeypatch.delenv("OPENAI_API_KEY")
