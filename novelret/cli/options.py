@@ -143,7 +143,8 @@ PromptOption = Annotated[
     str,
     typer.Option(
         "--prompt",
-        help="query-keyword, query-document, user-product or a YAML file.",
+        help="query-keyword, query-document, user-product or a YAML file. The judge sees the first 2,000 "
+        "characters of a query and of an item.",
         rich_help_panel=JUDGE,
     ),
 ]
@@ -191,7 +192,8 @@ PriceOption = Annotated[
     str | None,
     typer.Option(
         "--price",
-        help="INPUT,OUTPUT dollars per million tokens, over the built-in table.",
+        help="INPUT,OUTPUT dollars per million tokens, over the built-in table. Taken as it is, also for "
+        "batches: give what a batch costs.",
         rich_help_panel=JUDGE,
     ),
 ]
