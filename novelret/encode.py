@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ def pick_device(device: str) -> str:
     """Turn "auto" into "cuda" where a GPU is there, else "cpu".
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: the name is no device's, or a GPU was asked for and there is none.
     """
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
+        raise UserError(f"--device {device}: unknown; choose from auto, cpu, cuda and cuda:NUMBER")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine shows no CUDA GPU; use --device cpu")
+    number = device.removeprefix("cuda:")
+    if number.isdecimal() and int(number) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: no such GPU, this machine shows {torch.cuda.device_count()}")
     return device
 
 

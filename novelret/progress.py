@@ -47,7 +47,10 @@ class Reporter:
     @property
     def is_live(self) -> bool:
         """Whether somebody watches a terminal; a pipe or a log file stays clean."""
-        return self.console is not None and not self.quiet and self.console.is_terminal
+        if self.console is None or self.quiet:
+            return False
+        # rich takes a pipe for a terminal where FORCE_COLOR or TTY_COMPATIBLE is set, as CI often does.
+        return self.console.is_terminal and self.console.file.isatty()
 
     @contextlib.contextmanager
     def bar(

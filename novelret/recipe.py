@@ -37,7 +37,7 @@ def summary(path: Path) -> str:
 
 
 def load(path: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Stage → options, with overrides applied.
+    """Stage → options, with overrides applied; names as flags spell them, `max_requests` too.
 
     Args:
         path: the recipe.
@@ -54,14 +54,20 @@ def load(path: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"{path}: expected stages with their options, like `train:` and below it `steps: 400`"
         )
+    stages = {stage: {_flag(name): value for name, value in of.items()} for stage, of in stages.items()}
     for text in overrides:
         _override(path, stages, text)
     return stages
 
 
+def _flag(name: Any) -> str:
+    return str(name).replace("_", "-")
+
+
 def _override(path: Path, stages: dict[str, dict[str, Any]], text: str) -> None:
     key, separator, value = text.partition("=")
     stage, dot, option = key.rpartition(".")
+    option = _flag(option)
     if not separator or not option:
         raise UserError(
             f"--set {text}: expected STAGE.OPTION=VALUE, or OPTION=VALUE for all stages that have it"
@@ -71,5 +77,10 @@ def _override(path: Path, stages: dict[str, dict[str, Any]], text: str) -> None:
     chosen = [stages[stage]] if dot else [options for options in stages.values() if option in options]
     if not chosen:
         raise UserError(f"--set {text}: no stage of {path.name} names {option!r}; use STAGE.{option}=VALUE")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"--set {text}: the value is not readable as YAML ({said}); quote it") from None
     for options in chosen:
-        options[option] = yaml.safe_load(value)
+        options[option] = read

@@ -30,6 +30,7 @@ from novelret.cli.options import (
     PriceOption,
     PromptOption,
     QuietOption,
+    RetryUnusableOption,
     RpmOption,
     StoreOption,
     ThresholdOption,
@@ -87,6 +88,7 @@ def evaluate(
     prompt: PromptOption = "query-document",
     answer: AnswerOption = None,
     threshold: ThresholdOption = None,
+    retry_unusable: RetryUnusableOption = False,
     store: StoreOption = None,
     plan: Annotated[
         bool,
@@ -168,10 +170,12 @@ def parse_cuts(text: str) -> tuple[int, ...]:
 
 def render(console: Console, evaluation: Evaluation, out: Path) -> None:
     """The summary table, what people's labels say of it, the frontier, and where the report lies."""
-    from novelret.evaluate.tables import headline_metrics
+    from novelret.evaluate.tables import BOUNDS, has_bounds, headline_metrics
 
     console.print(_summary(evaluation, headline_metrics(evaluation)))
     console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
+    if has_bounds(evaluation):
+        console.print(BOUNDS, style="dim")
     if len(evaluation.means) > 1:
         console.print(
             "N, R: no model has more Novelty, RelevantNovel at as much recall (Pareto)", style="dim"
@@ -188,19 +192,16 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
 
 
 def _summary(evaluation: Evaluation, names: list[str]) -> Table:
-    from novelret.evaluate.significance import stars
-    from novelret.evaluate.tables import digits_of
+    from novelret.evaluate.tables import figure_of
 
     table = _table(f"{len(evaluation.split):,} queries, L = {evaluation.config.base_depth}", "model")
     for name in names:
         short = name.replace("RelevantNovel", "Relev.\nNovel").replace("Precision", "Prec.")
         table.add_column(short.replace("@", "\n@"), justify="right")
     table.add_column()
-    for model, means in evaluation.means.items():
-        cells = []
-        for name in names:
-            mark = stars(evaluation.significance[model].get(name, {}).get("p_holm"))
-            cells.append(f"{means[name]:.{digits_of(name)}f}{mark}" if name in means else "–")
+    for model in evaluation.means:
+        figures = [figure_of(evaluation, model, name) for name in names]
+        cells = ["–" if figure is None else figure.value + figure.mark for figure in figures]
         table.add_row(escape(model), *cells, _pareto(evaluation, model))
     return table
 
@@ -236,6 +237,8 @@ def _human(evaluation: Evaluation) -> Table:
 
 
 def _buckets(evaluation: Evaluation) -> Table:
+    from novelret.evaluate.figures import bound_of
+
     table = _table("The merged list by query frequency", "queries")
     names = [
         name
@@ -247,23 +250,25 @@ def _buckets(evaluation: Evaluation) -> Table:
     for bucket in evaluation.buckets:
         for place, (model, figures) in enumerate(bucket.models.items()):
             head = ("", "", "") if place else (bucket.name, f"{bucket.queries:,}", f"{bucket.traffic:.0%}")
-            table.add_row(*head, escape(model), *(f"{figures[name]:.3f}" for name in names))
+            cells = [f"{bound_of(name, figures, evaluation.judged)}{figures[name]:.3f}" for name in names]
+            table.add_row(*head, escape(model), *cells)
     return table
 
 
 def _frontier_line(evaluation: Evaluation) -> str:
-    from novelret.evaluate.breakdown import gained_items
+    from novelret.evaluate.breakdown import gain_metric, gained_items
+    from novelret.evaluate.tables import figure_of
 
     frontier = evaluation.frontier
     budget = f"recall within {frontier.max_recall_drop:.1%} of base"
     if frontier.selected is None:
         return f"selected: [bold]none[/]: no model brings {gained_items(evaluation)} and keeps {budget}"
     point = next(point for point in frontier.points if point.model == frontier.selected)
-    gain = point.novelty if point.relevant_novel is None else point.relevant_novel
-    name = "Novelty" if point.relevant_novel is None else "RelevantNovel"
+    metric = gain_metric(evaluation)
+    gain = figure_of(evaluation, point.model, metric)
     return (
-        f"selected: [bold]{escape(point.model)}[/], most {name}@{frontier.k} ({gain:.2f}) with {budget} "
-        f"({point.recall_change:+.1%})"
+        f"selected: [bold]{escape(point.model)}[/], most {metric} ({gain.value if gain else '–'}) with "
+        f"{budget} ({point.recall_change:+.1%})"
     )
 
 

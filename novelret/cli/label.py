@@ -26,6 +26,7 @@ from novelret.cli.options import (
     PriceOption,
     PromptOption,
     QuietOption,
+    RetryUnusableOption,
     RpmOption,
     StoreOption,
     ThresholdOption,
@@ -98,14 +99,7 @@ def label(
             rich_help_panel=JUDGE,
         ),
     ] = False,
-    retry_unusable: Annotated[
-        bool,
-        typer.Option(
-            "--retry-unusable",
-            help="Ask again where the stored answer cannot be read.",
-            rich_help_panel=JUDGE,
-        ),
-    ] = False,
+    retry_unusable: RetryUnusableOption = False,
     store: StoreOption = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be asked and its cost; send nothing.")

@@ -143,7 +143,8 @@ PromptOption = Annotated[
     str,
     typer.Option(
         "--prompt",
-        help="query-keyword, query-document, user-product or a YAML file.",
+        help="query-keyword, query-document, user-product or a YAML file. The judge sees the first 2,000 "
+        "characters of a query and of an item.",
         rich_help_panel=JUDGE,
     ),
 ]
@@ -160,6 +161,14 @@ ThresholdOption = Annotated[
     typer.Option(
         "--threshold",
         help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for scores)",
+        rich_help_panel=JUDGE,
+    ),
+]
+RetryUnusableOption = Annotated[
+    bool,
+    typer.Option(
+        "--retry-unusable",
+        help="Ask again where the stored answer cannot be read.",
         rich_help_panel=JUDGE,
     ),
 ]
@@ -183,7 +192,8 @@ PriceOption = Annotated[
     str | None,
     typer.Option(
         "--price",
-        help="INPUT,OUTPUT dollars per million tokens, over the built-in table.",
+        help="INPUT,OUTPUT dollars per million tokens, over the built-in table. Taken as it is, also for "
+        "batches: give what a batch costs.",
         rich_help_panel=JUDGE,
     ),
 ]

@@ -26,6 +26,7 @@ class EvalConfig(Asking):
         runs: "NAME=FILE" for each TREC run of any other retriever.
         split: the held-out feedback.
         judge: "file:PATH" or "openai:MODEL" for precision and relevance; better another than the labels'.
+        retry_unusable: ask again where the stored answer cannot be read.
         wait: stay until batches are answered; otherwise leave once they are submitted.
         base_depth: L, the deployed list's length: items beyond it are novel.
         k: cuts of the lists.
@@ -46,6 +47,7 @@ class EvalConfig(Asking):
     runs: tuple[str, ...] = ()
     split: str = "test"
     judge: str | None = None
+    retry_unusable: bool = False
     wait: bool = True
     base_depth: int = 50
     k: tuple[int, ...] = (10, 20, 50)

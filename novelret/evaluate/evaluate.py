@@ -37,7 +37,9 @@ from novelret.errors import UserError
 from novelret.evaluate.config import BASE, EvalConfig
 from novelret.evaluate.figures import (
     Lists,
+    bound_of,
     human_corrections,
+    judged_share,
     main_metrics,
     mean_figures,
     per_query_figures,
@@ -80,6 +82,7 @@ class Evaluation:
         significance: model name → metric name → interval, and p-values against the base.
         pairs: tests between the models compared, on the main metrics.
         judge: who judged, or None.
+        judged: share of judged items among all places of the lists; None without a judge.
         inputs: fingerprints of everything that went in.
         out: the REPORT folder.
         models: model name → its folder.
@@ -100,6 +103,7 @@ class Evaluation:
     significance: dict[str, dict[str, dict[str, Any]]]
     pairs: list[PairTest]
     judge: str | None
+    judged: float | None
     inputs: dict[str, str]
     out: Path
     models: dict[str, str]
@@ -143,7 +147,10 @@ def evaluate_models(
             name: per_query_figures(name, of, deployed, split, known, config) for name, of in lists.items()
         }
         means = {name: mean_figures(name, per_query[name], lists[name], config, len(index)) for name in lists}
+        judged = None if config.judge is None else judged_share(lists, deployed)
         _warn_of_weak_figures(config, means, report)
+        if judged is not None:
+            _warn_of_few_verdicts(config, means, judged, report)
         weights = gathered.weights
         evaluation = Evaluation(
             config=config,
@@ -159,6 +166,7 @@ def evaluate_models(
                 {name: figures for name, figures in per_query.items() if name != BASE}, main_metrics(config)
             ),
             judge=config.judge,
+            judged=judged,
             inputs=gathered.inputs,
             out=out,
             models=gathered.models,
@@ -193,7 +201,13 @@ def plan_judging(config: EvalConfig, report: Reporter | None = None) -> Plan:
     pairs = candidates_of(gathered)
     assert gathered.judge is not None
     return plan_asking(
-        gathered.judge, gathered.index, gathered.split, pairs, config.store_path, report, retry_unusable=False
+        gathered.judge,
+        gathered.index,
+        gathered.split,
+        pairs,
+        config.store_path,
+        report,
+        retry_unusable=config.retry_unusable,
     )
 
 
@@ -215,12 +229,40 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
             "where feedback is a log of what it showed: every other list then seems to lose recall. Count "
             "what is judged relevant too (--recall-of known, with --judge)"
         )
-    if config.judge is not None:
-        for name, of in means.items():
-            if of[f"Judged@{max(config.k)}"] == 0:
-                report.warn(
-                    f"{config.judge} judged nothing in the lists of {name}; its judged figures say nothing"
-                )
+
+
+def _warn_of_few_verdicts(
+    config: EvalConfig, means: dict[str, dict[str, float]], judged: float, report: Reporter
+) -> None:
+    """Say where counts of relevant items fall short, as too few items are judged."""
+    deepest = max(config.k)
+    for name, of in means.items():
+        if of[f"Judged@{deepest}"] == 0:
+            report.warn(
+                f"{config.judge} judged nothing in the lists of {name}; its judged figures say nothing"
+            )
+    counts = (f"RelevantNovel@{deepest}", f"KnownRecall@{deepest}", "MergedDensity")
+    if judged == 0 or not any(bound_of(metric, of, judged) for of in means.values() for metric in counts):
+        return
+    shares = {
+        name: of[f"NovelJudged@{deepest}"] for name, of in means.items() if f"NovelJudged@{deepest}" in of
+    }
+    fewest = min(shares, key=lambda name: shares[name], default=None)
+    of_novel = (
+        ""
+        if fewest is None
+        else f"{shares[fewest]:.1%} of the novel items in the top {deepest} of {fewest}, "
+    )
+    is_file = str(config.judge).startswith("file:")
+    remedy = (
+        "Pass --missing irrelevant if the file lists all that is relevant" if is_file else "Have more judged"
+    )
+    report.warn(
+        f"{config.judge} judged {of_novel}{judged:.1%} of all items in the lists: RelevantNovel, "
+        "MergedDensity and MergedCoverage count the others as irrelevant and are lower bounds (≥), "
+        f"KnownRecall is of what was judged alone (~). {remedy}, or decide by Precision and NovelPrecision, "
+        "which leave out what is not judged"
+    )
 
 
 def _ask_judge(
@@ -239,7 +281,7 @@ def _ask_judge(
         config.store_path,
         path,
         report,
-        retry_unusable=False,
+        retry_unusable=config.retry_unusable,
         send=True,
         caps=config.caps,
         earlier=earlier,
@@ -267,6 +309,7 @@ def result_of(evaluation: Evaluation) -> dict[str, Any]:
         "base_depth": config.base_depth,
         "queries": len(evaluation.split),
         "queries_with_feedback": evaluation.split.clicked,
+        "judged": evaluation.judged,
         "models": evaluation.means,
         "human": {
             model: {metric: asdict(figure) for metric, figure in of.items()}

@@ -17,8 +17,11 @@ from novelret.evaluate.significance import (
     holm,
     randomization_tests,
 )
-from novelret.label.table import LabelTable
+from novelret.label.table import UNKNOWN, LabelTable
 from novelret.progress import Reporter
+
+_ENOUGH_JUDGED = 0.95
+"""Share of the items counted from which on a count of relevant ones is taken for measured."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def per_query_figures(
             figures[f"RelevantNovel@{k}"] = metrics.relevant_novelty(lists.rows, top, lists.verdicts, k)
             figures[f"Precision@{k}"] = metrics.precision(lists.verdicts, k)
             figures[f"Judged@{k}"] = metrics.judged(lists.rows, lists.verdicts, k)
+            figures[f"NovelJudged@{k}"] = metrics.novel_judged(lists.rows, top, lists.verdicts, k)
             figures[f"NovelPrecision@{k}"] = metrics.novel_precision(lists.rows, top, lists.verdicts, k)
     # The base beside itself adds nothing: its own list is what the others are merged behind.
     rows = np.full_like(lists.rows, -1) if name == BASE else lists.rows
@@ -95,6 +99,33 @@ def mean_figures(
 def _mean(values: np.ndarray) -> float:
     kept = values[~np.isnan(values)]
     return float(kept.mean()) if len(kept) else math.nan
+
+
+def judged_share(lists: dict[str, Lists], deployed: Lists) -> float:
+    """Share of judged items among all places of the lists, the deployed ones' included; 1 without any."""
+    every = [deployed, *lists.values()]
+    present = sum(int((of.rows >= 0).sum()) for of in every)
+    return sum(int((of.verdicts != UNKNOWN).sum()) for of in every) / present if present else 1.0
+
+
+def bound_of(metric: str, means: dict[str, float], judged: float | None) -> str:
+    """How a mean is marked that too few verdicts stand behind; nothing where enough do.
+
+    What is not judged counts as irrelevant: a count of relevant items is then a lower bound, "≥", and the
+    recall of what is known to be relevant may be off either way, "~".
+
+    Args:
+        metric: its name.
+        means: the model's means.
+        judged: `judged_share`; None without a judge.
+    """
+    name, _, cut = metric.partition("@")
+    if judged is None:
+        return ""
+    if name == "RelevantNovel":  # without a novel item there is nothing to judge
+        return "≥" if means.get(f"NovelJudged@{cut}", 1.0) < _ENOUGH_JUDGED else ""
+    marks = {"MergedDensity": "≥", "MergedCoverage": "≥", "KnownRecall": "~"}
+    return marks.get(name, "") if judged < _ENOUGH_JUDGED else ""
 
 
 def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from novelret.data.catalog import Catalog
-from novelret.data.source import read_lines
+from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
@@ -49,7 +49,7 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
 
 
 def read_sample(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:
-    """People's verdicts: a score above 0 is relevant; lines without one and further columns are skipped.
+    """People's verdicts, from this table or from any qrels: a score above 0 is relevant.
 
     Lines of other queries are passed over, since one file may serve several splits.
 
@@ -57,39 +57,17 @@ def read_sample(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTabl
         UserError: a malformed line, an unknown item, or no labelled line about these queries.
     """
     row_of = {query_id: row for row, query_id in enumerate(query_ids)}
-    wheres: list[str] = []
-    queries: list[int] = []
-    items: list[str] = []
-    verdicts: list[int] = []
-    for number, line in read_lines(path):
-        columns = line.rstrip("\r\n").split("\t")
-        if len(columns) < 3:
-            raise UserError(
-                f"{path}:{number}: {len(columns)} columns, expected query-id, corpus-id, score, tab-separated"
-            )
-        query_id, item_id, score = columns[:3]
-        if (number == 1 and score == "score") or not score.strip() or query_id not in row_of:
-            continue
-        wheres.append(f"{path}:{number}")
-        queries.append(row_of[query_id])
-        items.append(item_id)
-        verdicts.append(RELEVANT if _number(wheres[-1], score) > 0 else IRRELEVANT)
-    if not queries:
+    labelled = [line for line in read_qrels_file(path) if line[1] in row_of]
+    if not labelled:
         raise UserError(
             f"{path}: no labelled line is about the split's {len(query_ids)} queries; fill in the scores"
         )
+    wheres, queries, items, scores = zip(*labelled, strict=True)
     rows = catalog.rows_of(items)
     unknown = np.flatnonzero(rows < 0)
     if len(unknown):
         first = int(unknown[0])
         raise UserError(f"{wheres[first]}: item id {items[first]!r} is not in the catalog")
-    return make_table(
-        np.array(queries, dtype=np.int64), rows, np.array(verdicts, dtype=np.int8), len(catalog)
-    )
-
-
-def _number(where: str, score: str) -> float:
-    try:
-        return float(score)
-    except ValueError:
-        raise UserError(f"{where}: the score {score!r} is not a number; 1 is relevant, 0 is not") from None
+    verdicts = np.where(np.array(scores) > 0, RELEVANT, IRRELEVANT).astype(np.int8)
+    query_rows = np.array([row_of[query_id] for query_id in queries], dtype=np.int64)
+    return make_table(query_rows, rows, verdicts, len(catalog))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from novelret.evaluate.breakdown import (
     Group,
@@ -17,10 +17,11 @@ from novelret.evaluate.breakdown import (
     spread,
 )
 from novelret.evaluate.chart import Mark, scatter
+from novelret.evaluate.figures import bound_of
 from novelret.evaluate.provenance import commands
 from novelret.evaluate.side_by_side import side_by_side
 from novelret.evaluate.significance import stars
-from novelret.evaluate.tables import digits_of, headline_metrics
+from novelret.evaluate.tables import BOUNDS, Figure, digits_of, figure_of, has_bounds, headline_metrics
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
@@ -120,10 +121,11 @@ def _decision(evaluation: Evaluation) -> str:
     if frontier.selected is None:
         return f"<p class='lead'>No model brings {gained_items(evaluation)} and keeps {budget}.</p>"
     metric = gain_metric(evaluation)
-    value = evaluation.means[frontier.selected][metric]
+    figure = figure_of(evaluation, frontier.selected, metric)
+    value = "" if figure is None else figure.value
     change = next(p.recall_change for p in frontier.points if p.model == frontier.selected)
     return (
-        f"<p class='lead'><b>{escape(frontier.selected)}</b> brings most with {budget}: {metric} {value:.2f} "
+        f"<p class='lead'><b>{escape(frontier.selected)}</b> brings most with {budget}: {metric} {value} "
         f"per query, {frontier.recall_metric} {change:+.1%}.</p>"
     )
 
@@ -142,11 +144,12 @@ def _row(cells: list[str], *, chosen: bool = False) -> str:
 def _summary(evaluation: Evaluation) -> str:
     names = headline_metrics(evaluation)
     rows = [_row([escape(model), *_cells(evaluation, model, names)]) for model in evaluation.means]
+    bounds = f" {BOUNDS}" if has_bounds(evaluation) else ""
     return _table(["model", *names], rows) + (
         "<p class='soft'>Novelty and RelevantNovel are mean counts per query, the others shares. "
         "Small print: 95 % bootstrap intervals over queries. * differs from the base with p &lt; 0.05, "
         "** with p &lt; 0.01 "
-        "(paired randomisation test, Holm-corrected over the models).</p>"
+        f"(paired randomisation test, Holm-corrected over the models).{bounds}</p>"
     )
 
 
@@ -157,7 +160,12 @@ def _pairs(evaluation: Evaluation) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     for pair in evaluation.pairs:
         if len(evaluation.lists) <= _ALL_PAIRS or shown in (pair.first, pair.second):
-            text = f"{pair.difference:+.{digits_of(pair.metric)}f}{stars(pair.p_holm)}"
+            text = f"{pair.difference:+.{digits_of(pair.metric)}f}"
+            is_bound = any(
+                bound_of(pair.metric, evaluation.means[model], evaluation.judged)
+                for model in (pair.first, pair.second)
+            )
+            text = f"~{text}" if is_bound else text + stars(pair.p_holm)
             rows.setdefault((pair.first, pair.second), []).append(text)
     if not rows:
         return ""
@@ -168,17 +176,14 @@ def _pairs(evaluation: Evaluation) -> str:
 
 
 def _cells(evaluation: Evaluation, model: str, names: list[str]) -> list[str]:
-    means, significance = evaluation.means[model], evaluation.significance[model]
-    return [_cell(significance.get(name, {}), means.get(name), digits_of(name)) for name in names]
+    return [_cell(figure_of(evaluation, model, name)) for name in names]
 
 
-def _cell(significance: dict[str, Any], value: float | None, digits: int) -> str:
-    if value is None:
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
         return "<td>–</td>"
-    interval = ""
-    if "low" in significance:
-        interval = f"<small>{significance['low']:.{digits}f} – {significance['high']:.{digits}f}</small>"
-    return f"<td>{value:.{digits}f}{stars(significance.get('p_holm'))}{interval}</td>"
+    interval = "" if figure.interval is None else f"<small>{' – '.join(figure.interval)}</small>"
+    return f"<td>{figure.value}{figure.mark}{interval}</td>"
 
 
 def _human(evaluation: Evaluation) -> str:
@@ -218,16 +223,17 @@ def _frontier(evaluation: Evaluation) -> str:
             budget = -100 * frontier.max_recall_drop
             chart = scatter(marks, recall, f"{metric}@{frontier.k}", line_at=budget)
             pictures.append(f"<div class='chart'>{chart}</div>")
+    novelty, relevant_novel = f"Novelty@{frontier.k}", f"RelevantNovel@{frontier.k}"
     rows = []
     for point in frontier.points:
         best = (("Novelty", point.pareto_novelty), ("RelevantNovel", point.pareto_relevant_novel))
         marks_of = ", ".join(name for name, is_on in best if is_on) or "–"
-        relevant = "–" if point.relevant_novel is None else f"{point.relevant_novel:.2f}"
+        figure = figure_of(evaluation, point.model, relevant_novel)
+        relevant = "–" if figure is None else figure.value
         chosen = point.model == frontier.selected
         name = escape(point.model) + (" (selected)" if chosen else "")
         cells = [name, f"{point.recall:.3f}", f"{point.recall_change:+.1%}", f"{point.novelty:.2f}", relevant]
         rows.append(_row([*cells, f"<td class='name'>{marks_of}"], chosen=chosen))
-    novelty, relevant_novel = f"Novelty@{frontier.k}", f"RelevantNovel@{frontier.k}"
     head = ["model", frontier.recall_metric, "change", novelty, relevant_novel]
     return (
         "<h2>Novelty against recall</h2><p>Up is more that the deployed system does not return, right is "
@@ -259,7 +265,10 @@ def _buckets(evaluation: Evaluation) -> str:
         for place, (model, figures) in enumerate(bucket.models.items()):
             asked = f"{bucket.least:g}–{bucket.most:g}" if bucket.least < bucket.most else f"{bucket.most:g}"
             first = [bucket.name, f"{bucket.queries:,}", asked, f"{bucket.traffic:.0%}"]
-            values = [f"{figures[name]:.{digits_of(name)}f}" for name in names]
+            values = [
+                f"{bound_of(name, figures, evaluation.judged)}{figures[name]:.{digits_of(name)}f}"
+                for name in names
+            ]
             rows.append(
                 _row([*(first if place == 0 else [""] * 4), f"<td class='name'>{escape(model)}", *values])
             )

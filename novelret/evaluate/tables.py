@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from novelret.evaluate.figures import bound_of
 from novelret.evaluate.significance import stars
 
 if TYPE_CHECKING:
@@ -34,6 +36,43 @@ def digits_of(metric: str) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A mean as tables show it.
+
+    Attributes:
+        value: the number, behind "≥" or "~" where too few verdicts stand behind it (see `bound_of`).
+        mark: stars of its test against the base; none of a bound.
+        interval: its 95 % interval; None of a bound, or where there is none.
+    """
+
+    value: str
+    mark: str
+    interval: tuple[str, str] | None
+
+
+BOUNDS = "≥: a lower bound, as under 95 % of the items are judged; ~: of what was judged alone."
+"""What a figure's bound means."""
+
+
+def figure_of(evaluation: Evaluation, model: str, metric: str) -> Figure | None:
+    """A model's mean of a metric, rounded; None where there is none."""
+    value, digits = evaluation.means[model].get(metric), digits_of(metric)
+    if value is None:
+        return None
+    bound = bound_of(metric, evaluation.means[model], evaluation.judged)
+    found = {} if bound else evaluation.significance[model].get(metric, {})
+    interval = (f"{found['low']:.{digits}f}", f"{found['high']:.{digits}f}") if "low" in found else None
+    return Figure(f"{bound}{value:.{digits}f}", stars(found.get("p_holm")), interval)
+
+
+def has_bounds(evaluation: Evaluation) -> bool:
+    """Whether any figure is only a bound."""
+    return any(
+        bound_of(metric, means, evaluation.judged) for means in evaluation.means.values() for metric in means
+    )
+
+
 def write_tables(evaluation: Evaluation, folder: Path) -> None:
     """Write metrics.csv, table.md and table.tex."""
     _write_csv(evaluation, folder / "metrics.csv")
@@ -58,21 +97,12 @@ def _write_csv(evaluation: Evaluation, path: Path) -> None:
                 writer.writerow(row)
 
 
-def _rows(evaluation: Evaluation) -> tuple[list[str], list[tuple[str, list[tuple[str, str, str] | None]]]]:
-    """Headline metrics, and each model's (figure, mark, interval) of them."""
+def _rows(evaluation: Evaluation) -> tuple[list[str], list[tuple[str, list[Figure | None]]]]:
+    """Headline metrics, and each model's figures of them."""
     names = headline_metrics(evaluation)
-    rows: list[tuple[str, list[tuple[str, str, str] | None]]] = []
-    for model, means in evaluation.means.items():
-        cells: list[tuple[str, str, str] | None] = []
-        for name in names:
-            if name not in means:
-                cells.append(None)
-                continue
-            found, digits = evaluation.significance[model].get(name, {}), digits_of(name)
-            interval = f"[{found['low']:.{digits}f}, {found['high']:.{digits}f}]" if "low" in found else ""
-            cells.append((f"{means[name]:.{digits}f}", stars(found.get("p_holm")), interval))
-        rows.append((model, cells))
-    return names, rows
+    return names, [
+        (model, [figure_of(evaluation, model, name) for name in names]) for model in evaluation.means
+    ]
 
 
 def _caption(evaluation: Evaluation) -> str:
@@ -82,6 +112,7 @@ def _caption(evaluation: Evaluation) -> str:
         f"{len(evaluation.split):,} queries of split {config.split}, L = {config.base_depth}, {judge}. "
         "Brackets: 95% bootstrap intervals over queries. * p < 0.05, ** p < 0.01 against base "
         "(paired randomisation test, Holm-corrected over the models)."
+        + (f" {BOUNDS}" if has_bounds(evaluation) else "")
     )
 
 
@@ -90,10 +121,15 @@ def _markdown(evaluation: Evaluation) -> str:
     lines = [f"| model | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     for model, cells in rows:
         shown = [
-            "–" if cell is None else f"{cell[0]}{cell[1]} {cell[2]}".replace("*", r"\*") for cell in cells
+            "–" if cell is None else f"{cell.value}{cell.mark}{_bracket(cell)}".replace("*", r"\*")
+            for cell in cells
         ]
         lines.append(f"| {model.replace('|', chr(92) + '|')} | {' | '.join(shown)} |")
     return "\n".join([*lines, "", _caption(evaluation).replace("*", r"\*"), ""])
+
+
+def _bracket(figure: Figure) -> str:
+    return "" if figure.interval is None else f" [{', '.join(figure.interval)}]"
 
 
 def _latex(evaluation: Evaluation) -> str:
@@ -107,9 +143,10 @@ def _latex(evaluation: Evaluation) -> str:
     ]
     for model, cells in rows:
         figures = [
-            "--" if cell is None else f"{cell[0]}$^{{{cell[1]}}}$" if cell[1] else cell[0] for cell in cells
+            "--" if cell is None else _tex(cell.value) + (f"$^{{{cell.mark}}}$" if cell.mark else "")
+            for cell in cells
         ]
-        intervals = ["" if cell is None else rf"\scriptsize {cell[2]}" for cell in cells]
+        intervals = ["" if cell is None else rf"\scriptsize{_bracket(cell)}" for cell in cells]
         lines.append(" & ".join([_tex(model), *figures]) + r" \\")
         # The braces keep LaTeX from reading the bracket as an argument of the line break.
         lines.append("{} & " + " & ".join(intervals) + r" \\")
@@ -118,5 +155,10 @@ def _latex(evaluation: Evaluation) -> str:
 
 
 def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "≥": r"$\geq$",
+    }
     return "".join(special.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)

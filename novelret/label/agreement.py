@@ -97,9 +97,11 @@ def measure_agreement(
         report: warned where the agreement does not carry the labels.
 
     Raises:
-        UserError: a file cannot be read, or the two share no pair.
+        UserError: a file cannot be read, the two share no pair, or the seed is below 0.
     """
     report = report or Reporter()
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be at least 0")
     manifest = read_manifest(labels, "labels")
     scores = {(query, item): score for _, query, item, score in read_qrels_file(human)}
     if not scores:

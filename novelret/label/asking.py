@@ -343,6 +343,6 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             repr(text[:120]) if text else "no text at all" for text in facts["unusable_examples"]
         )
         report.warn(
-            f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; --reparse reads "
-            "them in another way for free, --retry-unusable asks them again alone"
+            f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; another "
+            "--answer reads them in another way for free, --retry-unusable asks them again alone"
         )

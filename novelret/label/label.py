@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     from novelret.evaluate.config import EvalConfig
 
 _ROWS = 100_000  # judgements written at a time
-_HOW = ("concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price", "device")
-"""Settings that decide how, and how far, questions are asked, not which."""
+_HOW = (
+    "concurrency", "timeout", "rpm", "tpm", "wait", "max_requests", "max_cost", "price", "device",
+    "retry_unusable",
+)  # fmt: skip
+"""Settings that decide how, how far and how often questions are asked, not which."""
 
 
 @dataclass(frozen=True)

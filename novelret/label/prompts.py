@@ -7,6 +7,7 @@ length. The system prompt says that they are data.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def load_prompt(name: str) -> Prompt:
     """A prompt by name, or from a YAML file with `user` and optionally system, answer, threshold, max_tokens.
 
     Raises:
-        UserError: unknown name, unreadable file, or a template without {query} and {item}.
+        UserError: unknown name, unreadable file, a value of another kind, or a template without {query} and
+            {item}.
     """
     if name in PROMPTS:
         return PROMPTS[name]
@@ -96,26 +98,45 @@ def load_prompt(name: str) -> Prompt:
         raise UserError(f"--prompt {name}: no such prompt or file; choose from {', '.join(PROMPTS)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     known = {"system", "user", "answer", "threshold", "max_tokens"}
-    if not isinstance(values, dict) or "user" not in values or not set(values) <= known:
+    given = {}
+    if isinstance(values, dict):  # what is left empty is not given
+        given = {name: value for name, value in values.items() if value is not None}
+    if "user" not in given or not set(values) <= known:
         raise UserError(f"{path}: expected `user:` and optionally {', '.join(sorted(known - {'user'}))}")
-    placeholders = set(re.findall(r"\{(\w+)\}", values["user"]))
+    for name in ("system", "user"):
+        if not isinstance(given.get(name, ""), str):
+            raise UserError(f"{path}: {name}: expected a text, found {given[name]!r}; quote it")
+    placeholders = set(re.findall(r"\{(\w+)\}", given["user"]))
     if not ({"query", "history"} & placeholders and "item" in placeholders):
         raise UserError(f"{path}: `user` must hold {{item}} and {{query}} (or {{history}})")
-    answer = values.get("answer", "word")
+    answer = given.get("answer", "word")
     if answer not in ANSWERS:
         raise UserError(f"{path}: answer {answer!r} is unknown; choose from {', '.join(ANSWERS)}")
     long_answer = answer in ("tag", "json")
+    max_tokens = int(_number(path, "max_tokens", given.get("max_tokens", 300 if long_answer else 5)))
+    if max_tokens < 1:
+        raise UserError(f"{path}: max_tokens: must be at least 1, is {max_tokens}")
     return Prompt(
         str(path),
-        str(values.get("system", "")) + _GUARD,
-        str(values["user"]),
+        given.get("system", "") + _GUARD,
+        given["user"],
         answer,
-        float(values.get("threshold", 2)),
-        int(values.get("max_tokens", 300 if long_answer else 5)),
+        _number(path, "threshold", given.get("threshold", 2)),
+        max_tokens,
     )
+
+
+def _number(path: Path, name: str, value: object) -> float:
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{path}: {name}: expected a number, found {value!r}")
+    return number
 
 
 def render(prompt: Prompt, query: str, item: str) -> list[dict[str, str]]:

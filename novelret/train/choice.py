@@ -67,7 +67,12 @@ def say_choice(
             "the start. Train from the deployed encoder (without --init) on all labels, or label more"
         )
     found = round(chosen.relevant_novel * n_queries)
-    if chosen.step > 0 and found < _FEW and config.label_folders:
+    if any(point.novelty for point in points) and not any(point.judged_novel for point in points):
+        report.warn(
+            "no novel item of the held-back queries is labelled: the choice is by how many novel items a "
+            "checkpoint brings, relevant or not. Label them (novelret label) and give --labels"
+        )
+    elif chosen.step > 0 and found < _FEW:
         report.warn(
             f"the choice rests on {found} relevant novel items of {n_queries} held-back queries, of whose "
             f"novel items {chosen.judged_novel:.1%} are labelled: one or two more decide it. Label more, or "

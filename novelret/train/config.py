@@ -214,6 +214,11 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         raise UserError(
             "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"
         )
+    if config.judge is not None and round(config.alpha * config.batch_size) == 0:
+        raise UserError(
+            f"--alpha {config.alpha}: not one of --batch-size {config.batch_size} states is drawn from the "
+            "policy, which --judge would be asked about; raise one of them"
+        )
 
 
 def _check_choices(config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from novelret.cli import main
 from novelret.index import open_index
+from novelret.label.prompts import MAX_TEXT
 from tests.conftest import make_encoder, make_world, write_jsonl
 
 
@@ -347,6 +348,16 @@ def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_pat
     (tmp_path / "bad.yaml").write_text("colour: red\n")
     if "OPENAI" in str(cases):
         monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
+    judge = ["--judge", f"file:{world}/judgements.tsv"]
+    for arguments in (
+        ["index", "--data", world, "--model", encoder, *out],
+        ["label", *common, *judge, "--base-depth", 3, "--depth", 9, *out],
+        [*train, *TRAIN],
+        ["eval", *common, *judge, "--k", 5, "--base-depth", 3, *out],
+        ["search", *common, "a sofa", "--base-depth", 3],
+    ):
+        said = fails(capsys, *arguments, "--device", "gpu")
+        assert said.endswith("--device gpu: unknown; choose from auto, cpu, cuda and cuda:NUMBER")
     for message, arguments in cases.items():
         if "prompt" in message:
             monkeypatch.setenv("OPENAI_API_KEY", "k")
@@ -389,6 +400,14 @@ def test_a_full_disk_is_one_line(chain, world, capsys, tmp_path, monkeypatch, er
     )  # fmt: skip
     assert "no space left on the device" in message
     assert not (tmp_path / "report").exists()
+
+
+def test_help_says_what_of_a_text_is_judged_and_what_price_is_meant(capsys):
+    for command in ("label", "train", "eval"):
+        _, out, _ = run(capsys, command, "--help")
+        said = " ".join(out.replace("│", " ").split())
+        assert f"sees the first {MAX_TEXT:,} characters of a query and of an item" in said
+        assert "also for batches" in said
 
 
 def test_help_is_there_for_every_command(capsys):

@@ -8,9 +8,12 @@ import re
 import shutil
 
 import ir_measures
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from novelret.cli import main
 from novelret.evaluate.weights import bucket_of
 from novelret.label.judges import openai_batch
 from tests.cli.test_chain import fails, result, run
@@ -72,6 +75,16 @@ def test_people_who_labelled_everything_overrule_the_judge(common, world, models
     assert people["Precision@5"]["low"] < people["Precision@5"]["value"] < people["Precision@5"]["high"]
     saved = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert saved["human"] == found["human"]
+    # The same judgements in the other forms of qrels.
+    write(tmp_path / "human.trec", "".join(f"{query} 0 {item} {score}\n" for query, item, score in rows))
+    columns = zip(*rows, strict=True)
+    table = pa.table(dict(zip(("query-id", "corpus-id", "score"), columns, strict=True)))
+    pq.write_table(table, tmp_path / "human.parquet")
+    for name in ("human.trec", "human.parquet"):
+        again = result(
+            capsys, *common, "--model", f"new={models[1][0]}", "--human", tmp_path / name, "--out", tmp_path / f"r-{name}"
+        )  # fmt: skip
+        assert again["human"] == found["human"]
 
 
 def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys, tmp_path):
@@ -153,6 +166,50 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
     assert "--out is missing" in fails(capsys, *common[:5])
 
 
+def test_counts_that_few_verdicts_stand_behind_are_marked_as_bounds(
+    common, models, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
+    folder = tmp_path / "report"
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        code, out, err = run(capsys, *arguments, "--max-requests", 40, "--out", folder)
+        assert code == 0, err
+        found = json.loads((folder / "metrics.json").read_text())
+        lists, base = (lists_of(folder, name) for name in ("new", "base"))
+        judged = {
+            (query, item)
+            for query, _, item, _ in map(
+                str.split, (folder / "qrels" / "judged.trec").read_text().splitlines()
+            )
+        }
+        novel = {q: [i for i in items if i not in base[q]] for q, items in lists.items()}
+        shares = [sum((q, i) in judged for i in items) / len(items) for q, items in novel.items() if items]
+        share = sum(shares) / len(shares)
+        new = found["models"]["new"]
+        assert new["NovelJudged@5"] == pytest.approx(share)
+        assert f"judged {share:.1%} of the novel items in the top 5 of new" in " ".join(err.split())
+        assert any("lower bounds" in warning for warning in found["warnings"])
+        # In the terminal, the page and the tables: a bound, without a test or an interval.
+        bound = f"≥{new['RelevantNovel@5']:.2f}"
+        assert f"{bound} " in out
+        assert f"RelevantNovel@5 ({bound})" in out
+        assert "≥: a lower bound" in out
+        page, table = ((folder / name).read_text() for name in ("report.html", "table.md"))
+        assert f"<td>{bound}</td>" in page
+        assert f"<td>≥{new['MergedDensity']:.2f}</td>" in page
+        assert f"| {bound} |" in table
+        assert rf"$\geq${new['RelevantNovel@5']:.2f} &" in (folder / "table.tex").read_text()
+
+        code, out, err = run(capsys, *arguments, "--out", folder)
+        assert code == 0, err
+        whole = json.loads((folder / "metrics.json").read_text())
+        assert whole["models"]["new"]["NovelJudged@5"] == whole["judged"] == 1
+        assert not any("lower bound" in text for text in (out, err, *whole["warnings"]))
+        assert "≥" not in (folder / "report.html").read_text()
+
+
 def asks_endpoint(common, store):
     """The arguments with an LLM as the judge instead of a file."""
     without = [part for part in common if not str(part).startswith("file:")]
@@ -181,6 +238,25 @@ def test_answers_are_read_and_asked_for_as_told(common, models, capsys, tmp_path
             ("--prompt", "poem"),
         ):
             assert option.strip("-") in fails(capsys, *wrong, option, value)  # before any model is opened
+
+
+def test_answers_that_cannot_be_read_are_asked_again(common, models, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    arguments = [*asks_endpoint(common, tmp_path / "store.sqlite"), "--model", f"new={models[1][0]}"]
+    with LoopbackJudge(["refusal"] * 7) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        code, _, err = run(capsys, *arguments, "--out", tmp_path / "a")
+        assert code == 0
+        # What is advised are options of this command.
+        advised = re.search(r"7 answers are not usable.*", " ".join(err.split())).group()
+        for option in re.findall(r"--[a-z-]+", advised):
+            assert main(["eval", option]) == 2
+            assert "No such option" not in capsys.readouterr().err
+        before = len(server.seen)
+        assert result(capsys, *arguments, "--plan", "--retry-unusable")["to_ask"] == 7
+        whole = result(capsys, *arguments, "--retry-unusable", "--out", tmp_path / "b")
+        assert len(server.seen) == before + 7
+        assert whole["judged"] == 1
 
 
 def test_batches_are_left_and_collected(common, models, capsys, tmp_path, monkeypatch):
@@ -413,7 +489,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
     pair = {name: write(tmp_path / f"{name}.tsv", text) for name, text in {
         "negative": "q01\t-3\n", "nanweight": "id\tweight\nq01\tnan\n", "few": "q01\t3\n", "double": "q01\t3\nq01\t4\n",
         "wide": "q01\t3\t4\n", "alien": "zz\ti01\t1\n", "elsewhere": "q01\ti01\t1\n",
-        "words": "q01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
+        "words": "q01\ti02\t1\nq01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
     }.items()}  # fmt: skip
     without_judge = ["eval", "--data", world, "--index", index_folder, "--k", 5, "--base-depth", 5]
     cases = {
@@ -442,7 +518,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
         "double.tsv:2: query 'q01' has a weight already": [*common, "--weights", pair["double"]],
         "wide.tsv:1: 3 columns, expected query-id and weight": [*common, "--weights", pair["wide"]],
         "--human-sample 0: must be at least 1": [*common, "--human-sample", 0],
-        "words.tsv:1: the score 'yes' is not a number": [*common, "--human", pair["words"]],
+        "words.tsv:2: the score 'yes' is not a number": [*common, "--human", pair["words"]],
         "wrongitem.tsv:1: item id 'i99' is not in the catalog": [*common, "--human", pair["wrongitem"]],
         "--merge-budget 0: must be at least 1": [*common, "--merge-budget", 0],
         "--max-recall-drop 2.0: expected a share": [*common, "--max-recall-drop", 2],

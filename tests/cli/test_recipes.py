@@ -12,7 +12,9 @@ import yaml
 from novelret import recipe
 from novelret.cli import app, main
 from novelret.evaluate.config import check_config as check_evaluation
-from novelret.label.prompts import load_prompt
+from novelret.label.cost import find_price
+from novelret.label.prompts import load_prompt, render
+from novelret.label.tokens import token_counter
 from novelret.train.config import TrainConfig, check_config
 from tests.loopback import LoopbackJudge
 
@@ -87,6 +89,20 @@ def test_every_key_is_an_option_and_every_value_fits(name):
     check_evaluation(EvalConfig("d", "i", base_depth=evaluation.get("base-depth", 50), **given), CATALOG)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe.names() if name != "default"])
+def test_the_cap_of_eval_is_enough_for_all_that_it_asks_about(name):
+    """For the test splits that the converters make, each list without an item of another."""
+    options = recipe.load(recipe.find(name), [])["eval"]
+    queries = {"amazon": 11_000, "orcas": 8_500, "query-keyword": 6_200}[name.rpartition("-")[0]]
+    text = {"amazon": " ".join(["six products of ten words each, as long as titles are"] * 6)}
+    query = text.get(name.rpartition("-")[0], "how long does it take to get a passport")
+    messages = render(load_prompt(options["prompt"]), query, "Passport processing times, a title")
+    model = options["judge"].partition(":")[2]
+    price, answer = find_price(model, None), 150 if options["prompt"] == "user-product" else 2
+    pairs = queries * (options["base-depth"] + max(map(int, options["k"].split(","))))
+    assert price.of(token_counter(model).count(messages), answer) * pairs <= options["max-cost"]
+
+
 @pytest.mark.parametrize("name", recipe.names())
 def test_the_header_s_commands_are_real(name):
     header = [line for line in recipe.find(name).read_text().splitlines() if line.startswith("#")]
@@ -153,6 +169,10 @@ def test_what_is_no_recipe_is_one_line(tmp_path, capsys):
     assert "no stage of default.yaml names 'steps'" in fails(
         capsys, "recipe", "run", "default", "--set", "steps=1"
     )
+    for value in ("data=[x", "train.steps=a: b: c"):
+        assert "the value is not readable as YAML" in fails(
+            capsys, "recipe", "run", "default", "--set", value
+        )
     (tmp_path / "bad.yaml").write_text("- a list")
     assert "expected stages" in fails(capsys, "recipe", "run", tmp_path / "bad.yaml")
 
@@ -170,8 +190,9 @@ def test_every_stage_is_checked_before_the_first_runs(world, encoder, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+@pytest.mark.parametrize("cap", ["max-requests", "max_requests"])
 def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
-    world, encoder, index_folder, tmp_path, capsys, monkeypatch
+    cap, world, encoder, index_folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
@@ -179,7 +200,7 @@ def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
     stages = {
         "label": {
             "data": str(world), "index": str(index_folder), "judge": "openai:tiny", "prompt": "query-keyword",
-            "base-depth": 3, "depth": 9, "max-requests": 60, "out": "labels",
+            "base-depth": 3, "depth": 9, cap: 60, "out": "labels",
         },
         "train": {
             "data": str(world), "index": str(index_folder), "labels": "labels", "base-depth": 3, "depth": 9,
@@ -193,7 +214,7 @@ def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
             assert main(["recipe", "run", "mine.yaml"]) == 0, capsys.readouterr().err
             assert len(server.seen) == 60
         capsys.readouterr()
-        assert main(["recipe", "run", "mine.yaml", "--set", "label.max-requests=90"]) == 2
+        assert main(["recipe", "run", "mine.yaml", "--set", f"label.{cap}=90"]) == 2
         assert len(server.seen) == 90
         assert "train: model was made before label ran; remove it" in " ".join(
             capsys.readouterr().err.split()

@@ -29,6 +29,8 @@ def test_judged_metrics_by_hand():
     assert metrics.relevant_novelty(ROWS, BASE, verdicts, 4).tolist() == [1, 0]
     assert metrics.precision(verdicts, 4).tolist() == pytest.approx([2 / 3, 1 / 2])
     assert metrics.judged(ROWS, verdicts, 4).tolist() == [3 / 4, 1.0]
+    assert metrics.novel_judged(ROWS, BASE, verdicts, 4).tolist() == [1 / 2, 1.0]
+    assert np.isnan(metrics.novel_judged(BASE, BASE, np.zeros_like(BASE), 3)).all()
     assert metrics.novel_precision(ROWS, BASE, verdicts, 4).tolist() == [1.0, 0.0]
     assert np.isnan(metrics.precision(np.full((1, 2), -1, dtype=np.int8), 2)).all()
     base_verdicts = np.array([[0, 1, 0], [0, 0, 0]], dtype=np.int8)

@@ -110,6 +110,8 @@ def test_a_judge_that_people_share_is_trusted(labels, tmp_path, capsys):
     assert found["intervals"]["kappa"] == [1, 1]
     assert found["pairs"] == len(rows) == found["confusion"]["yes-yes"] + found["confusion"]["no-no"]
     assert found["disagreements"] == []
+    code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "people.tsv", "--seed", -1)
+    assert (code, err.strip()) == (2, "error: --seed -1: must be at least 0")
 
 
 def test_disagreements_are_counted_shown_and_warned_of(labels, world, tmp_path, capsys):

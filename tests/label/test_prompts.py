@@ -80,3 +80,34 @@ def test_a_users_prompt_file(tmp_path):
     path.write_text("user: '{item} {query}'\ncolour: red\n")
     with pytest.raises(UserError, match="expected `user:`"):
         load_prompt(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("user:\n", "expected `user:`"),
+        ("user: 5\n", "user: expected a text, found 5"),
+        ("user: [a]\n", r"user: expected a text, found \['a'\]"),
+        ("- a\n", "expected `user:`"),
+        ("user: '{query} {item}'\nsystem: [a]\n", "system: expected a text"),
+        ("user: '{query} {item}'\nanswer: [word]\n", r"answer \['word'\] is unknown"),
+        ("user: '{query} {item}'\nmax_tokens: many\n", "max_tokens: expected a number, found 'many'"),
+        ("user: '{query} {item}'\nmax_tokens: 0\n", "max_tokens: must be at least 1, is 0"),
+        ("user: '{query} {item}'\nthreshold: high\n", "threshold: expected a number, found 'high'"),
+        ("user: '{query} {item}'\nthreshold: [2]\n", "threshold: expected a number"),
+    ],
+)
+def test_a_prompt_file_with_other_values_is_one_line(tmp_path, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"mine.yaml: {said}"):
+        load_prompt(str(path))
+
+
+def test_what_a_prompt_file_leaves_empty_is_not_given(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("user: '{query} {item}'\n")
+    plain = load_prompt(str(path))
+    path.write_text("user: '{query} {item}'\nsystem:\nanswer:\nthreshold:\nmax_tokens:\n")
+    assert load_prompt(str(path)) == plain
+    assert "None" not in plain.system

@@ -13,7 +13,7 @@ GOOD = Point(40, 9.0, 2.0, 0.62, 1.0, 0.60, 0.001)
 
 def warnings_of(chosen: Point, *points: Point, recall_of: str = "feedback") -> list[str]:
     report = Reporter()
-    config = TrainConfig(data="d", index="i", labels="l", recall_of=recall_of)
+    config = TrainConfig(data="d", index="i", recall_of=recall_of)
     say_choice(chosen, list(points), 100, config, report)
     return report.warnings
 
@@ -60,6 +60,13 @@ def test_a_choice_by_a_handful_of_labels_is_told() -> None:
     assert "rests on 4 relevant novel items of 100 held-back queries" in said
     assert "1.0% are labelled" in said
     assert not any("rests on" in text for text in warnings_of(START, START, few))
+
+
+def test_a_choice_without_any_label_is_told() -> None:
+    blind = replace(GOOD, relevant_novel=0.0, judged_novel=0.0)
+    for chosen in (blind, START):
+        assert any("relevant or not" in text for text in warnings_of(chosen, START, blind))
+    assert not any("relevant or not" in text for text in warnings_of(START, START, replace(START, step=40)))
 
 
 def test_no_point_within_the_budget_and_too_few_queries() -> None:

@@ -553,9 +553,10 @@ def test_judging_needs_policy_states_and_a_key(command, capsys, tmp_path, monkey
     for more, message in [
         ((), "--judge asks about items drawn from the policy"),
         ((*MIXED, "--objective", "swap", "--list-size", 5), "--judge asks about items drawn from the policy"),
+        (("--alpha", 0.003), "--alpha 0.003: not one of --batch-size 16 states is drawn from the policy"),
         (MIXED, "OPENAI_API_KEY is not set"),
     ]:
-        if message.startswith("--judge"):
+        if message.startswith("--"):
             monkeypatch.setenv("OPENAI_API_KEY", "k")
         else:
             monkeypatch.delenv("OPENAI_API_KEY")
@@ -820,7 +821,9 @@ def test_draws_among_the_top_items_say_what_they_cover(command, capsys, tmp_path
 
 
 def test_the_panel_shows_how_it_learns():
-    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    console = Console(file=terminal, force_terminal=True, width=160)
     config = TrainConfig("d", "i", steps=10)
     with training_panel(config, config.steps, Reporter(console=console)) as panel:
         panel.advance(3)

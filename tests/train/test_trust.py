@@ -186,6 +186,12 @@ def test_the_user_is_told_of_a_notable_rate(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.filterwarnings("error")
+def test_labels_without_a_yes_have_nothing_to_weigh():
+    material = make_material(np.zeros(IS_TRUE.shape))
+    assert len(trust.weigh_labels(material, QUERIES, ITEMS, 0, ALONE, Reporter()).trust) == 0
+
+
 def config(**changes):
     settings = {"batch_size": 24, "base_depth": L, "depth": DEPTH, "labels": "x", "list_size": 6}
     return TrainConfig("data", "index", **(settings | changes))

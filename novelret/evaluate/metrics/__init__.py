@@ -5,7 +5,7 @@ given by the one tie rule in `novelret.search`: score rounded to six decimals, t
 """
 
 from novelret.evaluate.metrics.coverage import catalog_coverage
-from novelret.evaluate.metrics.judged import judged
+from novelret.evaluate.metrics.judged import judged, novel_judged
 from novelret.evaluate.metrics.merged import Merged, merge
 from novelret.evaluate.metrics.mrr import reciprocal_rank
 from novelret.evaluate.metrics.ndcg import ndcg
@@ -21,6 +21,7 @@ __all__ = [
     "judged",
     "merge",
     "ndcg",
+    "novel_judged",
     "novel_precision",
     "novelty",
     "precision",

@@ -1,9 +1,10 @@
-"""Judged@k: how much of a list the judge has seen. Read it beside every judged metric."""
+"""Judged@k, NovelJudged@k: how much of a list the judge has seen. Read them beside every judged metric."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from novelret.evaluate.metrics.novelty import novel
 from novelret.label.table import UNKNOWN
 
 
@@ -11,3 +12,11 @@ def judged(rows: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
     """Share of judged items among the items of the top k, per query."""
     present = (rows[:, :k] >= 0).sum(axis=1)
     return (verdicts[:, :k] != UNKNOWN).sum(axis=1) / np.maximum(present, 1)
+
+
+def novel_judged(rows: np.ndarray, base: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
+    """Share of judged items among the novel ones of the top k, per query; NaN without any."""
+    new = novel(rows, base, k)
+    count = new.sum(axis=1)
+    seen = (new & (verdicts[:, :k] != UNKNOWN)).sum(axis=1)
+    return np.divide(seen, count, out=np.full(len(rows), np.nan), where=count > 0)

@@ -22,7 +22,7 @@ def novelty(rows: np.ndarray, base: np.ndarray, k: int) -> np.ndarray:
 def relevant_novelty(rows: np.ndarray, base: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
     """Number of items in the top k that are novel and judged relevant, per query.
 
-    What is not judged counts as not relevant, so this is a lower bound: read Judged@k beside it.
+    What is not judged counts as not relevant, so this is a lower bound: read NovelJudged@k beside it.
     """
     return (novel(rows, base, k) & (verdicts[:, :k] == RELEVANT)).sum(axis=1)
 
