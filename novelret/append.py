@@ -28,7 +28,7 @@ from novelret.artifacts import (
     write_manifest,
 )
 from novelret.build import add_to_faiss, encode_catalog, make_matrix
-from novelret.data.catalog import SCHEMA, Catalog, id_ranks, open_catalog, write_catalog
+from novelret.data.catalog import SCHEMA, Catalog, id_ranks, open_catalog, take_rows, write_catalog
 from novelret.data.source import fingerprint_part
 from novelret.errors import UserError
 from novelret.index import Index, open_index
@@ -127,8 +127,9 @@ def _write_items(config: AppendConfig, old: Index, folder: Path, report: Reporte
             ids, texts = (column.slice(start, _COPIED) for column in (old.catalog.ids, old.catalog.texts))
             writer.write_table(pa.table([ids, texts], schema=SCHEMA))
         for start in range(0, len(new), _COPIED):
-            rows = pa.array(new[start : start + _COPIED])
-            writer.write_table(pa.table([now.ids.take(rows), now.texts.take(rows)], schema=SCHEMA))
+            rows = new[start : start + _COPIED]
+            columns = [take_rows(now.ids, rows), take_rows(now.texts, rows)]
+            writer.write_table(pa.table(columns, schema=SCHEMA))
     temporary.replace(folder / "items.arrow")
     whole.unlink()
 
@@ -150,7 +151,7 @@ def _new_rows(config: AppendConfig, old: Index, now: Catalog) -> np.ndarray:
                 f"({len(gone)} such items); --append takes the whole corpus, old items and new, and drops "
                 "none: add them, or index anew without --append"
             )
-        same = pc.equal(now.texts.take(pa.array(rows)), old.catalog.texts.slice(start, _CHUNK))
+        same = pc.equal(take_rows(now.texts, rows), old.catalog.texts.slice(start, _CHUNK))
         other = np.flatnonzero(~same.to_numpy())
         if len(other):
             raise UserError(
