@@ -23,6 +23,7 @@ from novelret.artifacts import (
     fingerprint_of,
     fsync_file,
     open_output,
+    put_aside,
     write_config,
     write_json,
     write_manifest,
@@ -70,7 +71,10 @@ def append_items(
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
     check_output(out, force=force)
-    old = open_index(config.append)
+    folder = Path(config.append)
+    if folder.resolve() == out.resolve() and not folder.exists() and put_aside(folder).is_dir():
+        folder = put_aside(folder)  # a kill came while the appended INDEX took its place
+    old = open_index(folder)
     if "imported" in old.manifest.facts:
         raise UserError(
             f"--append {config.append}: its embeddings were imported, so novelret does not know the item "
@@ -105,11 +109,11 @@ def append_items(
             add_to_faiss(index, added, folder / "items.faiss", report)
         ancestors = [old.manifest.fingerprint, *old.manifest.facts.get("ancestors", ())]
         facts = {**old.manifest.facts, "items": len(catalog), "ancestors": ancestors}
-        (folder / "progress.json").unlink()
         write_config(folder, config)
         # The encoder's settings stay those of the first index: they still hold.
         settings = {**old.manifest.config, **asdict(config)}
         write_manifest(folder, Manifest("index", settings, inputs, identity, facts))
+    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
     report.note(f"{len(catalog) - len(old):,} new items behind {len(old):,} old ones")
     return open_index(out)
 

@@ -223,13 +223,18 @@ def open_output(
         yield partial
         if not (partial / MANIFEST).is_file():
             raise RuntimeError(f"{partial} has no manifest")
-        old = out.with_name(out.name + ".old")
+        old = put_aside(out)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.replace(old)
         partial.replace(out)
         (out / STATE).unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_aside(out: Path) -> Path:
+    """Where an artifact lies for the moment in which another takes its place."""
+    return out.with_name(out.name + ".old")
 
 
 @contextlib.contextmanager

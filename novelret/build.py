@@ -140,9 +140,9 @@ def build_index(
             facts["recall"] = _measure_recall(config, query_model, catalog, folder, report)
         if source:
             facts["imported"] = {"from": source.name, "lossy": source.lossy}
-        (folder / "progress.json").unlink()
         write_config(folder, config)
         write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
+    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
     return open_index(out)
 
 

@@ -35,6 +35,20 @@ def test_goes_on_from_the_last_chunk_after_a_kill(world, encoder, index_folder, 
     assert np.allclose(index.embeddings, open_index(index_folder).embeddings, atol=1e-6)
 
 
+def test_a_kill_before_the_index_has_its_name_loses_no_embeddings(world, encoder, tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("novelret.build.write_manifest", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build(world, encoder, tmp_path / "index")
+    monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded again"))
+    index = build(world, encoder, tmp_path / "index")
+    assert len(index) == 40
+    assert not (index.folder / "progress.json").exists()
+
+
 def test_float16_halves_the_matrix_and_keeps_the_lists(world, encoder, index_folder, tmp_path):
     half, whole = build(world, encoder, tmp_path / "half", dtype="float16"), open_index(index_folder)
     assert half.embeddings.dtype == np.float16
