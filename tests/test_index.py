@@ -1,15 +1,21 @@
 """Building an index: resumed after a kill, through faiss, in float16, with another query side."""
 
+import os
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
 
 from novelret import encode
+from novelret import index as index_module
 from novelret.build import IndexConfig, build_index
 from novelret.data.split import load_split
 from novelret.errors import UserError
 from novelret.index import base_lists, open_index
+from novelret.progress import Reporter
 from tests.conftest import make_encoder
 
 
@@ -135,9 +141,69 @@ def test_what_a_kill_left_in_the_cache_is_passed_over(world, encoder, tmp_path):
     split = load_split(str(world), "train", index.catalog)
     first = base_lists(index, split, 12)
     (cache,) = (index.folder / "cache").iterdir()
-    for name in ("rows-99.npy.77.tmp", "rows-99.tmp.npy", "rows-.npy"):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = (f"rows-99.npy.{dead.pid}.tmp", f"queries.npy.{os.getpid()}.tmp", "rows-99.tmp.npy", "rows-.npy")
+    for name in names:
         (cache / name).write_bytes(b"half")
     assert np.array_equal(base_lists(index, split, 5)[0], first[0][:, :5])
+    base_lists(index, split, 13)  # what a dead process left is cleared away where something is written
+    assert [(cache / name).exists() for name in names] == [False, True, True, True]
+
+
+def test_lists_go_on_after_a_kill(world, encoder, tmp_path, monkeypatch):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    rows, scores = base_lists(index, split, 7)
+    (cache,) = (index.folder / "cache").iterdir()
+    for path in cache.glob("*-7.npy"):
+        path.unlink()
+    monkeypatch.setattr("novelret.index._QUERIES_ON_CPU", 3)
+    real, searched = index_module.search_exact, []
+
+    def dies_at_the_third(queries, *arguments, **settings):
+        searched.append(len(queries))
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return real(queries, *arguments, **settings)
+
+    monkeypatch.setattr(index_module, "search_exact", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        base_lists(index, split, 7)
+    (partial,) = cache.glob("scores-*.partial")
+    partial.write_bytes(partial.read_bytes()[:-60])  # half of a list does not count
+    again, scores_again = base_lists(index, split, 7)
+    assert searched == [3, 3, 3] + [3] * 5 + [1]  # of twenty queries the first four were kept
+    assert np.array_equal(again, rows)
+    assert np.array_equal(scores_again, scores)
+    assert sorted(path.name for path in cache.iterdir()) == ["queries.npy", "rows-7.npy", "scores-7.npy"]
+
+
+def test_processes_wait_for_the_one_that_searches(world, encoder, tmp_path, monkeypatch):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    real, searched, notes = index_module.search_exact, [], []
+    second = ThreadPoolExecutor(1)
+    waiting = Event()
+
+    class Told(Reporter):
+        def note(self, text):
+            notes.append(text)
+            waiting.set()
+
+    def begins_another(*arguments, **settings):
+        if not searched:
+            searched.append(second.submit(base_lists, index, split, 7, report=Told()))
+            waiting.wait(30)
+        else:
+            searched.append("again")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(index_module, "search_exact", begins_another)
+    rows, _ = base_lists(index, split, 7)
+    assert np.array_equal(searched[0].result()[0], rows)
+    assert len(searched) == 1
+    assert "waiting" in notes[0]
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -146,7 +212,7 @@ def test_lists_found_part_by_part_are_the_same(world, encoder, tmp_path, monkeyp
     split = load_split(str(world), "train", index.catalog)
     rows, scores = base_lists(index, split, 7)
     shutil.rmtree(index.folder / "cache")
-    monkeypatch.setattr("novelret.index._QUERIES", 3)
+    monkeypatch.setattr("novelret.index._QUERIES_ON_CPU", 3)
     if not writable:
         (index.folder / "cache").write_text("in the way")
     again, scores_again = base_lists(index, split, 7)
