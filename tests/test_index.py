@@ -73,14 +73,32 @@ def test_a_faiss_factory_is_searched(world, encoder, index_folder, tmp_path, fac
     assert np.allclose(scores[found], base_lists(exact, split, 3)[1][found], atol=2e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"factory": "IFV2,Flat"}, {"search_params": "nprobe=many"}])
+@pytest.mark.parametrize(
+    "wrong", [{"factory": "IFV2,Flat"}, {"factory": "IDMap,Flat"}, {"search_params": "nprobe=many"}]
+)
 def test_what_faiss_does_not_take_is_refused_before_anything_is_encoded(
     world, encoder, tmp_path, monkeypatch, wrong
 ):
     monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(UserError, match=r"faiss does not"):
+    with pytest.raises(UserError, match=r"faiss does not|leave it out"):
         build(world, encoder, tmp_path / "index", **({"factory": "IVF2,Flat"} | wrong))
     assert not (tmp_path / "index.partial").exists()
+
+
+@pytest.mark.parametrize("queries", [None, "", "{}\n"])
+def test_a_catalog_without_queries_is_indexed_by_faiss(world, encoder, tmp_path, queries):
+    shutil.copytree(world, tmp_path / "data")
+    (tmp_path / "data" / "queries.jsonl").unlink()
+    if queries is not None:
+        (tmp_path / "data" / "queries.jsonl").write_text(queries)
+    index = build(tmp_path / "data", encoder, tmp_path / "index", factory="HNSW8")
+    assert index.faiss_index.ntotal == 40
+    assert "recall" not in index.manifest.facts
+
+
+def test_what_faiss_does_not_add_to_is_the_users_error(world, encoder, tmp_path):
+    with pytest.raises(UserError, match=r"takes no items .* the embeddings are kept"):
+        build(world, encoder, tmp_path / "index", factory="PCA8,IDMap,Flat")
 
 
 def test_another_factory_takes_what_is_encoded(world, encoder, tmp_path, monkeypatch):
