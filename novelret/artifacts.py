@@ -169,13 +169,15 @@ def check_output(out: Path, *, force: bool) -> None:
 
     Raises:
         UserError: `out` exists and `force` is off, `out` is something novelret did not make, or it cannot
-            be looked at.
+            be looked at; or it is the working folder, which a process cannot replace under itself.
     """
     with writable(out):
         if not out.exists():
             return
     if not force:
         raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{out}: is the folder you are in, which cannot be replaced; call from another one")
     empty = out.is_dir() and not any(out.iterdir())
     if not empty and not (out / MANIFEST).is_file():
         raise UserError(
