@@ -23,12 +23,13 @@ from novelret.artifacts import (
     fingerprint_of,
     fsync_file,
     open_output,
+    put_aside,
     write_config,
     write_json,
     write_manifest,
 )
 from novelret.build import add_to_faiss, encode_catalog, make_matrix
-from novelret.data.catalog import SCHEMA, Catalog, id_ranks, open_catalog, write_catalog
+from novelret.data.catalog import SCHEMA, Catalog, id_ranks, open_catalog, take_rows, write_catalog
 from novelret.data.source import fingerprint_part
 from novelret.errors import UserError
 from novelret.index import Index, open_index
@@ -70,7 +71,10 @@ def append_items(
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
     check_output(out, force=force)
-    old = open_index(config.append)
+    folder = Path(config.append)
+    if folder.resolve() == out.resolve() and not folder.exists() and put_aside(folder).is_dir():
+        folder = put_aside(folder)  # a kill came while the appended INDEX took its place
+    old = open_index(folder)
     if "imported" in old.manifest.facts:
         raise UserError(
             f"--append {config.append}: its embeddings were imported, so novelret does not know the item "
@@ -105,11 +109,11 @@ def append_items(
             add_to_faiss(index, added, folder / "items.faiss", report)
         ancestors = [old.manifest.fingerprint, *old.manifest.facts.get("ancestors", ())]
         facts = {**old.manifest.facts, "items": len(catalog), "ancestors": ancestors}
-        (folder / "progress.json").unlink()
         write_config(folder, config)
         # The encoder's settings stay those of the first index: they still hold.
         settings = {**old.manifest.config, **asdict(config)}
         write_manifest(folder, Manifest("index", settings, inputs, identity, facts))
+    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
     report.note(f"{len(catalog) - len(old):,} new items behind {len(old):,} old ones")
     return open_index(out)
 
@@ -127,8 +131,9 @@ def _write_items(config: AppendConfig, old: Index, folder: Path, report: Reporte
             ids, texts = (column.slice(start, _COPIED) for column in (old.catalog.ids, old.catalog.texts))
             writer.write_table(pa.table([ids, texts], schema=SCHEMA))
         for start in range(0, len(new), _COPIED):
-            rows = pa.array(new[start : start + _COPIED])
-            writer.write_table(pa.table([now.ids.take(rows), now.texts.take(rows)], schema=SCHEMA))
+            rows = new[start : start + _COPIED]
+            columns = [take_rows(now.ids, rows), take_rows(now.texts, rows)]
+            writer.write_table(pa.table(columns, schema=SCHEMA))
     temporary.replace(folder / "items.arrow")
     whole.unlink()
 
@@ -150,7 +155,7 @@ def _new_rows(config: AppendConfig, old: Index, now: Catalog) -> np.ndarray:
                 f"({len(gone)} such items); --append takes the whole corpus, old items and new, and drops "
                 "none: add them, or index anew without --append"
             )
-        same = pc.equal(now.texts.take(pa.array(rows)), old.catalog.texts.slice(start, _CHUNK))
+        same = pc.equal(take_rows(now.texts, rows), old.catalog.texts.slice(start, _CHUNK))
         other = np.flatnonzero(~same.to_numpy())
         if len(other):
             raise UserError(

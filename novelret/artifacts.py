@@ -169,13 +169,15 @@ def check_output(out: Path, *, force: bool) -> None:
 
     Raises:
         UserError: `out` exists and `force` is off, `out` is something novelret did not make, or it cannot
-            be looked at.
+            be looked at; or it is the working folder, which a process cannot replace under itself.
     """
     with writable(out):
         if not out.exists():
             return
     if not force:
         raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{out}: is the folder you are in, which cannot be replaced; call from another one")
     empty = out.is_dir() and not any(out.iterdir())
     if not empty and not (out / MANIFEST).is_file():
         raise UserError(
@@ -223,13 +225,18 @@ def open_output(
         yield partial
         if not (partial / MANIFEST).is_file():
             raise RuntimeError(f"{partial} has no manifest")
-        old = out.with_name(out.name + ".old")
+        old = put_aside(out)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.replace(old)
         partial.replace(out)
         (out / STATE).unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_aside(out: Path) -> Path:
+    """Where an artifact lies for the moment in which another takes its place."""
+    return out.with_name(out.name + ".old")
 
 
 @contextlib.contextmanager

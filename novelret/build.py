@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,13 @@ def build_index(
         elif source and source.faiss is not None:
             _copy_faiss(source, folder)
         if (folder / "items.faiss").is_file():
-            facts["recall"] = _measure_recall(config, query_model, catalog, folder, report)
+            recall = _measure_recall(config, query_model, catalog, folder, report)
+            facts |= {} if recall is None else {"recall": recall}
         if source:
             facts["imported"] = {"from": source.name, "lossy": source.lossy}
-        (folder / "progress.json").unlink()
         write_config(folder, config)
         write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
+    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
     return open_index(out)
 
 
@@ -319,7 +321,7 @@ def _empty_faiss(config: IndexConfig, dimension: int) -> Any:
     """A faiss index without items, not trained yet.
 
     Raises:
-        UserError: faiss does not know the factory or the search parameters.
+        UserError: faiss does not know the factory or the search parameters, or items could not be added.
     """
     try:
         index = faiss.index_factory(dimension, config.factory, faiss.METRIC_INNER_PRODUCT)
@@ -327,6 +329,11 @@ def _empty_faiss(config: IndexConfig, dimension: int) -> Any:
         raise UserError(
             f"--factory {config.factory}: faiss does not know it; for instance Flat, IVF1024,Flat or HNSW32"
         ) from None
+    if isinstance(index, faiss.IndexIDMap):
+        raise UserError(
+            f"--factory {config.factory}: items are known by their rows, an IDMap wants ids of its own; "
+            "leave it out"
+        )
     if config.search_params:
         try:
             space: Any = faiss.ParameterSpace()
@@ -357,11 +364,22 @@ def _build_faiss(config: IndexConfig, folder: Path, report: Reporter) -> None:
 
 
 def add_to_faiss(index: Any, embeddings: np.ndarray, path: Path, report: Reporter) -> None:
-    """Add embeddings to a trained faiss index and write it."""
+    """Add embeddings to a trained faiss index and write it.
+
+    Raises:
+        UserError: it does not take them.
+    """
     with report.bar("building the faiss index", len(embeddings)) as advance:
         for start in range(0, len(embeddings), 65_536):
             block = np.ascontiguousarray(embeddings[start : start + 65_536], dtype=np.float32)
-            index.add(block)
+            try:
+                index.add(block)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1][-200:]
+                raise UserError(
+                    f"the faiss index takes no items ({reason}); give another --factory, the "
+                    "embeddings are kept"
+                ) from None
             advance(len(block))
     faiss.write_index(index, str(path))
 
@@ -378,14 +396,19 @@ def _copy_faiss(source: Source, folder: Path) -> None:
 
 def _measure_recall(
     config: IndexConfig, model: SentenceTransformer, catalog: Catalog, folder: Path, report: Reporter
-) -> dict[str, Any]:
-    """How much of the exact top lists the faiss index finds, for the data's first queries."""
-    texts = []
-    for _, row in read_part(config.data, "queries"):
-        texts.append(str(row.get("text") or ""))
-        if len(texts) == _RECALL_QUERIES:
-            break
-    queries = encode.encode_queries(model, [text for text in texts if text.strip()])
+) -> dict[str, Any] | None:
+    """How much of the exact top lists the faiss index finds, for the first queries; None without any."""
+    what = config.faiss or config.factory
+    try:
+        rows = islice(read_part(config.data, "queries"), _RECALL_QUERIES)
+        texts = [text for text in (str(row.get("text") or "").strip() for _, row in rows) if text]
+    except UserError as error:  # a catalog can be indexed before there are queries
+        report.note(f"{what}: what it misses of the exact top lists is not measured ({error})")
+        return None
+    if not texts:
+        report.note(f"{what}: what it misses of the exact top lists is not measured, there are no queries")
+        return None
+    queries = encode.encode_queries(model, texts)
     embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
     ranks = np.load(folder / "id_rank.npy", mmap_mode="r")
     k = min(_RECALL_DEPTH, len(catalog))
@@ -394,7 +417,6 @@ def _measure_recall(
     found, _ = search_faiss(index, queries, k, ranks)
     hits = [len(np.intersect1d(a, b[b >= 0])) for a, b in zip(exact, found, strict=True)]
     recall = round(float(np.mean(hits)) / k, 4)
-    what = config.faiss or config.factory
     said = f"{what}: finds {recall:.1%} of the exact top {k} ({len(queries)} queries)"
     if recall < _LOW_RECALL:
         report.warn(f"{said}; novelty will count what the deployed lists miss. Raise nprobe or efSearch")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from novelret.artifacts import fingerprint_file, fingerprint_of
-from novelret.data.catalog import Catalog
+from novelret.data.catalog import Catalog, take_rows
 from novelret.data.source import read_lines
 from novelret.errors import UserError
 
@@ -283,7 +283,7 @@ def ids_of(source: Source, path: Path | None) -> tuple[pa.ChunkedArray, str]:
             f"{path}: {len(lines)} ids, but {source.name} has labels up to {int(source.ids.max())}; "
             "line n + 1 names the item with label n"
         )
-    return lines.take(pa.array(source.ids)), str(path)
+    return pa.chunked_array([take_rows(lines, source.ids)]), str(path)
 
 
 def rows_in_order(catalog: Catalog, ids: pa.ChunkedArray, named_in: str, data: str) -> np.ndarray | None:
@@ -296,16 +296,16 @@ def rows_in_order(catalog: Catalog, ids: pa.ChunkedArray, named_in: str, data: s
     """
     if _same_order(catalog.ids, ids):
         return None
-    ours, theirs = pc.sort_indices(catalog.ids), pc.sort_indices(ids)
+    ours, theirs = pc.sort_indices(catalog.ids).to_numpy(), pc.sort_indices(ids).to_numpy()
     _check_distinct(ids, theirs, named_in)
     for start in range(0, max(len(ours), len(theirs)), _IDS_AT_ONCE):
         stretch = slice(start, start + _IDS_AT_ONCE)
-        mine = catalog.ids.take(ours[stretch]).to_pylist()
-        given = ids.take(theirs[stretch]).to_pylist()
+        mine = take_rows(catalog.ids, ours[stretch]).to_pylist()
+        given = take_rows(ids, theirs[stretch]).to_pylist()
         if mine != given:
             _raise_first_difference(mine, given, named_in, data)
     rows = np.empty(len(ids), dtype=np.int64)
-    rows[theirs.to_numpy()] = ours.to_numpy()
+    rows[theirs] = ours
     return rows
 
 
@@ -313,10 +313,10 @@ def _same_order(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> bool:
     return len(ours) == len(theirs) and bool(ours.equals(theirs))
 
 
-def _check_distinct(ids: pa.ChunkedArray, order: pa.Array, named_in: str) -> None:
+def _check_distinct(ids: pa.ChunkedArray, order: np.ndarray, named_in: str) -> None:
     for start in range(0, len(order), _IDS_AT_ONCE):
         # One id of overlap, so that a repeated id is seen beside its first occurrence.
-        found = ids.take(order[start : start + _IDS_AT_ONCE + 1]).combine_chunks()
+        found = take_rows(ids, order[start : start + _IDS_AT_ONCE + 1])
         repeats = pc.filter(found[1:], pc.equal(found[1:], found[:-1]))
         if len(repeats):
             raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Module
+from sentence_transformers.base.modules import Dense, Module, Normalize
 from transformers.utils.logging import disable_progress_bar
 
 from novelret.artifacts import fingerprint_of, read_json
@@ -68,7 +68,24 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: the model cannot be read ({reason})") from None
     name_softmax_dimension([*model])
+    _truncate_by_modules(model)
     return model
+
+
+def _truncate_by_modules(model: SentenceTransformer) -> None:
+    """Let modules cut the embeddings to `truncate_dim` (Matryoshka), which is a setting of `encode` alone.
+
+    What is trained behind an encoder, and what runs its modules elsewhere, then sees what `encode` gives.
+    """
+    width, model.truncate_dim = model.truncate_dim, None
+    whole = model.get_embedding_dimension()
+    if width is None or whole is None or width >= whole:
+        return
+    first = torch.eye(width, whole, dtype=next(model.parameters()).dtype)
+    cut = Dense(whole, width, bias=False, activation_function=torch.nn.Identity(), init_weight=first)
+    model.append(cut.requires_grad_(False).to(model.device))
+    if is_normalized(model):
+        model.append(Normalize())
 
 
 def has_own_modules(folder: Path) -> bool:

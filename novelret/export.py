@@ -29,9 +29,7 @@ from novelret.artifacts import (
     Manifest,
     check_output,
     fingerprint_of,
-    is_kind,
     open_output,
-    read_manifest,
     writable,
     write_json,
     write_manifest,
@@ -307,21 +305,19 @@ def _check_starts_at_deployed(
     model: Path, frozen: list[nn.Module], encoder: SentenceTransformer, report: Reporter
 ) -> None:
     """A matrix is for the deployed embeddings; behind a finetuned encoder it is for that one's."""
-    if not is_kind(model, "model"):
-        return
-    manifest = read_manifest(model, "model")
-    if not manifest.config.get("init"):
+    training = training_of(model)
+    if training is None or training.init is None:
         return
     try:
-        deployed = open_index(manifest.config["index"]).manifest.inputs["query_encoder"]
+        deployed = open_index(training.index_folder).manifest.inputs["query_encoder"]
     except UserError:
-        report.warn(f"{model}: was trained from {manifest.config['init']}; the matrix is for its embeddings")
+        report.warn(f"{model}: was trained from {training.init}; the matrix is for its embeddings")
         return
     # In front of a memory stands a Normalize that the deployed encoder may lack.
     fronts = [frozen, frozen[:-1]] if isinstance(frozen[-1], Normalize) else [frozen]
     if deployed not in [_fingerprint(front, encoder) for front in fronts]:
         raise UserError(
-            f"{model}: its adapter stands behind {manifest.config['init']}, whose weights are not the "
+            f"{model}: its adapter stands behind {training.init}, whose weights are not the "
             "deployed ones, so no matrix takes the deployed embeddings there; use --format st or onnx"
         )
 

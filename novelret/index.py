@@ -11,13 +11,11 @@ cache/            embeddings and top lists of queries met before; may be deleted
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import faiss
 import numpy as np
@@ -25,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from novelret import adapted, encode
 from novelret.artifacts import MANIFEST, Manifest, fingerprint_of, is_kind, read_manifest
+from novelret.cache import keep_lists, kept_lists, new_file
 from novelret.data.catalog import Catalog, open_catalog
 from novelret.data.source import fingerprint_part
 from novelret.data.split import Split
@@ -35,6 +34,7 @@ from novelret.train.policy import Items
 from novelret.trained import training_of
 
 _QUERIES = 32_768  # whose lists are held in memory at a time
+_QUERIES_ON_CPU = 2_048  # a part of a large catalog's lists takes minutes there: the bar should move
 
 
 @dataclass(frozen=True)
@@ -146,57 +146,31 @@ def base_lists(
     if depth > len(index):
         raise UserError(f"depth {depth} is more than the catalog's {len(index)} items; lower it")
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
-    kept = _kept_lists(cache, depth)
+    kept = kept_lists(cache, depth)
     if kept is None:
         embeddings = base_query_embeddings(index, split, device=device, report=report)
         dtype = np.int32 if len(index) < 2**31 else np.int64
+        step = _QUERIES_ON_CPU if device == "cpu" or index.faiss_index is not None else _QUERIES
         with report.bar("deployed top lists", len(split)) as advance:
 
-            def search() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-                for start in range(0, len(split), _QUERIES):
-                    part = slice(start, start + _QUERIES)
+            def search(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+                if first:
+                    report.note(f"deployed top lists: going on at query {first:,} of {len(split):,}")
+                advance(first)
+                for start in range(first, len(split), step):
+                    part = slice(start, start + step)
                     found = index.search(embeddings[part], depth, split.excluded[part], device=device)
                     advance(len(found[0]))
                     yield found[0].astype(dtype), found[1]
 
             try:
-                _keep_lists(cache, search(), (len(split), depth), dtype)
+                keep_lists(cache, search, (len(split), depth), dtype, report)
             except OSError:  # a read-only or full index folder costs the cache, not the run
-                rows, scores = zip(*search(), strict=True)
+                rows, scores = zip(*search(0), strict=True)
                 return np.concatenate(rows), np.concatenate(scores)
-        kept = _kept_lists(cache, depth)
+        kept = kept_lists(cache, depth)
         assert kept is not None
     return kept
-
-
-def _kept_lists(cache: Path, depth: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first places of the shortest lists in the cache that are long enough."""
-    depths = [int(path.stem[5:]) for path in cache.glob("rows-*.npy") if path.stem[5:].isdigit()]
-    longer = min((kept for kept in depths if kept >= depth), default=None)
-    if longer is None:
-        return None
-    rows, scores = (np.load(cache / f"{what}-{longer}.npy", mmap_mode="r") for what in ("rows", "scores"))
-    return np.asarray(rows)[:, :depth], np.asarray(scores)[:, :depth]
-
-
-def _keep_lists(
-    cache: Path,
-    parts: Iterator[tuple[np.ndarray, np.ndarray]],
-    shape: tuple[int, int],
-    dtype: type[np.signedinteger],
-) -> None:
-    """Write lists part by part: all of them may be more than memory holds."""
-    name = f"{shape[1]}.npy"
-    with (
-        _new_file(cache / f"rows-{name}") as rows,  # what is found first is there last
-        _new_file(cache / f"scores-{name}") as scores,
-    ):
-        for file, of in ((rows, dtype), (scores, np.float64)):
-            described = {"descr": np.dtype(of).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, described)
-        for found_rows, found_scores in parts:
-            rows.write(found_rows.tobytes())
-            scores.write(found_scores.tobytes())
 
 
 def open_deployed(folders: tuple[str, ...], data: str) -> list[Index]:
@@ -256,7 +230,7 @@ def base_query_embeddings(
     if not path.is_file():
         embeddings = embed_queries(index.query_encoder(device), split.query_texts, report)
         try:
-            with _new_file(path) as file:
+            with new_file(path) as file:
                 np.save(file, embeddings)
         except OSError:  # as above
             return embeddings
@@ -316,16 +290,3 @@ def _mapped(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy the INDEX again or make it anew") from None
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears whole or not at all, also where several processes write it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

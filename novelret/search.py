@@ -7,17 +7,19 @@ evaluates to the same numbers elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
 
+from novelret.evaluate.metrics.membership import is_in
 from novelret.train.policy import BLOCK, Items, top_k
 
 DECIMALS = 6
 _SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once
+_GROUPED = 4 ** np.arange(2, 16)  # rows left out, at most, by the queries searched together
 _QUERY_CHUNK = 32_768
 _BLOCK_BYTES = 128 << 20
 _SCORES = 1 << 28  # on a GPU at a time, 1 GiB
@@ -58,8 +60,10 @@ def search_exact(
     scores = np.empty((n_queries, k), dtype=np.float64)
     for start in range(0, n_queries, _QUERY_CHUNK):
         chunk = slice(start, min(start + _QUERY_CHUNK, n_queries))
-        left_out = None if excluded is None else excluded[chunk]
-        rows[chunk], scores[chunk] = _search_chunk(queries[chunk], items, k, id_rank, left_out, device)
+        asked, found_rows, found_scores = queries[chunk], rows[chunk], scores[chunk]
+        for group, left_out in _groups(None if excluded is None else excluded[chunk]):
+            found = _search_chunk(asked[group], items, k, id_rank, left_out, device)
+            found_rows[group], found_scores[group] = found
         advance(chunk.stop - chunk.start)
     return rows, scores
 
@@ -68,9 +72,34 @@ def search_faiss(
     index: Any, queries: np.ndarray, k: int, id_rank: np.ndarray, excluded: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same through a faiss index, as approximate as that index is; ties by the same rule."""
-    wanted = min(k + _SPARE + (0 if excluded is None else excluded.shape[1]), index.ntotal)
-    scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
-    return _finish(rows, scores, k, id_rank, excluded)[:2]
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    scores = np.empty((len(queries), k), dtype=np.float64)
+    for group, left_out in _groups(excluded):
+        wanted = min(k + _SPARE + (0 if left_out is None else left_out.shape[1]), index.ntotal)
+        top_scores, top_rows = index.search(np.ascontiguousarray(queries[group], dtype=np.float32), wanted)
+        rows[group], scores[group], _ = _finish(top_rows, top_scores, k, id_rank, left_out)
+    return rows, scores
+
+
+def _groups(excluded: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, np.ndarray | None]]:
+    """Queries that leave out about as many rows each, and these rows, padded no wider than the group needs.
+
+    As many candidates more than k are fetched as rows may be left out: one query that leaves out thousands
+    must not widen the search of all others.
+    """
+    if excluded is None:
+        yield slice(None), None
+        return
+    query, column = np.nonzero(excluded >= 0)
+    counts = np.bincount(query, minlength=len(excluded))
+    place = np.arange(len(query)) - (np.cumsum(counts) - counts)[query]
+    group_of = np.searchsorted(_GROUPED, counts)
+    for number in np.unique(group_of):
+        group = np.flatnonzero(group_of == number)
+        of = group_of[query] == number
+        left_out = np.full((len(group), counts[group].max()), -1, dtype=np.int64)
+        left_out[np.searchsorted(group, query[of]), place[of]] = excluded[query[of], column[of]]
+        yield (slice(None) if len(group) == len(excluded) else group), left_out
 
 
 def _search_chunk(
@@ -114,9 +143,8 @@ def _finish(
     """Apply exclusions and the tie rule to fetched candidates; say which lists end inside a tie."""
     rounded = np.round(scores.astype(np.float64), DECIMALS)
     absent = rows < 0
-    if excluded is not None:
-        for column in excluded.T:
-            absent |= rows == column[:, None]
+    if excluded is not None and excluded.shape[1]:
+        absent |= is_in(rows, excluded)
     rounded[absent] = -np.inf
     rank = np.where(absent, -1, id_rank[np.where(rows < 0, 0, rows)])
     order = np.lexsort((-rank, -rounded), axis=1)[:, :k]

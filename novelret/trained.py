@@ -18,12 +18,14 @@ class Training:
         index_folder: where that lay.
         judges: who judged its labels.
         folder: of the MODEL or the export that tells.
+        init: the encoder that it began with; None for the deployed one, and in exports of before.
     """
 
     index: str
     index_folder: str
     judges: list[str]
     folder: Path
+    init: str | None = None
 
     @property
     def hashes(self) -> Path:
@@ -32,7 +34,8 @@ class Training:
 
     def facts(self) -> dict[str, Any]:
         """As an export's manifest carries it; the hashes lie beside it."""
-        return {"index": self.index, "index_folder": self.index_folder, "judges": self.judges}
+        told = ("index", "index_folder", "judges", "init")
+        return {name: getattr(self, name) for name in told}
 
 
 def training_of(folder: Path) -> Training | None:
@@ -46,4 +49,5 @@ def training_of(folder: Path) -> Training | None:
         return None
     manifest = read_manifest(folder, "model")
     judges = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
-    return Training(manifest.inputs["index"], manifest.config["index"], list(map(str, judges)), folder)
+    index, config = manifest.inputs["index"], manifest.config
+    return Training(index, config["index"], list(map(str, judges)), folder, config.get("init"))

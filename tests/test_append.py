@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,35 @@ def test_goes_on_after_a_kill_and_keeps_the_old_index(world, start, tmp_path, mo
         == np.asarray(open_index(folder / "index").embeddings).tobytes()
     )
     assert (folder / "index" / "embeddings.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize("moment", ["manifest", "rename"])
+def test_in_place_goes_on_after_a_kill_at_the_end(world, start, tmp_path, monkeypatch, moment):
+    place = tmp_path / "index"
+    shutil.copytree(start[0] / "index", place)
+    config = AppendConfig(str(world), str(place), device="cpu")
+    real = Path.replace
+
+    def dies(path, target):
+        if path.name == "index.partial":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    def dies_at_once(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "rename":
+            patch.setattr(Path, "replace", dies)
+        else:
+            patch.setattr("novelret.append.write_manifest", dies_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            append_items(config, place, force=True)
+    assert place.exists() == (moment == "manifest")
+    monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded again"))
+    assert len(append_items(config, place, force=True)) == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert not (place / "progress.json").exists()
 
 
 @pytest.mark.parametrize("factory", ["IVF2,Flat", "HNSW8"])

@@ -1,6 +1,7 @@
 """Artifacts appear whole or not at all."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_force_replaces_only_once_the_new_one_is_whole(tmp_path):
     assert (out / "content").read_text() == "first"
     make(out, "second", "b", force=True)
     assert (out / "content").read_text() == "second"
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_the_working_folder_is_not_replaced_under_itself(tmp_path, monkeypatch, name):
+    make(tmp_path / "out", "first")
+    (tmp_path / "out" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "out" / ("sub" if name == ".." else ""))
+    with pytest.raises(UserError, match="is the folder you are in"):
+        make(Path(name), "second", force=True)
+    assert (tmp_path / "out" / "content").read_text() == "first"
 
 
 def test_dear_unfinished_work_is_not_dropped_for_other_settings(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +126,15 @@ def test_what_is_no_adapter_has_no_matrix(models, tmp_path, capsys):
     assert "is no adapter behind a frozen encoder" in fails(
         capsys, "--model", models["full"], "--format", "npz", "--out", out
     )
-    assert "whose weights are not the deployed ones" in fails(
-        capsys, "--model", models["behind"], "--format", "npz", "--out", out
-    )
+    # So too where it lies among the checkpoints, or is exported.
+    shutil.copytree(models["behind"], tmp_path / "model")
+    checkpoint = tmp_path / "model" / "checkpoints" / "step-9"
+    shutil.copytree(models["behind"], checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    export(capsys, "--model", checkpoint, "--out", tmp_path / "st")
+    for model in (models["behind"], checkpoint, tmp_path / "st"):
+        said = fails(capsys, "--model", model, "--format", "npz", "--out", out)
+        assert "whose weights are not the deployed ones" in said
     assert not out.exists()
 
 

@@ -1,15 +1,21 @@
 """Building an index: resumed after a kill, through faiss, in float16, with another query side."""
 
+import os
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
 
 from novelret import encode
+from novelret import index as index_module
 from novelret.build import IndexConfig, build_index
 from novelret.data.split import load_split
 from novelret.errors import UserError
 from novelret.index import base_lists, open_index
+from novelret.progress import Reporter
 from tests.conftest import make_encoder
 
 
@@ -35,6 +41,20 @@ def test_goes_on_from_the_last_chunk_after_a_kill(world, encoder, index_folder, 
     assert np.allclose(index.embeddings, open_index(index_folder).embeddings, atol=1e-6)
 
 
+def test_a_kill_before_the_index_has_its_name_loses_no_embeddings(world, encoder, tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("novelret.build.write_manifest", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build(world, encoder, tmp_path / "index")
+    monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded again"))
+    index = build(world, encoder, tmp_path / "index")
+    assert len(index) == 40
+    assert not (index.folder / "progress.json").exists()
+
+
 def test_float16_halves_the_matrix_and_keeps_the_lists(world, encoder, index_folder, tmp_path):
     half, whole = build(world, encoder, tmp_path / "half", dtype="float16"), open_index(index_folder)
     assert half.embeddings.dtype == np.float16
@@ -53,14 +73,32 @@ def test_a_faiss_factory_is_searched(world, encoder, index_folder, tmp_path, fac
     assert np.allclose(scores[found], base_lists(exact, split, 3)[1][found], atol=2e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"factory": "IFV2,Flat"}, {"search_params": "nprobe=many"}])
+@pytest.mark.parametrize(
+    "wrong", [{"factory": "IFV2,Flat"}, {"factory": "IDMap,Flat"}, {"search_params": "nprobe=many"}]
+)
 def test_what_faiss_does_not_take_is_refused_before_anything_is_encoded(
     world, encoder, tmp_path, monkeypatch, wrong
 ):
     monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(UserError, match=r"faiss does not"):
+    with pytest.raises(UserError, match=r"faiss does not|leave it out"):
         build(world, encoder, tmp_path / "index", **({"factory": "IVF2,Flat"} | wrong))
     assert not (tmp_path / "index.partial").exists()
+
+
+@pytest.mark.parametrize("queries", [None, "", "{}\n"])
+def test_a_catalog_without_queries_is_indexed_by_faiss(world, encoder, tmp_path, queries):
+    shutil.copytree(world, tmp_path / "data")
+    (tmp_path / "data" / "queries.jsonl").unlink()
+    if queries is not None:
+        (tmp_path / "data" / "queries.jsonl").write_text(queries)
+    index = build(tmp_path / "data", encoder, tmp_path / "index", factory="HNSW8")
+    assert index.faiss_index.ntotal == 40
+    assert "recall" not in index.manifest.facts
+
+
+def test_what_faiss_does_not_add_to_is_the_users_error(world, encoder, tmp_path):
+    with pytest.raises(UserError, match=r"takes no items .* the embeddings are kept"):
+        build(world, encoder, tmp_path / "index", factory="PCA8,IDMap,Flat")
 
 
 def test_another_factory_takes_what_is_encoded(world, encoder, tmp_path, monkeypatch):
@@ -121,9 +159,69 @@ def test_what_a_kill_left_in_the_cache_is_passed_over(world, encoder, tmp_path):
     split = load_split(str(world), "train", index.catalog)
     first = base_lists(index, split, 12)
     (cache,) = (index.folder / "cache").iterdir()
-    for name in ("rows-99.npy.77.tmp", "rows-99.tmp.npy", "rows-.npy"):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = (f"rows-99.npy.{dead.pid}.tmp", f"queries.npy.{os.getpid()}.tmp", "rows-99.tmp.npy", "rows-.npy")
+    for name in names:
         (cache / name).write_bytes(b"half")
     assert np.array_equal(base_lists(index, split, 5)[0], first[0][:, :5])
+    base_lists(index, split, 13)  # what a dead process left is cleared away where something is written
+    assert [(cache / name).exists() for name in names] == [False, True, True, True]
+
+
+def test_lists_go_on_after_a_kill(world, encoder, tmp_path, monkeypatch):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    rows, scores = base_lists(index, split, 7)
+    (cache,) = (index.folder / "cache").iterdir()
+    for path in cache.glob("*-7.npy"):
+        path.unlink()
+    monkeypatch.setattr("novelret.index._QUERIES_ON_CPU", 3)
+    real, searched = index_module.search_exact, []
+
+    def dies_at_the_third(queries, *arguments, **settings):
+        searched.append(len(queries))
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return real(queries, *arguments, **settings)
+
+    monkeypatch.setattr(index_module, "search_exact", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        base_lists(index, split, 7)
+    (partial,) = cache.glob("scores-*.partial")
+    partial.write_bytes(partial.read_bytes()[:-60])  # half of a list does not count
+    again, scores_again = base_lists(index, split, 7)
+    assert searched == [3, 3, 3] + [3] * 5 + [1]  # of twenty queries the first four were kept
+    assert np.array_equal(again, rows)
+    assert np.array_equal(scores_again, scores)
+    assert sorted(path.name for path in cache.iterdir()) == ["queries.npy", "rows-7.npy", "scores-7.npy"]
+
+
+def test_processes_wait_for_the_one_that_searches(world, encoder, tmp_path, monkeypatch):
+    index = build(world, encoder, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    real, searched, notes = index_module.search_exact, [], []
+    second = ThreadPoolExecutor(1)
+    waiting = Event()
+
+    class Told(Reporter):
+        def note(self, text):
+            notes.append(text)
+            waiting.set()
+
+    def begins_another(*arguments, **settings):
+        if not searched:
+            searched.append(second.submit(base_lists, index, split, 7, report=Told()))
+            waiting.wait(30)
+        else:
+            searched.append("again")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(index_module, "search_exact", begins_another)
+    rows, _ = base_lists(index, split, 7)
+    assert np.array_equal(searched[0].result()[0], rows)
+    assert len(searched) == 1
+    assert "waiting" in notes[0]
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -132,7 +230,7 @@ def test_lists_found_part_by_part_are_the_same(world, encoder, tmp_path, monkeyp
     split = load_split(str(world), "train", index.catalog)
     rows, scores = base_lists(index, split, 7)
     shutil.rmtree(index.folder / "cache")
-    monkeypatch.setattr("novelret.index._QUERIES", 3)
+    monkeypatch.setattr("novelret.index._QUERIES_ON_CPU", 3)
     if not writable:
         (index.folder / "cache").write_text("in the way")
     again, scores_again = base_lists(index, split, 7)

@@ -1,5 +1,6 @@
 """Exact search against brute force, ties and exclusions included."""
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,30 @@ def test_ties_of_many_are_fetched_a_few_queries_at_a_time(monkeypatch):
     rows, _ = search.search_exact(queries, items, 25, id_rank, excluded)
     assert rows.tolist() == brute_force(queries, items, 25, id_rank, excluded)
     assert max(fetched) <= 700
+
+
+def test_a_query_that_leaves_out_many_does_not_widen_the_others(monkeypatch):
+    rng = np.random.default_rng(3)
+    items = rng.normal(size=(500, 8)).astype(np.float32)
+    queries = rng.normal(size=(40, 8)).astype(np.float32)
+    id_rank = rng.permutation(500)
+    excluded = np.full((40, 400), -1)
+    excluded[:, 3] = rng.integers(-1, 500, 40)
+    excluded[7] = rng.choice(500, 400, replace=False)
+    excluded[9, ::5] = excluded[7, ::5]
+    fetched = []
+    real = search._top
+    monkeypatch.setattr(
+        search, "_top", lambda q, i, width, d: fetched.append((len(q), width)) or real(q, i, width, d)
+    )
+    rows, scores = search.search_exact(queries, items, 10, id_rank, excluded)
+    assert rows.tolist() == brute_force(queries, items, 10, id_rank, excluded)
+    assert sorted(fetched) == [(1, 10 + 8 + 81), (1, 10 + 8 + 400), (38, 10 + 8 + 1)]
+    index = faiss.IndexFlatIP(8)
+    index.add(items)
+    same = search.search_faiss(index, queries, 10, id_rank, excluded)
+    assert (same[0] == rows).all()
+    assert np.allclose(same[1], scores)
 
 
 def test_pads_where_too_few_items_are_left():

@@ -91,6 +91,12 @@ def _write_row(
         return
     if len(items) != 1 and columns.item_id:
         raise UserError(f"{where}: {columns.item!r} is a list, so {columns.item_id!r} cannot name each item")
+    if columns.query_id and row[columns.query_id] in (None, ""):
+        writer.drop(f"{split}: rows without a query id")
+        return
+    if columns.item_id and row[columns.item_id] in (None, ""):
+        writer.drop(f"{split}: rows without an item id")
+        return
     query_id = str(row[columns.query_id]) if columns.query_id else query_id_of(query)
     score = _score(where, row[columns.score]) if columns.score else 1.0
     for text in items:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from novelret.convert.writer import Converted, Writer, converted, open_writer
+from novelret.data.source import mended
 from novelret.errors import UserError
 from novelret.progress import Reporter
 
@@ -63,7 +64,7 @@ def item_text(attributes: dict[str, Any]) -> str:
         text = " ".join(text.split())
         if text:
             parts.append(f"{str(name).capitalize()}: {text}")
-    return " ".join(parts)
+    return str(mended(" ".join(parts)))  # titles are cut, and some in an emoji
 
 
 def _write_items(

@@ -110,7 +110,8 @@ def _blocks(path: Path, tag: str) -> Iterator[tuple[str, str]]:
 
 def _read_json(path: Path) -> Rows:
     for where, row in read_jsonl(path, "a JSON object"):
-        identity = next((row[name] for name in ("_id", "id", "docno", "docid") if row.get(name)), None)
+        ids = (row.get(name) for name in ("_id", "id", "docno", "docid"))
+        identity = next((value for value in ids if value not in (None, "")), None)
         if identity is None:
             raise UserError(f"{where}: no id, _id, docno or docid")
         text = next((row[name] for name in ("text", "contents", "body") if row.get(name)), "")

@@ -26,6 +26,7 @@ from novelret.artifacts import (
     write_json,
     write_manifest,
 )
+from novelret.data.catalog import read_id
 from novelret.errors import UserError
 
 _RECENT = 500_000
@@ -125,7 +126,7 @@ class Writer:
 
     def item(self, where: str, item_id: str, title: str, text: str) -> None:
         """Write one item; ids must be distinct and texts not empty, which the caller sees to."""
-        _check_id(where, item_id)
+        read_id(where, {"_id": item_id})  # refuses what `index` would refuse
         self.items += 1
         self._corpus.write(_line({"_id": item_id, "title": title, "text": text}))
 
@@ -145,7 +146,7 @@ class Writer:
 
     def query(self, where: str, query_id: str, text: str) -> None:
         """Write one query; ids must be distinct and texts not empty, which the caller sees to."""
-        _check_id(where, query_id)
+        read_id(where, {"_id": query_id})
         self.queries += 1
         self._queries.write(_line({"_id": query_id, "text": text}))
 
@@ -249,8 +250,3 @@ def columns_of(where: str, line: str, names: tuple[str, ...], *, rest: bool = Fa
 
 def _line(row: dict[str, str]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _check_id(where: str, identity: str) -> None:
-    if not identity or not identity.isprintable():
-        raise UserError(f"{where}: {identity!r} cannot be an id; it is empty or holds control characters")

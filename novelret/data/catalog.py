@@ -52,13 +52,35 @@ class Catalog:
 
     def ids_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
         """Ids of the given rows."""
-        ids: list[str] = self.ids.take(pa.array(np.asarray(rows, dtype=np.int64))).to_pylist()
+        ids: list[str] = take_rows(self.ids, rows).to_pylist()
         return ids
 
     def texts_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
         """Texts of the given rows."""
-        texts: list[str] = self.texts.take(pa.array(np.asarray(rows, dtype=np.int64))).to_pylist()
+        texts: list[str] = take_rows(self.texts, rows).to_pylist()
         return texts
+
+
+def take_rows(column: pa.ChunkedArray, rows: np.ndarray | Sequence[int]) -> pa.Array:
+    """Values of a column at the given rows, in their order; rows may repeat.
+
+    `ChunkedArray.take` first puts all chunks together, which copies the whole column at each call.
+
+    Raises:
+        IndexError: a row is not in the column.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    ends = np.cumsum([len(chunk) for chunk in column.chunks], dtype=np.int64)
+    chunk_of = np.searchsorted(ends, rows, side="right")
+    order = np.argsort(chunk_of, kind="stable")
+    numbers, firsts = np.unique(chunk_of[order], return_index=True)
+    found = [pa.array([], column.type)]
+    for number, of in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=False):
+        chunk = column.chunk(number)
+        found.append(chunk.take(pa.array(rows[of] - (ends[number] - len(chunk)))))
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays(found).take(pa.array(back))
 
 
 def open_catalog(path: Path) -> Catalog:
@@ -101,8 +123,8 @@ def reorder_catalog(path: Path, rows: np.ndarray) -> None:
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for start in range(0, len(rows), _BATCH):
             some = rows[start : start + _BATCH]
-            batch = pa.record_batch([catalog.ids_at(some), catalog.texts_at(some)], schema=SCHEMA)
-            writer.write_batch(batch)
+            columns = [take_rows(catalog.ids, some), take_rows(catalog.texts, some)]
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
     temporary.replace(path)
 
 

@@ -208,11 +208,12 @@ def read_jsonl(path: Path, expected: str = "a JSON object with _id and text") ->
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected {expected}, found {type(row).__name__}")
         if "\\u" in line:  # only an escape can hold half of a surrogate pair, of a text cut in an emoji
-            row = {name: _mended(value) for name, value in row.items()}
+            row = {name: mended(value) for name, value in row.items()}
         yield where, row
 
 
-def _mended(value: Any) -> Any:
+def mended(value: Any) -> Any:
+    """A value of JSON that can be written as UTF-8: halves of surrogate pairs in a string become U+FFFD."""
     return (
         value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if isinstance(value, str)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from novelret.artifacts import Manifest, hash_texts, read_manifest
-from novelret.data.catalog import Catalog
+from novelret.data.catalog import Catalog, take_rows
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
@@ -182,10 +182,9 @@ def judgement_rows(
     sources = pa.DictionaryArray.from_arrays(
         pa.array(candidates.source_numbers[rows].astype(np.int8)), pa.array(candidates.sources, pa.string())
     )
-    items = pa.array(candidates.item_rows[rows])
     filled = {
         "query_id": [split.query_ids[row] for row in candidates.query_rows[rows]],
-        "item_id": index.catalog.ids.take(items).cast(pa.string()).combine_chunks(),
+        "item_id": take_rows(index.catalog.ids, candidates.item_rows[rows]).cast(pa.string()),
         "source": sources,
     } | columns
     empty = [None] * len(rows)

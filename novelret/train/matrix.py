@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from novelret.progress import Reporter
 from novelret.train import policy, sampler
 from novelret.train.policy import Items
 from novelret.train.sampler import Draw, Key
@@ -111,30 +112,42 @@ class _Asked:
     mine: slice
 
 
-def open_matrix(embeddings: np.ndarray, device: str) -> ItemMatrix:
+def open_matrix(embeddings: np.ndarray, device: str, report: Reporter | None = None) -> ItemMatrix:
     """Hold the item matrix, or this process's share of it, on the device.
 
     Args:
-        embeddings: (N, d) float32 or float16, memory-mapped. On the CPU it stays so.
+        embeddings: (N, d) float32 or float16, memory-mapped. On the CPU, and where a GPU is too small for it,
+            it stays so.
         device: "cpu" or a CUDA device.
+        report: for the warning that a GPU is too small.
     """
+    report = report or Reporter()
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
-        held = _on_device(embeddings, device)
+        held = _on_device(embeddings, device, report)
         return ItemMatrix(held, held)
     cells = -(-len(embeddings) // sampler.CELL)
     first, last = (
         min(len(embeddings), cells * rank // size * sampler.CELL)
         for rank in (dist.get_rank(), dist.get_rank() + 1)
     )
-    return ItemMatrix(embeddings, _on_device(embeddings[first:last], device), Shard(first, len(embeddings)))
+    held = _on_device(embeddings[first:last], device, report)
+    return ItemMatrix(embeddings, held, Shard(first, len(embeddings)))
 
 
-def _on_device(embeddings: np.ndarray, device: str) -> Items:
+def _on_device(embeddings: np.ndarray, device: str, report: Reporter) -> Items:
     if device == "cpu":
         return embeddings
     dtype = torch.float16 if embeddings.dtype == np.float16 else torch.float32
-    matrix = torch.empty(embeddings.shape, dtype=dtype, device=device)
+    try:
+        matrix = torch.empty(embeddings.shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:
+        report.warn(
+            f"{device}: too small for the item matrix ({embeddings.nbytes / 2**30:.1f} GiB), which is "
+            "read from the disk block by block instead, and that is slow. `novelret index --dtype float16` "
+            "halves it, torchrun spreads it over several GPUs"
+        )
+        return embeddings
     for start in range(0, len(embeddings), policy.BLOCK):  # never twice in the machine's memory
         part = np.array(embeddings[start : start + policy.BLOCK])
         matrix[start : start + len(part)] = torch.from_numpy(part)

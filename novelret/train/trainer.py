@@ -87,7 +87,7 @@ def _train(
     inputs = open_inputs(config, processes.device, report)
     # Before there is any output: what is found wrong here leaves nothing behind.
     prepared = prepare(config, inputs, config.validation_fraction, processes, report)
-    items = open_matrix(inputs.indexes[0].embeddings, processes.device)
+    items = open_matrix(inputs.indexes[0].embeddings, processes.device, report)
     output: AbstractContextManager[Path] = nullcontext(out.with_name(out.name + ".partial"))
     if processes.is_first:
         settings = _identity(config, inputs.fingerprints)

@@ -129,10 +129,10 @@ def test_trec_markup(tmp_path, capsys):
 def test_trec_json_documents_and_xml_topics(tmp_path, capsys):
     docs = write_lines(
         tmp_path / "docs.jsonl",
-        [json.dumps({"id": "a", "contents": "origin"}), json.dumps({"docno": "b", "title": "t"})],
+        [json.dumps({"id": 0, "contents": "origin"}), json.dumps({"docno": "b", "title": "t", "id": None})],
     )
     (tmp_path / "topics.xml").write_text(XML_TOPICS)
-    qrels = write_lines(tmp_path / "qrels.txt", ["1 0 a 1", "2 0 b 1"])
+    qrels = write_lines(tmp_path / "qrels.txt", ["1 0 0 1", "2 0 b 1"])
     convert(
         capsys,
         "trec",
@@ -147,7 +147,7 @@ def test_trec_json_documents_and_xml_topics(tmp_path, capsys):
         {"_id": "1", "text": "coronavirus origin"}, {"_id": "2", "text": "weather & virus"},
     ]  # fmt: skip
     assert rows_of(tmp_path / "out" / "corpus.jsonl") == [
-        {"_id": "a", "title": "", "text": "origin"}, {"_id": "b", "title": "t", "text": ""},
+        {"_id": "0", "title": "", "text": "origin"}, {"_id": "b", "title": "t", "text": ""},
     ]  # fmt: skip
 
 
@@ -248,6 +248,30 @@ def test_hugging_face_pairs(dataset, tmp_path, capsys):
     assert named == [("who", "a", 1), ("who", "b", 1), ("what", "c", 2), ("who", "b", 4)]
     assert len(pairs_of(tmp_path / "out" / "qrels" / "held.tsv")) == 1
     assert made["dropped"] == {"train: rows with an empty query": 1}
+
+
+def test_hugging_face_rows_without_an_id_are_dropped_and_counted(dataset, tmp_path, capsys):
+    (dataset / "test-00000.parquet").unlink()
+    table = {
+        "query": list("abcd"),
+        "document": list("efgh"),
+        "q": [0, None, 2, 3],
+        "i": ["x", "y", None, "z"],
+    }
+    pq.write_table(pa.table(table), dataset / "train-00000.parquet")
+    made = convert(
+        capsys, "hf", "--dataset", dataset, "--query-id-column", "q", "--item-id-column", "i", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert [p[:2] for p in pairs_of(tmp_path / "out" / "qrels" / "train.tsv")] == [("0", "x"), ("3", "z")]
+    assert made["dropped"] == {"train: rows without a query id": 1, "train: rows without an item id": 1}
+
+
+def test_ids_that_index_would_refuse_are_refused(dataset, tmp_path, capsys):
+    (dataset / "test-00000.parquet").unlink()
+    table = {"query": ["a"], "document": ["b"], "i": ["B 7"]}
+    pq.write_table(pa.table(table), dataset / "train-00000.parquet")
+    said = fails(capsys, "hf", "--dataset", dataset, "--item-id-column", "i", "--out", tmp_path / "out")
+    assert "(train): row 1: the _id 'B 7' holds a space" in said
 
 
 def test_hugging_face_columns_and_splits_are_checked(dataset, tmp_path, capsys):

@@ -48,6 +48,13 @@ def test_items_are_their_attributes():
     assert item_text(META["B00E"]) == ""
 
 
+def test_a_title_cut_in_an_emoji_is_read(source, tmp_path, capsys):
+    meta = (source / "meta_data.json").read_text()
+    (source / "meta_data.json").write_text(meta.replace("red sofa", "red sofa \\ud83d"))
+    convert(capsys, "recformer", "--source", source, "--out", tmp_path / "out")
+    assert "red sofa \ufffd Category" in rows_of(tmp_path / "out" / "corpus.jsonl")[0]["text"]
+
+
 def test_histories_become_queries_and_next_products_positives(source, tmp_path, capsys):
     made = convert(capsys, "recformer", "--source", source, "--out", tmp_path / "out")
     assert [row["_id"] for row in rows_of(tmp_path / "out" / "corpus.jsonl")] == [

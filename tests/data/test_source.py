@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from novelret.data.catalog import open_catalog, write_catalog
+from novelret.data.catalog import open_catalog, take_rows, write_catalog
 from novelret.data.source import read_part, read_qrels
 from novelret.data.split import load_split
 from novelret.errors import UserError
@@ -31,6 +31,25 @@ def test_catalog_keeps_order_and_finds_rows(data, tmp_path):
     assert catalog.ids_at([3, 0]) == ["i03", "i00"]
     assert catalog.texts_at([0]) == ["red sofa"]
     assert catalog.rows_of(["i05", "nope", "i05"]).tolist() == [5, -1, 5]
+
+
+def test_rows_are_taken_without_a_copy_of_the_column():
+    texts = [f"item {n} " + "long " * 200 for n in range(1000)]
+    chunks = [texts[:7], [], *(texts[start : start + 90] for start in range(7, 1000, 90))]
+    column = pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunks])
+    rows = np.random.default_rng(0).integers(0, 1000, 50)
+    before, pool = pa.default_memory_pool(), pa.system_memory_pool()  # of which nothing was taken so far
+    pa.set_memory_pool(pool)
+    try:
+        found = take_rows(column, rows)
+    finally:
+        pa.set_memory_pool(before)
+    assert found.to_pylist() == [texts[row] for row in rows]
+    assert pool.max_memory() < column.nbytes / 4
+    assert take_rows(column, []).to_pylist() == []
+    assert take_rows(column, range(5, 9)).to_pylist() == texts[5:9]
+    with pytest.raises(IndexError):
+        take_rows(column, [1000])
 
 
 def test_title_and_text_are_joined(data, tmp_path):

@@ -7,8 +7,9 @@ from scipy import stats
 from torch.autograd import gradcheck
 
 from novelret.errors import UserError
+from novelret.progress import Reporter
 from novelret.train import policy, sampler
-from novelret.train.matrix import ItemMatrix
+from novelret.train.matrix import ItemMatrix, open_matrix
 from novelret.train.shard import Shard
 
 torch.manual_seed(0)
@@ -60,6 +61,25 @@ def test_extreme_scores_stay_finite(scale):
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(queries.grad).all()
+
+
+def test_a_gpu_too_small_for_the_items_reads_them_from_the_host(monkeypatch):
+    def too_small(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    matrix, report = ITEMS.numpy(), Reporter()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", too_small)
+        held = open_matrix(matrix, "cpu:0", report)  # as on a GPU
+    assert held.held is matrix
+    assert "--dtype float16" in report.warnings[0]
+    assert "torchrun" in report.warnings[0]
+    found = held.log_partition(QUERIES, TAU, EXCLUDED)
+    assert torch.allclose(found, torch.logsumexp(exact_logits(QUERIES), dim=1))
+    assert torch.equal(held.rows(torch.tensor([3, 0]), QUERIES), ITEMS[[3, 0]].float().double())
+    fits = open_matrix(matrix, "cpu:0", report)
+    assert isinstance(fits.held, torch.Tensor)
+    assert len(report.warnings) == 1
 
 
 def test_everything_left_out_is_the_users_error():
