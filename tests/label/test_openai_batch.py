@@ -12,6 +12,7 @@ import pytest
 from novelret.cli import main
 from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger
+from novelret.label.questions import Feed
 from tests import loopback
 from tests.killing import start
 from tests.loopback import LoopbackJudge
@@ -87,6 +88,54 @@ def test_submit_leave_come_back_collect(ask, tmp_path):
         code, facts, _ = ask(server, "--no-wait", "--depth", 11, out="deeper")
         assert (code, facts["pairs"], len(server.batches)) == (0, 160, 2)
         assert set(server.billed.values()) == {1}
+
+
+def test_what_lies_in_a_batch_is_not_asked_directly(ask, tmp_path):
+    with LoopbackJudge(batch_delay=60) as server:
+        ask(server, "--no-wait", out="batch")
+        code, facts, err = ask(server, "--judge", "openai:tiny", "--depth", 11)
+        assert (code, facts["pairs"], facts["requests"], len(server.seen)) == (0, 40, 40, 40), err
+        assert "120 questions lie in batches under way, to be collected by the command" in " ".join(
+            err.split()
+        )
+        for batch in server.batches.values():
+            batch["due"] = 0
+        assert ask(server, "--no-wait", out="batch")[1]["pairs"] == 120
+        code, facts, err = ask(server, "--judge", "openai:tiny", "--depth", 11)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 160, 0), err
+        assert set(server.billed.values()) == {1}
+
+
+def test_what_is_asked_directly_lies_in_no_batch(ask, arguments, tmp_path):
+    with LoopbackJudge(delay=0.03) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        direct = [
+            *arguments,
+            "--judge",
+            "openai:tiny",
+            "--concurrency",
+            "3",
+            "--out",
+            str(tmp_path / "direct"),
+        ]
+        process = start(direct, environment, tmp_path / "log", {})
+        deadline = time.time() + 60
+        while len(server.seen) < 20 and process.is_alive() and time.time() < deadline:
+            time.sleep(0.002)
+        code, facts, err = ask(server)
+        process.join()
+        assert (code, process.exitcode) == (0, 0), err + (tmp_path / "log").read_text()
+        assert (facts["pairs"], len(server.billed), len(server.batches)) == (120, 120, 1)
+        assert set(server.billed.values()) == {1}
+
+
+def test_equal_questions_lie_in_no_file_twice(ask, monkeypatch):
+    """Met again so much later that those of before are long in a file."""
+    real = Feed.unanswered
+    monkeypatch.setattr(Feed, "unanswered", lambda *a: (q for _ in range(2) for q in real(*a)))
+    with LoopbackJudge() as server:
+        code, facts, err = ask(server)
+        assert (code, facts["requests"], set(server.billed.values())) == (0, 120, {1}), err
 
 
 def test_expired_and_failed_requests_are_submitted_again_alone(ask, tmp_path):

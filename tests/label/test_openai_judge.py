@@ -20,6 +20,7 @@ import pytest
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.label import questions as questions_module
+from novelret.label.claims import Claims
 from novelret.label.judges import endpoint
 from novelret.label.judges import openai as judge_module
 from novelret.label.store import Store, key_function
@@ -670,6 +671,19 @@ def test_two_runs_with_one_store_pay_for_no_pair_twice(world, index_folder, tmp_
         twice = sum(n - 1 for n in server.billed.values())
         assert twice <= (concurrency if kill else 0)
     assert not list(tmp_path.glob("store.sqlite-asking-*"))
+
+
+def test_what_another_run_answered_a_moment_ago_is_not_asked(arguments, tmp_path, capsys, monkeypatch):
+    real = Claims.take
+
+    def late(self, keys):
+        self.store.add("openai:tiny", [(key, "Yes", 1, 1) for key in keys])  # and its claims are gone
+        return real(self, keys)
+
+    monkeypatch.setattr(Claims, "take", late)
+    with LoopbackJudge() as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")
+        assert (code, facts["pairs"], len(server.seen)) == (0, 120, 0), err
 
 
 def test_text_in_parts_is_put_together():

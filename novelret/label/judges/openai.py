@@ -28,6 +28,7 @@ from novelret.label.judges.endpoint import (
     tokens_of,
 )
 from novelret.label.judges.pace import Pace, retry_after
+from novelret.label.ledger import Ledger
 from novelret.label.questions import Messages, Question, Tally
 from novelret.label.store import Answer, Store
 
@@ -93,8 +94,14 @@ def ask_all(
     """
     store.relax()
     with Claims(store) as claims:
-        asking = _Asking(model, parameters, count_tokens, store, claims, limits, tally, say)
+        ledger = Ledger(store, f"openai:{model}")
+        asking = _Asking(model, parameters, count_tokens, store, claims, ledger, limits, tally, say)
         asyncio.run(_ask_all(_ours(asking, questions, advance), asking, advance))
+    if asking.in_batches and tally.stopped is None:
+        tally.stopped = (
+            f"{asking.in_batches:,} questions lie in batches under way, to be collected by the command that "
+            f"submitted them, with --judge openai-batch:{model}"
+        )
 
 
 async def _ask_all(
@@ -174,10 +181,12 @@ class _Asking:
     count_tokens: Callable[[Messages], int]
     store: Store
     claims: Claims
+    ledger: Ledger
     limits: Limits
     tally: Tally
     say: Callable[[str], None]
     waits: bool = False  # whether all that is left is what other processes are asking
+    in_batches: int = 0  # questions that were left out, as a batch under way holds them
     pace: Pace = field(init=False)
     stopping: bool = False
     reserved: float = 0.0  # dollars that requests under way may cost at most
@@ -236,7 +245,7 @@ class _Asking:
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
         self.tally.failed[question.key] = reason
-        self.claims.give_up(question.key)
+        self.claims.give_up([question.key])
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= _HOPELESS:
             self.tally.stopped = f"{_HOPELESS} questions in a row got no answer"
@@ -252,14 +261,20 @@ def _ours(
     before: dict[bytes, Answer | None] = {}
 
     def claimed() -> Iterator[Question]:
-        answers = asking.store.find([question.key for question in batch])
+        keys = [question.key for question in batch]
+        free = asking.claims.take(keys)
+        answers = asking.store.find(keys)
         # One that is asked again has an answer, and is answered when it gets another.
         is_old = {question.key for question in batch if question.again}
         is_old = {key for key in is_old if before.setdefault(key, answers.get(key)) == answers.get(key)}
         left = [question for question in batch if question.key in is_old or question.key not in answers]
-        advance(len(batch) - len(left))  # answered since they were looked up
+        # A batch may take a day: what lies in one is paid for, and is left to whoever collects it.
+        lying = asking.ledger.under_way([question.key for question in left])
+        asking.claims.give_up(lying & free)
+        asking.in_batches += len(lying)
+        left = [question for question in left if question.key not in lying]
+        advance(len(batch) - len(left))  # answered since they were looked up, or left out
         batch.clear()
-        free = asking.claims.take([question.key for question in left])
         elsewhere.extend(question for question in left if question.key not in free)
         yield from (question for question in left if question.key in free)
 

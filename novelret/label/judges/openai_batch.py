@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO, Any
 
 import openai
@@ -20,6 +21,7 @@ from openai.types import Batch
 from openai.types.chat import ChatCompletion
 
 from novelret.errors import BatchesUnderWay, UserError
+from novelret.label.claims import Claims
 from novelret.label.judges.endpoint import (
     PASSING,
     check_key,
@@ -43,6 +45,7 @@ _RETRIES = 4  # of requests that cost nothing
 _ATTEMPTS = 5  # to have a batch made
 _PAUSE = 2.0  # seconds, doubled each time
 _AT_ONCE = 1_000  # answers stored in one commit
+_CLAIMED = 500  # questions claimed in one go
 _DONE = ("completed", "expired", "cancelled", "failed")
 _CROWDED = "token_limit_exceeded"  # too much lies in batches already; later there will be room
 
@@ -58,6 +61,7 @@ class _Run:
     read: Reader
     store: Store
     ledger: Ledger
+    claims: Claims
     limits: Limits
     tally: Tally
     advance: Callable[[int], None]
@@ -99,9 +103,14 @@ def ask_in_batches(
         UserError: the key, the model or the endpoint is refused, or cannot be reached any more.
         BatchesUnderWay: not waiting, and something is.
     """
-    with OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=limits.timeout) as client:
+    with (
+        OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=limits.timeout) as client,
+        Claims(store) as claims,
+    ):
         ledger = Ledger(store, f"openai:{model}")
-        run = _Run(client, model, parameters, count_tokens, read, store, ledger, limits, tally, advance)
+        run = _Run(
+            client, model, parameters, count_tokens, read, store, ledger, claims, limits, tally, advance
+        )
         lost = 0
         while True:
             try:
@@ -278,25 +287,51 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     tally = run.tally
     requests, cost = sum(s.requests for s in open_now), sum(s.cost for s in open_now)
     sent = 0
+    run.missing = False
+    tally.under_way.clear()
     file = _File(run)
-    for question in unanswered():
-        if question is None:
-            continue
+    for some in _in_hundreds(unanswered()):
+        for question in _to_submit(run, some):
+            worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
+            if tally.stopped or not tally.may_spend(requests + 1, cost + worst):
+                # Go on all the same: what comes after may be under way or have failed.
+                run.claims.give_up([question.key])
+                continue
+            file.add(question, worst)
+            requests, cost, sent = requests + 1, cost + worst, sent + 1
+    file.send()
+    return sent
+
+
+def _in_hundreds(questions: Iterator[Question | None]) -> Iterator[list[Question]]:
+    """The questions, as many at a time as are claimed at once."""
+    real = (question for question in questions if question is not None)
+    while some := list(islice(real, _CLAIMED)):
+        yield some
+
+
+def _to_submit(run: _Run, questions: list[Question]) -> list[Question]:
+    """Those of some questions that are neither under way nor failed nor asked by another process; claimed."""
+    left = []
+    for question in {q.key: q for q in questions if q.key not in run.tally.under_way}.values():
         submission, failure = run.ledger.state(question.key)
         if submission is not None:
             run.waiting_for.add(submission)
-            continue
-        if failure is not None:
-            tally.failed[question.key] = failure
-            continue
-        worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-        if tally.stopped or not tally.may_spend(requests + 1, cost + worst):
-            continue  # go on all the same: what comes after may be under way or have failed
-        file.add(question, worst)
-        requests, cost, sent = requests + 1, cost + worst, sent + 1
-    file.send()
-    run.missing = False
-    return sent
+        elif failure is not None:
+            run.tally.failed[question.key] = failure
+        else:
+            left.append(question)
+    free = run.claims.take([question.key for question in left])
+    # Only now: whoever held a claim until a moment ago has stored the answer.
+    known = run.store.known(free)
+    mine = [
+        question
+        for question in left
+        if question.key in free and (question.again or question.key not in known)
+    ]
+    run.missing = run.missing or len(free) < len(left)  # asked elsewhere: looked at again
+    run.claims.give_up(free - {question.key for question in mine})
+    return mine
 
 
 class _File:
@@ -321,6 +356,7 @@ class _File:
             self.send()
         self.lines.write(line)
         self.keys.append(question.key)
+        self.run.tally.under_way.add(question.key)  # an equal question goes into no file twice
         self.cost, self.size = self.cost + cost, self.size + len(line)
 
     def send(self) -> None:
@@ -328,6 +364,7 @@ class _File:
         if self.keys:
             submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost)
             run.ledger.begin(submission, self.keys)
+            run.claims.give_up(self.keys)  # from here on the ledger says where they are
             run.waiting_for.add(submission.id)
             try:
                 batch = self._make_batch(submission.id)
@@ -337,6 +374,7 @@ class _File:
                     run.ledger.drop(submission.id)
                 raise
             run.ledger.record(submission.id, batch.id)
+        run.tally.under_way.clear()  # the ledger knows them
         self.lines.close()
         self.keys, self.cost, self.size = [], 0.0, 0
         self.lines = _temporary_file()
