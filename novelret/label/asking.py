@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from novelret.artifacts import Manifest, read_json, write_json
+from novelret.artifacts import STATE, Manifest, fingerprint_of, read_json, write_json
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
@@ -135,7 +135,9 @@ def ask_and_write(
     spent, note = spent_on(earlier), out.with_name("asking.json")
     if note.is_file():
         spent = _sum(spent, read_json(note))
-    tally = Tally(earlier_requests=spent["requests"], earlier_cost=spent["cost"], caps=caps)
+    tally = Tally(
+        earlier_requests=spent["requests"], earlier_cost=spent["cost"], caps=caps, run=_run_of(out.parent)
+    )
     with closing(Store(store_path)) as store:
         feed = Feed(
             index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
@@ -197,6 +199,12 @@ def spent_on(labels: Manifest | None) -> dict[str, Any]:
     return _sum(facts, facts.get("earlier") or {})
 
 
+def _run_of(folder: Path) -> str:
+    """Identity of an unfinished output: where it is made, and what of."""
+    state = read_json(folder / STATE) if (folder / STATE).is_file() else {}
+    return fingerprint_of(str(folder.resolve()), state.get("identity"))
+
+
 def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Requests and dollars of two counts of them."""
     return {
@@ -232,6 +240,7 @@ def _noting(
             note()
             noted = time.monotonic()
 
+    tally.save = note
     try:
         yield advance_and_note
     finally:

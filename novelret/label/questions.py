@@ -60,6 +60,8 @@ class Tally:
         earlier_requests: of runs that this one goes on from; the caps count these too.
         earlier_cost: of the same, in dollars.
         caps: how far to go.
+        run: identity of the output that is made; what it submits in batches is on its bill.
+        save: writes down what was spent, so that a kill does not hide it from the caps.
     """
 
     requests: int = 0
@@ -75,6 +77,8 @@ class Tally:
     earlier_requests: int = 0
     earlier_cost: float = 0.0
     caps: Caps = field(default_factory=Caps)
+    run: str = ""
+    save: Callable[[], None] = lambda: None
 
     def may_spend(self, requests: int, cost: float) -> bool:
         """Whether the caps allow so many requests and dollars beyond those counted; if not, asking stops."""

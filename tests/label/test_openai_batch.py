@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import time
+from contextlib import closing
 
 import pyarrow.parquet as pq
 import pytest
@@ -269,6 +271,53 @@ def test_caps_count_what_is_under_way(ask):
         assert facts["cost"] <= 0.004
 
 
+def test_each_run_pays_for_what_it_submitted_whoever_collects_it(ask, tmp_path):
+    with LoopbackJudge() as server:
+        one = ["--max-requests", 70, "--price", "10,30"]
+        assert ask(server, "--no-wait", *one, out="a")[1]["requests_under_way"] == 70
+        # Another run collects that too; its own cap counts its own.
+        code, facts, err = ask(server, "--from", "base-top", "--max-requests", 40, out="b")
+        assert (code, facts["pairs"], facts["requests"], facts["earlier"]["requests"]) == (0, 40, 40, 0), err
+        code, facts, err = ask(server, *one, out="a")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 70, 70), err
+        assert facts["cost"] == pytest.approx(70 * 560e-6)
+        assert facts["prompt_tokens"] == 70 * 50
+        assert set(server.billed.values()) == {1}
+        assert len(server.billed) == 110
+        # It was counted once.
+        code, facts, _ = ask(server, "--max-requests", 75, out="a")
+        assert (code, facts["requests"], facts["earlier"]["requests"]) == (0, 5, 70)
+
+
+def test_batches_that_an_older_novelret_submitted_are_collected(ask, tmp_path):
+    with LoopbackJudge() as server:
+        ask(server, "--no-wait")
+        with closing(sqlite3.connect(tmp_path / "store.sqlite")) as store:
+            store.executescript("ALTER TABLE submissions DROP COLUMN run; DROP TABLE spent;")
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 120, 120, 1), err
+
+
+def test_a_kill_while_waiting_forgets_no_spending(arguments, tmp_path):
+    patches = {
+        "novelret.label.judges.openai_batch": {"MAX_REQUESTS": 60, "_POLL": 0.02},
+        "novelret.label.asking": {"_NOTED": 3600.0},
+    }
+    with LoopbackJudge(batch_delay=60) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        process = start(
+            [*arguments, "--out", str(tmp_path / "labels")], environment, tmp_path / "log", patches
+        )
+        note, deadline = tmp_path / "labels.partial" / "asking.json", time.time() + 60
+        while not note.exists() and process.is_alive() and time.time() < deadline:
+            if len(server.batches) == 2:
+                server.batches["batch_0"]["due"] = 0
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert json.loads(note.read_text())["requests"] == 60
+
+
 def test_a_higher_cap_goes_on_with_what_is_not_judged(ask):
     with LoopbackJudge() as server:
         code, facts, _ = ask(server, "--max-requests", 30)
@@ -302,9 +351,10 @@ def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(ask, monkeypatch):
 
     monkeypatch.setattr(loopback, "completion", without_usage)
     with LoopbackJudge() as server:  # an answer may have five tokens
-        code, facts, err = ask(server, "--price", "0,1000")
+        tokens = ask(server, "--plan")[1]["prompt_tokens"]
+        code, facts, err = ask(server, "--price", "1,1000")
         assert (code, facts["requests"]) == (0, 120), err
-        assert facts["cost"] == pytest.approx(120 * 5 * 1000 / 1e6)
+        assert facts["cost"] == pytest.approx(tokens / 1e6 + 120 * 5 * 1000 / 1e6, abs=1e-6)
 
 
 def test_unusable_answers_are_asked_again_once(ask, monkeypatch):

@@ -32,7 +32,7 @@ from novelret.label.judges.endpoint import (
     text_of,
 )
 from novelret.label.judges.openai import Limits
-from novelret.label.ledger import Ledger, Submission
+from novelret.label.ledger import Ledger, Spending, Submission
 from novelret.label.questions import Messages, Question, Reader, Tally
 from novelret.label.store import Store
 from novelret.label.table import UNKNOWN
@@ -151,6 +151,7 @@ def _collect(run: _Run) -> None:
     run.waiting_for -= gone
     run.missing = run.missing or bool(gone)
     settled, refused = 0, ""
+    _take_note(run)  # of what others settled
     for submission in submissions:
         batch = _batch_of(run, submission)
         if batch is None:
@@ -161,6 +162,7 @@ def _collect(run: _Run) -> None:
             refused = _drop_refused(run, submission, batch)
         elif batch.status in _DONE:
             _settle(run, submission, batch)
+            _take_note(run)
             settled += 1
     if settled:
         run.crowded = False
@@ -168,6 +170,21 @@ def _collect(run: _Run) -> None:
         if not run.ledger.open():
             raise UserError(f"openai-batch:{run.model}: {refused}")
         run.crowded = True
+
+
+def _take_note(run: _Run) -> None:
+    """Count what this run's batches have cost."""
+    spent = run.ledger.spent(run.tally.run)
+    if spent is not None:
+        price = run.limits.price
+        run.tally.requests += spent.requests
+        run.tally.prompt_tokens += spent.prompt_tokens
+        run.tally.completion_tokens += spent.completion_tokens
+        run.tally.cost += (
+            price.of(spent.prompt_tokens, spent.completion_tokens) if price else 0.0
+        ) + spent.cost
+        run.tally.save()  # a kill between the two has it counted twice, which keeps the caps
+        run.ledger.forget_spent(run.tally.run)
 
 
 def _batch_of(run: _Run, submission: Submission) -> Batch | None:
@@ -211,8 +228,9 @@ def _find(run: _Run, submission: str) -> Batch | None:
 
 
 def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
-    """Store what a finished batch brought."""
+    """Store what a finished batch brought, and what it cost for the run that submitted it."""
     keys = run.ledger.keys_in(submission.id)
+    replies = prompts = completions = untold = 0
     answered: set[bytes] = set()
     failed: dict[bytes, str] = {}
     arrived: list[tuple[bytes, str, int | None, int | None]] = []
@@ -221,20 +239,27 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
             key, text, usage, reason = _read_line(line)
             if key not in keys or key in answered:
                 continue
+            prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            if text is not None or usage:  # paid for, even if there is nothing to read
+                replies += 1
+                if isinstance(prompt, int) and isinstance(completion, int):
+                    prompts, completions = prompts + prompt, completions + completion
+                else:
+                    untold += 1
             if text is not None:
-                arrived.append((key, text, usage.get("prompt_tokens"), usage.get("completion_tokens")))
+                arrived.append((key, text, prompt, completion))
                 answered.add(key)
                 if run.read(text)[0] == UNKNOWN:
                     run.tally.settled.add(key)
             elif reason is not None:
                 failed[key] = hide_secrets(reason)
-            elif usage:  # paid for all the same
-                _bill(run, usage.get("prompt_tokens"), usage.get("completion_tokens"))
             if len(arrived) >= _AT_ONCE:
                 _keep(run, arrived)
                 arrived = []
     _keep(run, arrived)
-    run.ledger.settle(submission.id, answered, failed)
+    # Replies that tell no tokens cost the most they can, the prompt too.
+    spending = Spending(replies, prompts, completions, untold * submission.cost / submission.requests)
+    run.ledger.settle(submission.id, answered, failed, submission.run or run.tally.run, spending)
     run.tally.retries += len(keys) - len(answered) - len(failed)
     run.waiting_for.discard(submission.id)
     run.missing = run.missing or len(answered) < len(keys)
@@ -271,21 +296,15 @@ def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None
 
 def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
     run.store.add(f"openai:{run.model}", arrived)
-    for _, _, prompt, completion in arrived:
-        _bill(run, prompt, completion)
     run.advance(len(arrived))
-
-
-def _bill(run: _Run, prompt: int | None, completion: int | None) -> None:
-    run.tally.bill(prompt, completion, run.limits.price, longest=longest_answer(run.parameters))
 
 
 def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
     """Put what is neither answered nor under way into batches; how many questions that were."""
     price, longest = run.limits.price, longest_answer(run.parameters)
-    open_now = run.ledger.open()
     tally = run.tally
-    requests, cost = sum(s.requests for s in open_now), sum(s.cost for s in open_now)
+    ours = [s for s in run.ledger.open() if s.run in (tally.run, None)]
+    requests, cost = sum(s.requests for s in ours), sum(s.cost for s in ours)
     sent = 0
     run.missing = False
     tally.under_way.clear()
@@ -362,7 +381,7 @@ class _File:
     def send(self) -> None:
         run = self.run
         if self.keys:
-            submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost)
+            submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost, run.tally.run)
             run.ledger.begin(submission, self.keys)
             run.claims.give_up(self.keys)  # from here on the ledger says where they are
             run.waiting_for.add(submission.id)
