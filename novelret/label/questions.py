@@ -80,12 +80,10 @@ class Tally:
     run: str = ""
     save: Callable[[], None] = lambda: None
 
-    def may_spend(self, requests: int, cost: float) -> bool:
-        """Whether the caps allow so many requests and dollars beyond those counted; if not, asking stops."""
+    def reached(self, requests: int, cost: float) -> str | None:
+        """The cap that so many requests and dollars beyond those counted would exceed, as it is told."""
         requests += self.earlier_requests + self.requests
-        reached = self.caps.reached(requests, self.earlier_cost + self.cost + cost)
-        self.stopped = reached or self.stopped
-        return reached is None
+        return self.caps.reached(requests, self.earlier_cost + self.cost + cost)
 
     def bill(
         self,

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
+from novelret.label import judge
 from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger
 from novelret.label.questions import Feed
@@ -316,6 +317,19 @@ def test_a_kill_while_waiting_forgets_no_spending(arguments, tmp_path):
         process.kill()
         process.join()
         assert json.loads(note.read_text())["requests"] == 60
+
+
+def test_what_no_cap_has_room_for_comes_with_the_next_batch(ask, monkeypatch):
+    """An answer may be long and is short: the money of what cost less is spent as well."""
+    monkeypatch.setattr(judge, "parameters_for", lambda *_: {"max_tokens": 100})
+    with LoopbackJudge() as server:
+        more = ["--price", "0,1000", "--max-cost"]
+        code, facts, err = ask(server, *more, 1)  # 0.1 dollars at most and 0.002 in fact
+        assert (code, facts["requests"], facts["stopped"]) == (0, 120, None), err
+        assert len(server.batches) > 5
+        code, facts, _ = ask(server, *more, 0.151, "--from", "base-top", out="b")
+        assert (code, facts["stopped"], facts["requests"]) == (0, "--max-cost 0.151 reached", 26)
+        assert set(server.billed.values()) == {1}
 
 
 def test_a_higher_cap_goes_on_with_what_is_not_judged(ask):

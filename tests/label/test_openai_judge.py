@@ -19,6 +19,7 @@ import pytest
 
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
+from novelret.label import judge
 from novelret.label import questions as questions_module
 from novelret.label.claims import Claims
 from novelret.label.judges import endpoint
@@ -470,6 +471,19 @@ def test_caps_stop_cleanly(arguments, tmp_path, capsys, monkeypatch):
         code, _, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "c", "--max-cost", 1)
         assert code == 2
         assert "the price of tiny is not known" in err
+
+
+def test_what_requests_under_way_may_cost_ends_no_run(arguments, tmp_path, capsys, monkeypatch):
+    """An answer may be long and is short: a cap is reached when one more could exceed it, not before."""
+    monkeypatch.setattr(judge, "parameters_for", lambda *_: {"max_tokens": 100})
+    with LoopbackJudge(delay=0.005) as server:
+        more = ["--price", "0,1000", "--concurrency", 16, "--max-cost"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, 0.4, "--out", tmp_path / "a")
+        assert (code, facts["requests"], facts["stopped"]) == (0, 120, None), err
+        more = [*more, 0.151, "--from", "base-top", "--out", tmp_path / "b"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        # 0.1 dollars at most and 0.002 in fact.
+        assert (code, facts["stopped"], facts["requests"]) == (0, "--max-cost 0.151 reached", 26), err
 
 
 def test_a_stopped_run_goes_on_with_a_higher_cap(arguments, tmp_path, capsys, monkeypatch):

@@ -37,6 +37,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _CONNECT = 10.0  # seconds until a host that does not answer counts as absent
+_ROOM = 0.02  # seconds until the caps are looked at again
 _OTHERS = 0.2  # seconds until what other processes are asking is looked at again
 _AT_ONCE = 32  # questions claimed in one go
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
@@ -189,7 +190,8 @@ class _Asking:
     in_batches: int = 0  # questions that were left out, as a batch under way holds them
     pace: Pace = field(init=False)
     stopping: bool = False
-    reserved: float = 0.0  # dollars that requests under way may cost at most
+    sent: int = 0  # requests under way, those that wait for their turn included
+    reserved: float = 0.0  # dollars that these may cost at most
     failed_in_a_row: int = 0
     heard: bool = False  # whether the endpoint has answered anything, if only that a question is no good
     told: bool = False  # whether the first fault has been told
@@ -199,9 +201,27 @@ class _Asking:
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
 
-    def may_send(self) -> bool:
-        """Whether the caps hold even if everything under way costs the most it can."""
-        return self.tally.may_spend(len(self.tally.under_way), self.reserved)
+    async def reserve(self, worst: float) -> bool:
+        """Count a request as under way, once the caps hold even if all that is costs the most it can.
+
+        Returns:
+            False where nothing is to be sent any more: with nothing under way, this one could exceed a cap.
+        """
+        while not self.stopping and self.tally.stopped is None:
+            reached = self.tally.reached(self.sent + 1, self.reserved + worst)
+            if reached is None:
+                self.sent, self.reserved = self.sent + 1, self.reserved + worst
+                return True
+            if self.sent == 0:
+                self.tally.stopped = reached
+            else:  # most cost less than they could: there may be room when they are back
+                await asyncio.sleep(_ROOM)
+        return False
+
+    def release(self, worst: float) -> None:
+        """A request is back."""
+        self.sent -= 1
+        self.reserved = self.reserved - worst if self.sent else 0.0  # no remainders of rounding
 
     def receive(self, question: Question, text: str | None, usage: Any) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
@@ -315,28 +335,29 @@ async def _work(
         tokens = asking.count_tokens(question.messages) if counting else 0
         worst = price.of(tokens, longest) if price else 0.0
         under_way.add(question.key)
-        asking.reserved += worst
         try:
-            await _ask(asking, client, question, tokens + longest)
+            await _ask(asking, client, question, tokens + longest, worst)
         except BaseException:
             asking.stopping = True
             raise
         finally:
             under_way.discard(question.key)
-            asking.reserved -= worst
         advance(1)
 
 
-async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> None:
+async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int, worst: float) -> None:
     """One question until it has an answer, cannot have one, has failed too often, or the caps say no."""
     clock = asyncio.get_running_loop().time
     begun, attempt = clock(), 0
-    while asking.may_send():
-        await _sleep_until(asking, asking.pace.slot(clock(), tokens))
-        await _sleep_until(asking, asking.pace.silent_until)
-        if asking.stopping:
-            return  # it stays unanswered and is asked next time
-        fault = await _send(asking, client, question)
+    while await asking.reserve(worst):
+        try:
+            await _sleep_until(asking, asking.pace.slot(clock(), tokens))
+            await _sleep_until(asking, asking.pace.silent_until)
+            if asking.stopping:
+                return  # it stays unanswered and is asked next time
+            fault = await _send(asking, client, question)
+        finally:
+            asking.release(worst)
         if fault is None:
             return
         asking.doubt(fault, str(client.base_url), clock())

@@ -68,6 +68,7 @@ class _Run:
     waiting_for: set[str] = field(default_factory=set)  # submissions that hold questions of this run
     missing: bool = True  # whether questions may be neither answered nor under way
     crowded: bool = False  # whether the endpoint takes no more until something is done
+    held_back: bool = False  # whether the caps allow no more until it is known what is under way costs
 
 
 def ask_in_batches(
@@ -166,6 +167,7 @@ def _collect(run: _Run) -> None:
             settled += 1
     if settled:
         run.crowded = False
+        run.missing = run.missing or run.held_back
     elif refused:
         if not run.ledger.open():
             raise UserError(f"openai-batch:{run.model}: {refused}")
@@ -306,19 +308,25 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     ours = [s for s in run.ledger.open() if s.run in (tally.run, None)]
     requests, cost = sum(s.requests for s in ours), sum(s.cost for s in ours)
     sent = 0
-    run.missing = False
+    run.missing = run.held_back = False
     tally.under_way.clear()
     file = _File(run)
     for some in _in_hundreds(unanswered()):
         for question in _to_submit(run, some):
             worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-            if tally.stopped or not tally.may_spend(requests + 1, cost + worst):
+            reached = tally.stopped or tally.reached(requests + 1, cost + worst)
+            if reached and not requests:
+                tally.stopped = reached
+            if reached or run.held_back:
                 # Go on all the same: what comes after may be under way or have failed.
+                run.held_back = True
                 run.claims.give_up([question.key])
                 continue
             file.add(question, worst)
             requests, cost, sent = requests + 1, cost + worst, sent + 1
     file.send()
+    if run.held_back:
+        run.waiting_for |= {s.id for s in ours}
     return sent
 
 
