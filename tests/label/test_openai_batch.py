@@ -357,6 +357,40 @@ def test_replies_without_text_are_answers(ask, monkeypatch):
         assert set(server.billed.values()) == {1}
 
 
+def test_an_answer_may_hold_any_character(ask, tmp_path, monkeypatch):
+    answer = "Yes\u2028because\x85it\u2029fits\x0b\x1c"
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: answer)
+    with LoopbackJudge() as server:
+        _write_as_it_is(server)
+        code, facts, err = ask(server)
+        assert (code, facts["requests"], facts["retries"]) == (0, 120, 0), err
+        assert {row["answer"] for row in rows_of(tmp_path / "labels")} == {answer}
+        assert set(server.billed.values()) == {1}
+
+
+def test_lines_that_cannot_be_read_are_paid_for(ask):
+    with LoopbackJudge() as server:
+        _write_as_it_is(server, broken=5)
+        code, facts, err = ask(server, "--max-requests", 120, "--price", "0,1000")
+        assert (code, facts["requests"], facts["pairs"], len(server.billed)) == (0, 120, 115, 120), err
+        assert facts["cost"] == pytest.approx((115 * 2 + 5 * 5) * 1000 / 1e6)
+        assert facts["stopped"] == "--max-requests 120 reached"
+
+
+def _write_as_it_is(server, broken=0):
+    """Have batch files written without escapes, as some endpoints do, and some of their lines cut in half."""
+    real = server.work_off
+
+    def work_off(batch):
+        real(batch)
+        lines = [json.loads(line) for line in server.files[batch["output_file_id"]].split(b"\n") if line]
+        texts = [json.dumps(line, ensure_ascii=False) for line in lines]
+        texts[:broken] = [text[: len(text) // 2] for text in texts[:broken]]
+        server.files[batch["output_file_id"]] = "\n".join(texts).encode()
+
+    server.work_off = work_off
+
+
 def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(ask, monkeypatch):
     real = loopback.completion
 

@@ -18,10 +18,10 @@ from typing import IO, Any
 import openai
 from openai import OpenAI
 from openai.types import Batch
-from openai.types.chat import ChatCompletion
 
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.label.claims import Claims
+from novelret.label.judges.batch_output import replies_in
 from novelret.label.judges.endpoint import (
     PASSING,
     check_key,
@@ -29,7 +29,6 @@ from novelret.label.judges.endpoint import (
     longest_answer,
     reason_of,
     shown_url,
-    text_of,
 )
 from novelret.label.judges.openai import Limits
 from novelret.label.ledger import Ledger, Spending, Submission
@@ -237,12 +236,11 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
     failed: dict[bytes, str] = {}
     arrived: list[tuple[bytes, str, int | None, int | None]] = []
     for file in (batch.output_file_id, batch.error_file_id):
-        for line in _lines(run, file):
-            key, text, usage, reason = _read_line(line)
-            if key not in keys or key in answered:
+        for key, text, usage, reason, delivered in replies_in(run.client, file):
+            if key and (key not in keys or key in answered):
                 continue
             prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-            if text is not None or usage:  # paid for, even if there is nothing to read
+            if delivered:  # paid for, even if there is nothing to read
                 replies += 1
                 if isinstance(prompt, int) and isinstance(completion, int):
                     prompts, completions = prompts + prompt, completions + completion
@@ -265,35 +263,6 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
     run.tally.retries += len(keys) - len(answered) - len(failed)
     run.waiting_for.discard(submission.id)
     run.missing = run.missing or len(answered) < len(keys)
-
-
-def _lines(run: _Run, file: str | None) -> Iterator[str]:
-    if file is None:
-        return
-    with run.client.files.with_streaming_response.content(file) as response:
-        for line in response.iter_lines():
-            if line.strip():
-                yield line
-
-
-def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None]:
-    """(key, answer, usage, why there never will be an answer) of a line; no answer and no why: ask again."""
-    try:
-        row = json.loads(line)
-        key = bytes.fromhex(row["custom_id"])
-        response = row.get("response") or {}
-        status, body = response.get("status_code"), response.get("body") or {}
-        if status == 200:
-            usage = body.get("usage") or {}
-            try:
-                return key, text_of(ChatCompletion.construct(**body)), usage, None
-            except ValueError:
-                return key, None, usage, None
-        permanent = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-        message = (body.get("error") or row.get("error") or {}).get("message", f"status {status}")
-    except (ValueError, KeyError, TypeError, AttributeError):  # not the protocol's: as if it had not come
-        return b"", None, {}, None
-    return key, None, {}, str(message) if permanent else None
 
 
 def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
