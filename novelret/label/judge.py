@@ -185,7 +185,7 @@ def _endpoint(config: Asking, model: str, *, batch: bool, wait: bool) -> Judge:
             tpm=config.tpm,
         )
         if not batch:
-            ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance, say)
+            ask_all(unanswered(), model, parameters, tokens.count, read, store, limits, tally, advance, say)
             return
         from novelret.label.judges.openai_batch import ask_in_batches
 

@@ -357,6 +357,14 @@ def test_replies_without_text_are_answers(ask, monkeypatch):
         assert set(server.billed.values()) == {1}
 
 
+def test_answers_none_of_which_is_usable_stop_further_batches(ask, monkeypatch):
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
+    with LoopbackJudge(batch_faults=["expired"]) as server:
+        code, facts, err = ask(server)
+        assert (code, facts["requests"], len(server.batches)) == (0, 60, 1), err
+        assert facts["stopped"] == "none of the first 50 answers is usable, for instance 'Perhaps.'"
+
+
 def test_an_answer_may_hold_any_character(ask, tmp_path, monkeypatch):
     answer = "Yes\u2028because\x85it\u2029fits\x0b\x1c"
     monkeypatch.setattr("tests.loopback.verdict", lambda user: answer)

@@ -162,6 +162,27 @@ def test_caps_hold_where_every_reply_is_repeated(arguments, tmp_path, capsys, mo
         assert f"{cap[0]} {cap[1]} reached" in err
 
 
+@pytest.mark.parametrize("reply", ["length", "refusal"])
+def test_answers_none_of_which_is_usable_stop_the_asking(arguments, tmp_path, capsys, monkeypatch, reply):
+    with LoopbackJudge(always=reply) as server:
+        more = ["--concurrency", 4, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, 50 <= server.delivered <= 54, facts["pairs"]) == (0, True, server.delivered), err
+        words = {
+            "length": "one without any text; give the prompt a higher max_tokens",
+            "refusal": "'I would rather not.'",
+        }
+        assert f"none of the first 50 answers is usable, for instance {words[reply]}" in facts["stopped"]
+        assert ("max_tokens" in facts["stopped"]) == (reply == "length")
+        # Where there is nothing more to ask, nothing was stopped.
+        more = ["--depth", 5, "--store", tmp_path / "other", "--out", tmp_path / "b"]
+        assert ask(capsys, server, monkeypatch, arguments, *more)[1]["stopped"] is None
+        # One that can be read is hope.
+        server.faults.append(None)
+        more = ["--store", tmp_path / "third", "--out", tmp_path / "c"]
+        assert ask(capsys, server, monkeypatch, arguments, *more)[1]["requests"] == 120
+
+
 def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(arguments, tmp_path, capsys, monkeypatch):
     with LoopbackJudge(always="no-usage") as server:  # 5 tokens an answer may have, at a dollar a thousand
         more = ["--max-cost", 0.05, "--price", "0,1000", "--concurrency", 1, "--out", tmp_path / "a"]
@@ -247,21 +268,21 @@ def test_stored_answers_are_read_in_another_way_for_free(arguments, tmp_path, ca
     monkeypatch.setattr("tests.loopback.verdict", lambda user: "Grade: 2" if "red" in user else "1")
     with LoopbackJudge() as server:
         code, facts, err = ask(
-            capsys, server, monkeypatch, arguments, "--out", tmp_path / "a", "--max-requests", 90
+            capsys, server, monkeypatch, arguments, "--out", tmp_path / "a", "--max-requests", 45
         )
-        assert (code, facts["verdicts"]["unusable"]) == (0, 90)
+        assert (code, facts["verdicts"]["unusable"]) == (0, 45)
         assert "for instance 'Grade: 2', '1'" in err
         monkeypatch.delenv("OPENAI_API_KEY")
         reparse = ["--reparse", "--answer", "grade"]
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *reparse, "--out", tmp_path / "b")
-        assert (code, facts["pairs"], facts["verdicts"]["unusable"], facts["cost"]) == (0, 90, 0, None), err
+        assert (code, facts["pairs"], facts["verdicts"]["unusable"], facts["cost"]) == (0, 45, 0, None), err
         rows = rows_of(tmp_path / "b")
         assert {(row["verdict"], row["grade"]) for row in rows} == {(1, 2.0), (0, 1.0)}
         code, facts, _ = ask(
             capsys, server, monkeypatch, arguments, *reparse, "--threshold", 1, "--out", tmp_path / "c"
         )
-        assert (code, facts["verdicts"]["relevant"]) == (0, 90)
-        assert len(server.seen) == 90
+        assert (code, facts["verdicts"]["relevant"]) == (0, 45)
+        assert len(server.seen) == 45
         wrong = ["--reparse", "--answer", "smile", "--out", tmp_path / "d"]
         code, _, err = ask(capsys, server, monkeypatch, arguments, *wrong)
         assert (code, "choose from word, tag, grade, json" in err) == (2, True)

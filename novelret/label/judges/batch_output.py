@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
-from novelret.label.judges.endpoint import text_of
+from novelret.label.judges.endpoint import is_cut, text_of
 
 
 class Reply(NamedTuple):
@@ -21,6 +21,7 @@ class Reply(NamedTuple):
         usage: tokens by name, as far as they are told.
         reason: why there never will be an answer; where this is None too, the question is asked again.
         delivered: whether it is paid for.
+        cut: whether the limit on its length ended it.
     """
 
     key: bytes
@@ -28,6 +29,7 @@ class Reply(NamedTuple):
     usage: dict[str, Any]
     reason: str | None
     delivered: bool
+    cut: bool = False
 
 
 def replies_in(client: OpenAI, file: str | None) -> Iterator[Reply]:
@@ -52,8 +54,9 @@ def _read(line: bytes) -> Reply:
         status, body = response.get("status_code"), response.get("body") or {}
         if status == 200:
             usage = body.get("usage") or {}
+            response = ChatCompletion.construct(**body)
             try:
-                return Reply(key, text_of(ChatCompletion.construct(**body)), usage, None, True)
+                return Reply(key, text_of(response), usage, None, True, is_cut(response))
             except ValueError:
                 return Reply(key, None, usage, None, bool(usage))
         permanent = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)

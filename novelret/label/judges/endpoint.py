@@ -106,6 +106,12 @@ def text_of(response: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be stored nowhere
 
 
+def is_cut(response: Any) -> bool:
+    """Whether a chat completion was ended by the limit on its tokens."""
+    choices = getattr(response, "choices", None) or [None]
+    return getattr(choices[0], "finish_reason", None) == "length"
+
+
 def tokens_of(usage: Any) -> tuple[int | None, int | None]:
     """Prompt and completion tokens of a reply; None where the endpoint does not tell."""
     told = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))

@@ -21,6 +21,7 @@ from novelret.label.judges.endpoint import (
     PASSING,
     check_key,
     hide_secrets,
+    is_cut,
     longest_answer,
     reason_of,
     shown_url,
@@ -29,8 +30,9 @@ from novelret.label.judges.endpoint import (
 )
 from novelret.label.judges.pace import Pace, retry_after
 from novelret.label.ledger import Ledger
-from novelret.label.questions import Messages, Question, Tally
+from novelret.label.questions import Messages, Question, Reader, Tally
 from novelret.label.store import Answer, Store
+from novelret.label.table import UNKNOWN
 
 _ATTEMPTS = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
@@ -68,6 +70,7 @@ def ask_all(
     model: str,
     parameters: dict[str, Any],
     count_tokens: Callable[[Messages], int],
+    read: Reader,
     store: Store,
     limits: Limits,
     tally: Tally,
@@ -83,6 +86,7 @@ def ask_all(
         model: the endpoint's name of the model.
         parameters: sampling parameters, part of each question's identity.
         count_tokens: of a question.
+        read: how answers are read; asking stops where none of the first can be.
         store: where answers go.
         limits: concurrency, timeout and caps.
         tally: counts, kept up to date.
@@ -96,7 +100,7 @@ def ask_all(
     store.relax()
     with Claims(store) as claims:
         ledger = Ledger(store, f"openai:{model}")
-        asking = _Asking(model, parameters, count_tokens, store, claims, ledger, limits, tally, say)
+        asking = _Asking(model, parameters, count_tokens, read, store, claims, ledger, limits, tally, say)
         asyncio.run(_ask_all(_ours(asking, questions, advance), asking, advance))
     if asking.in_batches and tally.stopped is None:
         tally.stopped = (
@@ -180,6 +184,7 @@ class _Asking:
     model: str
     parameters: dict[str, Any]
     count_tokens: Callable[[Messages], int]
+    read: Reader
     store: Store
     claims: Claims
     ledger: Ledger
@@ -223,13 +228,14 @@ class _Asking:
         self.sent -= 1
         self.reserved = self.reserved - worst if self.sent else 0.0  # no remainders of rounding
 
-    def receive(self, question: Question, text: str | None, usage: Any) -> None:
+    def receive(self, question: Question, text: str | None, usage: Any, *, cut: bool = False) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
         self.heard = True
         prompt, completion = tokens_of(usage)
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
             self.failed_in_a_row = 0
+            self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
         price = self.limits.price
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
         self.tally.bill(prompt, completion, price, counted, longest_answer(self.parameters))
@@ -331,6 +337,9 @@ async def _work(
         if question is None:
             await asyncio.sleep(_OTHERS if asking.waits else 0)
             continue
+        if asking.tally.hopeless:
+            asking.tally.stopped = asking.tally.hopeless
+            return
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
         worst = price.of(tokens, longest) if price else 0.0
@@ -404,7 +413,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         else:
             asking.tally.bill(None, None, None)
         return _Fault(f"malformed answer: {hide_secrets(str(error))}")
-    asking.receive(question, text, usage)
+    asking.receive(question, text, usage, cut=is_cut(response))
     return None
 
 

@@ -236,7 +236,7 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
     failed: dict[bytes, str] = {}
     arrived: list[tuple[bytes, str, int | None, int | None]] = []
     for file in (batch.output_file_id, batch.error_file_id):
-        for key, text, usage, reason, delivered in replies_in(run.client, file):
+        for key, text, usage, reason, delivered, cut in replies_in(run.client, file):
             if key and (key not in keys or key in answered):
                 continue
             prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -249,7 +249,9 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
             if text is not None:
                 arrived.append((key, text, prompt, completion))
                 answered.add(key)
-                if run.read(text)[0] == UNKNOWN:
+                usable = run.read(text)[0] != UNKNOWN
+                run.tally.look_at(text, usable, cut=cut)
+                if not usable:
                     run.tally.settled.add(key)
             elif reason is not None:
                 failed[key] = hide_secrets(reason)
@@ -283,7 +285,7 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     for some in _in_hundreds(unanswered()):
         for question in _to_submit(run, some):
             worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-            reached = tally.stopped or tally.reached(requests + 1, cost + worst)
+            reached = tally.stopped or tally.hopeless or tally.reached(requests + 1, cost + worst)
             if reached and not requests:
                 tally.stopped = reached
             if reached or run.held_back:
