@@ -30,7 +30,8 @@ class Asking:
         missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
         prompt: name or file of the prompt.
         answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read.
-        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for scores.
+        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for a
+            cross-encoder's scores, anything above 0 in a file.
         store: the judgement store; by default one per user.
         concurrency: requests under way at once.
         timeout: seconds for one request.
