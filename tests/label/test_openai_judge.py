@@ -86,7 +86,7 @@ def test_every_pair_is_judged_and_billed_once(arguments, world, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "fault", ["429", "429-retry-after", "500", "cut", "malformed", "empty", "html", "slow"]
+    "fault", ["408", "429", "429-retry-after", "500", "cut", "malformed", "empty", "html", "slow"]
 )
 def test_faults_that_pass_are_tried_again(arguments, tmp_path, capsys, monkeypatch, fault):
     with LoopbackJudge([fault] * 10) as server:

@@ -39,6 +39,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _CONNECT = 10.0  # seconds until a host that does not answer counts as absent
+_TIMED_OUT = 408  # a status for which the client has no error of its own
 _ROOM = 0.02  # seconds until the caps are looked at again
 _OTHERS = 0.2  # seconds until what other processes are asking is looked at again
 _AT_ONCE = 32  # questions claimed in one go
@@ -398,6 +399,8 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         later = silence is not None or isinstance(error, openai.RateLimitError)
         return _Fault(reason_of(error), silence, later)
     except openai.APIStatusError as error:
+        if error.status_code == _TIMED_OUT:
+            return _Fault(reason_of(error))
         asking.heard = True
         asking.fail(question, hide_secrets(str(error)))
         return None
