@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from novelret.errors import UserError
 from novelret.label.store import Store
 
 _SCHEMA = """
@@ -91,11 +90,10 @@ class Ledger:
                 store.connection.execute("ALTER TABLE submissions ADD COLUMN run TEXT")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[bool]:
         """Keep other processes from submitting meanwhile; a kill frees it.
 
-        Raises:
-            UserError: another process does not let go.
+        Gives False where another process does not let go: nothing is locked then.
         """
         # A file of its own: answers of other judges may come in while this one submits.
         path = self._store.path.with_name(self._store.path.name + ".lock")
@@ -107,10 +105,9 @@ class Ledger:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error):
                     raise
-                raise UserError(
-                    f"{path}: another novelret submits batches with this store; run again when it is done"
-                ) from None
-            yield
+                yield False
+                return
+            yield True
 
     def open(self) -> list[Submission]:
         """All submissions that are not settled."""

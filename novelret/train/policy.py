@@ -141,7 +141,8 @@ def log_partition(
 def check_embeddings(items: Items, *, normalized: bool, what: str, tolerance: float = 1e-2) -> None:
     """Refuse a matrix with values that are not finite or, where scores are cosines, of a length other than 1.
 
-    Done once before training, not at every step.
+    0 is a length, too: an encoder may know none of an item's words. Done once before training, not at every
+    step.
 
     Raises:
         UserError: names the first bad row.
@@ -152,7 +153,7 @@ def check_embeddings(items: Items, *, normalized: bool, what: str, tolerance: fl
         bad = ~torch.isfinite(length)
         if bool(bad.any()):
             raise UserError(f"{what}: row {start + int(bad.nonzero()[0])} holds values that are not finite")
-        bad = (length - 1).abs() > tolerance
+        bad = ((length - 1).abs() > tolerance) & (length > 0)
         if normalized and bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise UserError(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
-from novelret.label import judge
+from novelret.label import judge, ledger
 from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger
 from novelret.label.questions import Feed
@@ -82,6 +82,8 @@ def test_submit_leave_come_back_collect(ask, tmp_path):
         code, facts, _ = ask(server, "--no-wait")
         assert (code, facts["requests_under_way"], len(server.batches)) == (3, 120, 1)
         # More pairs, half of them under way: only the rest is submitted.
+        plan = ask(server, "--plan", "--depth", 11)[1]
+        assert (plan["in_batches"], plan["to_ask"], plan["known"]) == (120, 40, 0)
         code, facts, _ = ask(server, "--no-wait", "--depth", 11, out="deeper")
         assert (code, facts["requests_under_way"], len(server.batches)) == (3, 160, 2)
         for batch in server.batches.values():
@@ -214,6 +216,26 @@ def test_a_kill_around_a_submission_is_made_good(ask, monkeypatch, moment):
         assert set(server.billed.values()) == {1}
         ours = [b for b in server.batches if b.startswith("batch_")]
         assert len(ours) == 3
+
+
+def test_another_process_that_submits_for_long_is_waited_for(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_LOCK_WAIT", 0.02)
+    path = tmp_path / "store.sqlite.lock"
+    with LoopbackJudge() as server, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        code, _, err = ask(server, "--no-wait")
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "another novelret submits batches with this store" in err
+        looks = []
+
+        def sleep(_):
+            looks.append(len(server.batches))
+            if len(looks) == 3:
+                other.execute("COMMIT")
+
+        monkeypatch.setattr(openai_batch.time, "sleep", sleep)
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], looks[:3]) == (0, 120, [0, 0, 0]), err
 
 
 def test_a_crowded_endpoint_is_waited_for(ask, monkeypatch):

@@ -114,9 +114,15 @@ def ask_in_batches(
         lost = 0
         while True:
             try:
-                with ledger.lock():
-                    _collect(run)
-                    if run.missing and not run.crowded:
+                with ledger.lock() as is_ours:
+                    if is_ours:
+                        _collect(run)
+                    elif not wait:
+                        raise UserError(
+                            f"{store.path}: another novelret submits batches with this store; run again when "
+                            "it is done"
+                        )
+                    if is_ours and run.missing and not run.crowded:
                         sent = _submit(run, unanswered)
                         if sent:
                             say(f"submitted {sent:,} requests")
