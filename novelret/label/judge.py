@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from novelret.endpoint import check_key
 from novelret.errors import UserError
 from novelret.label.cost import Caps, Price, find_price
-from novelret.label.judges.endpoint import check_key, longest_answer, parameters_for
+from novelret.label.judges.endpoint import longest_answer, parameters_for
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
 from novelret.label.questions import Messages, Question, Reader, Tally

@@ -13,21 +13,11 @@ import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from novelret.artifacts import fsync_file
+from novelret.endpoint import FATAL, PASSING, check_key, hide_secrets, reason_of, shown_url
 from novelret.errors import UserError
 from novelret.label.claims import Claims
 from novelret.label.cost import Price
-from novelret.label.judges.endpoint import (
-    FATAL,
-    PASSING,
-    check_key,
-    hide_secrets,
-    is_cut,
-    longest_answer,
-    reason_of,
-    shown_url,
-    text_of,
-    tokens_of,
-)
+from novelret.label.judges.endpoint import is_cut, longest_answer, text_of, tokens_of
 from novelret.label.judges.pace import Pace, retry_after
 from novelret.label.ledger import Ledger
 from novelret.label.questions import Messages, Question, Reader, Tally

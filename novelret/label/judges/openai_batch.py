@@ -19,17 +19,11 @@ import openai
 from openai import OpenAI
 from openai.types import Batch
 
+from novelret.endpoint import PASSING, check_key, hide_secrets, reason_of, shown_url
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.label.claims import Claims
 from novelret.label.judges.batch_output import replies_in
-from novelret.label.judges.endpoint import (
-    PASSING,
-    check_key,
-    hide_secrets,
-    longest_answer,
-    reason_of,
-    shown_url,
-)
+from novelret.label.judges.endpoint import longest_answer
 from novelret.label.judges.openai import Limits
 from novelret.label.ledger import Ledger, Spending, Submission
 from novelret.label.questions import Messages, Question, Reader, Tally
