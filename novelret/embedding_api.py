@@ -20,11 +20,13 @@ import openai
 import torch
 from sentence_transformers.base.modules import InputModule
 
+from novelret.endpoint import PASSING, check_key, hide_secrets
 from novelret.errors import UserError
 
 PREFIX = "openai:"
 _AT_ONCE = 128  # texts per request; endpoints take 2,048 texts but also limit a request's tokens
 _CONCURRENCY = 8
+_REFUSED = (400, 413, 422)  # statuses by which endpoints refuse a text, mostly for its length
 _RETRIES = 6  # the client waits as long as the endpoint says, else exponentially longer
 _KEYS_AT_ONCE = 500  # per query, well under SQLite's limit of variables
 _SCHEMA = (
@@ -120,17 +122,12 @@ def _ask(
     """Batches of keys and (n, d) embeddings as they come, a few requests under way at once."""
     if not missing:
         return
-    key = os.environ.get("OPENAI_API_KEY", "")
-    if not key:
-        raise UserError(
-            "OPENAI_API_KEY is not set; export it (any word will do for a local endpoint in OPENAI_BASE_URL)"
-        )
     keys = list(missing)
     batches = [keys[start : start + _AT_ONCE] for start in range(0, len(keys), _AT_ONCE)]
-    client = openai.OpenAI(api_key=key, max_retries=_RETRIES, timeout=60)
+    client = openai.OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=60)
     with client, ThreadPoolExecutor(_CONCURRENCY) as pool:
         futures: dict[Future[np.ndarray], list[bytes]] = {
-            pool.submit(_request, client, [missing[k] for k in batch], model, dimensions, expected): batch
+            pool.submit(_embed, client, {k: missing[k] for k in batch}, model, dimensions, expected): batch
             for batch in batches
         }
         given = set()
@@ -154,6 +151,40 @@ def _store_late(keys: list[bytes], embeddings: np.ndarray) -> None:
     cache.close()
 
 
+def _embed(
+    client: openai.OpenAI,
+    missing: dict[bytes, str],
+    model: str,
+    dimensions: int | None,
+    expected: int | None,
+) -> np.ndarray:
+    """Embeddings of some texts, (n, d) float32; what is refused is halved until it is known which text it is.
+
+    Raises:
+        UserError: as `_request`, or a text is refused.
+    """
+    try:
+        return _request(client, list(missing.values()), model, dimensions, expected)
+    except openai.APIStatusError as error:
+        if len(missing) == 1:
+            (text,) = missing.values()
+            raise UserError(
+                f"{PREFIX}{model}: refuses the text that begins {text[:60]!r}: {hide_secrets(str(error))}; "
+                "shorten it, or leave it out"
+            ) from None
+    keys = list(missing)
+    first, second = (
+        {key: missing[key] for key in half} for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :])
+    )
+    begun = _embed(client, first, model, dimensions, expected)
+    try:
+        rest = _embed(client, second, model, dimensions, expected)
+    except BaseException:
+        _store_late(list(first), begun)
+        raise
+    return np.concatenate([begun, rest])
+
+
 def _request(
     client: openai.OpenAI, texts: list[str], model: str, dimensions: int | None, expected: int | None
 ) -> np.ndarray:
@@ -161,6 +192,7 @@ def _request(
 
     Raises:
         UserError: one line, without the key.
+        openai.APIStatusError: one of the texts is refused.
     """
     options: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
     try:
@@ -169,12 +201,14 @@ def _request(
         rows = [entry.embedding for entry in ordered]
         embeddings = np.array(rows, dtype=np.float32)
     except openai.OpenAIError as error:
-        reason = " ".join(str(error).replace(client.api_key, "***").split())[:300]
-        raise UserError(
-            f"{PREFIX}{model}: {reason}; run the same command again, what came so far is kept"
-        ) from None
+        status = getattr(error, "status_code", None)
+        if status in _REFUSED:
+            raise
+        passes = isinstance(error, PASSING) or status == 408
+        again = "; run the same command again, what came so far is kept" if passes else ""
+        raise UserError(f"{PREFIX}{model}: {hide_secrets(str(error))}{again}") from None
     except (TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{PREFIX}{model}: malformed answer ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{PREFIX}{model}: malformed answer ({hide_secrets(str(error))})") from None
     if [entry.index for entry in ordered] != list(range(len(texts))) or embeddings.ndim != 2:
         raise UserError(f"{PREFIX}{model}: {len(texts)} texts were sent, {len(rows)} embeddings came back")
     if expected is not None:

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
 _REFUSALS: dict[str | None, tuple[int, str, dict[str, str]]] = {
+    "408": (408, "too slow", {}),
     "429": (429, "slow down", {}),
     "429-retry-after": (429, "slow down", {"Retry-After": "0.2"}),
     "429-for-an-hour": (429, "the day is over", {"Retry-After": "3600"}),
@@ -25,7 +26,7 @@ _REFUSALS: dict[str | None, tuple[int, str, dict[str, str]]] = {
 class LoopbackJudge:
     """Answers Yes where query and item share a word; `faults` are used up one per request, in order.
 
-    A fault is one of: "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
+    A fault is one of: "408", "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
     "400", "slow", "429-for-an-hour", "no-usage", "error" (in a reply of status 200), and "filtered" and "length", replies without text. `always` is the fault of every request
     that has none of its own. `delivered` counts the replies with a usage: what a vendor puts on the bill.
 

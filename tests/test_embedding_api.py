@@ -38,10 +38,14 @@ class LoopbackEmbeddings(LoopbackJudge):
         super().__init__(faults)
         self.dimension = dimension
         self.short = False
+        self.longest: int | None = None  # characters of a text; with a longer one a request is refused
 
     def answer(self, request, body, fault) -> None:
         if fault is not None:
             super().answer(request, {"messages": [{"content": '"a" "b"'}]}, fault)
+            return
+        if self.longest is not None and max(map(len, body["input"])) > self.longest:
+            send(request, 400, json.dumps({"error": {"message": "maximum context length exceeded"}}))
             return
         with self.lock:
             self.billed.update(body["input"])
@@ -95,14 +99,56 @@ def test_texts_are_asked_for_once_in_batches(api, monkeypatch):
 def test_what_came_before_a_failure_is_kept(api, monkeypatch):
     monkeypatch.setattr("novelret.embedding_api._AT_ONCE", 5)
     monkeypatch.setattr("novelret.embedding_api._CONCURRENCY", 1)
-    api.faults.extend([None, None, "400"])
+    api.faults.extend([None, None, "401"])
     texts = [f"text {n}" for n in range(20)]
-    with pytest.raises(UserError, match=r"openai:m: .*content filtered"):
+    with pytest.raises(UserError, match=r"openai:m: .*Incorrect API key"):
         embed_texts(texts, "m", None, None)
     billed = sum(api.billed.values())
     assert billed >= 10
     embed_texts(texts, "m", None, None)
     assert set(api.billed.values()) == {1}
+
+
+def test_a_text_that_is_refused_is_named_and_the_others_are_kept(api, monkeypatch):
+    monkeypatch.setattr("novelret.embedding_api._CONCURRENCY", 1)
+    api.longest = 100
+    texts = [f"text {n}" for n in range(40)]
+    too_long = [*texts[:30], "a tale without an end " * 10, *texts[30:]]
+    for _ in range(2):
+        with pytest.raises(UserError, match="refuses the text that begins 'a tale without an end") as caught:
+            embed_texts(too_long, "m", None, None)
+        assert "maximum context length exceeded" in str(caught.value)
+        assert "run the same command again" not in str(caught.value)
+    assert len(api.seen) < 20
+    assert len(api.billed) >= 30
+    assert embed_texts(texts, "m", None, None).shape == (40, D)
+    assert set(api.billed.values()) == {1}
+
+
+def test_only_faults_that_pass_ask_to_run_again(api):
+    for fault, passes in (("401", False), ("500", True)):
+        api.faults.extend([fault] * 3)
+        with pytest.raises(UserError) as caught:
+            embed_texts(["a text"], "m", None, None)
+        assert ("run the same command again" in str(caught.value)) == passes
+        api.faults.clear()
+
+
+def test_keys_are_checked_and_no_secret_is_told(api, world, tmp_path, capsys, monkeypatch):
+    index = ["index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index"]
+    url = api.url.replace("http://", "http://user:hunter2@") + "?api-key=s3cr3t"
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    api.faults.append("401")  # tells the header that it got
+    line = fails(capsys, *index)
+    assert "Incorrect API key provided: Basic ***" in line
+    assert not any(secret in line for secret in ("hunter2", "s3cr3t", "dXNlcjpodW50ZXIy"))
+    monkeypatch.setenv("OPENAI_BASE_URL", "localhost:80")
+    assert "OPENAI_BASE_URL is no URL" in fails(capsys, *index)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-\x07")
+    assert "characters that no HTTP header can carry" in fails(capsys, *index)
+    monkeypatch.setenv("OPENAI_BASE_URL", api.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test\n")
+    assert embed_texts(["a text"], "m", None, None).shape == (1, D)
 
 
 @pytest.mark.parametrize("fault", ["429", "429-retry-after", "500", "cut"])

@@ -162,6 +162,8 @@ def render_plan(console: Console, plan: Any) -> None:
     how = "counted" if plan.tokens_are == "counted" else "estimated from text lengths"
     console.print(f"pairs:          {pairs}")
     console.print(f"already known:  {plan.known:,} pairs")
+    if plan.in_batches:
+        console.print(f"under way:      {plan.in_batches:,} questions, in batches that are not collected yet")
     console.print(f"to ask:         {plan.to_ask:,} questions, {plan.prompt_tokens:,} prompt tokens ({how})")
     console.print(f"cost:           {cost}")
     console.print("[bold]one question:[/]")

@@ -160,7 +160,8 @@ ThresholdOption = Annotated[
     float | None,
     typer.Option(
         "--threshold",
-        help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for scores)",
+        help="Lowest grade or score that is relevant. (default: the prompt's; 0.5 for a cross-encoder; above "
+        "0 in a file)",
         rich_help_panel=JUDGE,
     ),
 ]

@@ -153,7 +153,9 @@ def _known_verdicts(config: EvalConfig, index: Index, split: Split, report: Repo
         return empty_table(len(index))
     kind, name = split_judge(config.judge)
     if kind == "file":
-        return file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
+        return file_table(
+            Path(name), split.query_ids, index.catalog, config.missing, report, threshold=config.threshold
+        )
     return None
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from novelret.artifacts import Manifest, read_json, write_json
+from novelret.artifacts import STATE, Manifest, fingerprint_of, read_json, write_json
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
@@ -22,6 +22,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.cost import Caps, Price
 from novelret.label.judge import Judge
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
+from novelret.label.ledger import Ledger
 from novelret.label.questions import Feed, Messages, Reader, Tally
 from novelret.label.store import Answer, Store, key_function
 from novelret.label.table import UNKNOWN
@@ -40,6 +41,7 @@ class Plan:
         pairs: candidate pairs by source.
         known_by_source: how many of those the store answers already.
         known: questions that the store answers already.
+        in_batches: questions that lie in batches under way already, and would not be sent.
         to_ask: questions that would be sent.
         prompt_tokens: of those.
         tokens_are: "counted" by the model's tokeniser, or "estimated" from lengths, an upper figure.
@@ -50,6 +52,7 @@ class Plan:
     pairs: dict[str, int]
     known_by_source: dict[str, int]
     known: int
+    in_batches: int
     to_ask: int
     prompt_tokens: int
     tokens_are: str
@@ -68,17 +71,21 @@ def plan_asking(
     retry_unusable: bool,
 ) -> Plan:
     """Count what would be asked; sends nothing."""
-    tally, to_ask, tokens = Tally(), 0, 0
+    tally, to_ask, in_batches, tokens = Tally(), 0, 0, 0
     example: Messages = []
     with closing(Store(store_path)) as store, report.bar("planning", len(candidates)) as advance:
         feed = Feed(index, split, candidates, judge.render, key_function(judge.name, judge.parameters))
         again = judge.read if retry_unusable else None
+        ledger = Ledger(store, judge.name)
         for question in feed.unanswered(store, tally, advance, again):
             if question is not None:
+                advance(1)
+                example = example or question.messages
+                if ledger.state(question.key)[0] is not None:
+                    in_batches += 1
+                    continue
                 to_ask += 1
                 tokens += judge.tokens.count(question.messages)
-                example = example or question.messages
-                advance(1)
         if not example:
             example = next(feed.chunks())[0].messages if len(feed) else []
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
@@ -86,6 +93,7 @@ def plan_asking(
         pairs=candidates.counts(),
         known_by_source=known,
         known=sum(known.values()),
+        in_batches=in_batches,
         to_ask=to_ask,
         prompt_tokens=tokens,
         tokens_are="counted" if judge.tokens.exact else "estimated",
@@ -135,7 +143,9 @@ def ask_and_write(
     spent, note = spent_on(earlier), out.with_name("asking.json")
     if note.is_file():
         spent = _sum(spent, read_json(note))
-    tally = Tally(earlier_requests=spent["requests"], earlier_cost=spent["cost"], caps=caps)
+    tally = Tally(
+        earlier_requests=spent["requests"], earlier_cost=spent["cost"], caps=caps, run=_run_of(out.parent)
+    )
     with closing(Store(store_path)) as store:
         feed = Feed(
             index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
@@ -197,6 +207,12 @@ def spent_on(labels: Manifest | None) -> dict[str, Any]:
     return _sum(facts, facts.get("earlier") or {})
 
 
+def _run_of(folder: Path) -> str:
+    """Identity of an unfinished output: where it is made, and what of."""
+    state = read_json(folder / STATE) if (folder / STATE).is_file() else {}
+    return fingerprint_of(str(folder.resolve()), state.get("identity"))
+
+
 def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Requests and dollars of two counts of them."""
     return {
@@ -232,6 +248,7 @@ def _noting(
             note()
             noted = time.monotonic()
 
+    tally.save = note
     try:
         yield advance_and_note
     finally:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sqlite3
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -49,11 +50,12 @@ class Claims:
             connection.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", rows)
             return free
 
-    def give_up(self, key: bytes) -> None:
-        """Leave a question to others."""
-        if self.lock is not None:
+    def give_up(self, keys: Iterable[bytes]) -> None:
+        """Leave questions to others."""
+        rows = [(key, self.holder) for key in keys]
+        if self.lock is not None and rows:
             with self.store.transaction() as connection:
-                connection.execute("DELETE FROM claims WHERE key = ? AND holder = ?", (key, self.holder))
+                connection.executemany("DELETE FROM claims WHERE key = ? AND holder = ?", rows)
 
     def _forget(self, holder: str) -> None:
         with self.store.transaction() as connection:

@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from novelret.endpoint import check_key
 from novelret.errors import UserError
 from novelret.label.cost import Caps, Price, find_price
-from novelret.label.judges.endpoint import check_key, longest_answer, parameters_for
+from novelret.label.judges.endpoint import longest_answer, parameters_for
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
 from novelret.label.questions import Messages, Question, Reader, Tally
@@ -30,7 +31,8 @@ class Asking:
         missing: what a pair means that a judgement file does not list: "unknown" or "irrelevant".
         prompt: name or file of the prompt.
         answer: "word", "tag", "grade" or "json", over how the prompt says its answers are read.
-        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for scores.
+        threshold: lowest grade or score that counts as relevant; by default the prompt's, 0.5 for a
+            cross-encoder's scores, anything above 0 in a file.
         store: the judgement store; by default one per user.
         concurrency: requests under way at once.
         timeout: seconds for one request.
@@ -185,7 +187,7 @@ def _endpoint(config: Asking, model: str, *, batch: bool, wait: bool) -> Judge:
             tpm=config.tpm,
         )
         if not batch:
-            ask_all(unanswered(), model, parameters, tokens.count, store, limits, tally, advance, say)
+            ask_all(unanswered(), model, parameters, tokens.count, read, store, limits, tally, advance, say)
             return
         from novelret.label.judges.openai_batch import ask_in_batches
 

@@ -278,7 +278,9 @@ def _label_from_file(
     report: Reporter,
 ) -> dict[str, Any]:
     path = Path(split_judge(config.judge)[1])
-    table = file_table(path, split.query_ids, index.catalog, config.missing, report)
+    table = file_table(
+        path, split.query_ids, index.catalog, config.missing, report, threshold=config.threshold
+    )
     verdicts = table.lookup(candidates.query_rows, candidates.item_rows)
     known = np.flatnonzero(verdicts != UNKNOWN)
     with pq.ParquetWriter(out, SCHEMA) as writer:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
-from novelret.errors import UserError
 from novelret.label.store import Store
 
 _SCHEMA = """
@@ -18,8 +18,16 @@ CREATE TABLE IF NOT EXISTS submissions (
     batch TEXT,
     requests INTEGER NOT NULL,
     cost REAL NOT NULL,
-    time TEXT NOT NULL
+    time TEXT NOT NULL,
+    run TEXT
 );
+CREATE TABLE IF NOT EXISTS spent (
+    run TEXT PRIMARY KEY,
+    requests INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    cost REAL NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS asked (
     key BLOB PRIMARY KEY,
     submission TEXT,
@@ -30,6 +38,7 @@ CREATE INDEX IF NOT EXISTS asked_in ON asked (submission)
 """
 _ATTEMPTS = 3  # batches that a question may lie in before it counts as failed
 _LOCK_WAIT = 30.0  # seconds
+_AT_ONCE = 500  # keys per query, well under SQLite's limit of variables
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,29 @@ class Submission:
         batch: the endpoint's id; None where it is not known whether the batch was made.
         requests: how many questions.
         cost: dollars that they may cost at most.
+        run: who submitted it and pays for it; None for one that an older novelret submitted.
     """
 
     id: str
     batch: str | None
     requests: int
+    cost: float
+    run: str | None
+
+
+class Spending(NamedTuple):
+    """What replies in batches have cost.
+
+    Attributes:
+        requests: replies delivered.
+        prompt_tokens: of those that tell their tokens.
+        completion_tokens: likewise.
+        cost: dollars for the others, the most that they can cost.
+    """
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
     cost: float
 
 
@@ -57,13 +84,16 @@ class Ledger:
         self._store, self._judge = store, judge
         for statement in _SCHEMA.split(";"):
             store.connection.execute(statement)
+        columns = [row[1] for row in store.connection.execute("PRAGMA table_info(submissions)")]
+        if "run" not in columns:  # of an older novelret
+            with contextlib.suppress(sqlite3.OperationalError):  # another process has just added it
+                store.connection.execute("ALTER TABLE submissions ADD COLUMN run TEXT")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[bool]:
         """Keep other processes from submitting meanwhile; a kill frees it.
 
-        Raises:
-            UserError: another process does not let go.
+        Gives False where another process does not let go: nothing is locked then.
         """
         # A file of its own: answers of other judges may come in while this one submits.
         path = self._store.path.with_name(self._store.path.name + ".lock")
@@ -75,15 +105,15 @@ class Ledger:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error):
                     raise
-                raise UserError(
-                    f"{path}: another novelret submits batches with this store; run again when it is done"
-                ) from None
-            yield
+                yield False
+                return
+            yield True
 
     def open(self) -> list[Submission]:
         """All submissions that are not settled."""
         rows = self._store.connection.execute(
-            "SELECT id, batch, requests, cost FROM submissions WHERE judge = ? ORDER BY time", (self._judge,)
+            "SELECT id, batch, requests, cost, run FROM submissions WHERE judge = ? ORDER BY time",
+            (self._judge,),
         )
         return [Submission(*row) for row in rows]
 
@@ -94,13 +124,23 @@ class Ledger:
         ).fetchone()
         return row or (None, None)
 
+    def under_way(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of these questions lie in a batch that is not settled, whoever submitted it."""
+        found: set[bytes] = set()
+        for start in range(0, len(keys), _AT_ONCE):
+            some = keys[start : start + _AT_ONCE]
+            marks = ",".join("?" * len(some))
+            statement = f"SELECT key FROM asked WHERE submission IS NOT NULL AND key IN ({marks})"
+            found |= {key for (key,) in self._store.connection.execute(statement, some)}
+        return found
+
     def begin(self, submission: Submission, keys: Iterable[bytes]) -> None:
         """Note what is about to be sent; before it is sent."""
         time = datetime.now(UTC).isoformat()
         with self._store.transaction() as connection:
             connection.execute(
-                "INSERT INTO submissions VALUES (?, ?, NULL, ?, ?, ?)",
-                (submission.id, self._judge, submission.requests, submission.cost, time),
+                "INSERT INTO submissions VALUES (?, ?, NULL, ?, ?, ?, ?)",
+                (submission.id, self._judge, submission.requests, submission.cost, time, submission.run),
             )
             connection.executemany(
                 "INSERT INTO asked VALUES (?, ?, 0, NULL) "
@@ -126,15 +166,29 @@ class Ledger:
         rows = self._store.connection.execute("SELECT key FROM asked WHERE submission = ?", (submission,))
         return {key for (key,) in rows}
 
-    def settle(self, submission: str, answered: Iterable[bytes], failed: dict[bytes, str]) -> None:
+    def settle(
+        self,
+        submission: str,
+        answered: Iterable[bytes],
+        failed: dict[bytes, str],
+        run: str,
+        spending: Spending,
+    ) -> None:
         """Close a submission.
 
         Args:
             submission: its id.
             answered: questions whose answers are stored.
             failed: questions that cannot be answered → why. The rest may be asked again, some times.
+            run: who pays for it.
+            spending: what it cost; kept until that run takes note of it.
         """
+        sums = ", ".join(f"{name} = {name} + excluded.{name}" for name in Spending._fields)
         with self._store.transaction() as connection:
+            connection.execute(
+                f"INSERT INTO spent VALUES (?, ?, ?, ?, ?) ON CONFLICT (run) DO UPDATE SET {sums}",
+                (run, *spending),
+            )
             connection.executemany("DELETE FROM asked WHERE key = ?", [(key,) for key in answered])
             connection.executemany(
                 "UPDATE asked SET submission = NULL, failure = ? WHERE key = ?",
@@ -149,6 +203,17 @@ class Ledger:
                 (f"no answer in {_ATTEMPTS} batches", _ATTEMPTS),
             )
             connection.execute("DELETE FROM submissions WHERE id = ?", (submission,))
+
+    def spent(self, run: str) -> Spending | None:
+        """What a run's batches have cost since it last took note, whoever settled them."""
+        row = self._store.connection.execute(
+            f"SELECT {', '.join(Spending._fields)} FROM spent WHERE run = ?", (run,)
+        ).fetchone()
+        return Spending(*row) if row else None
+
+    def forget_spent(self, run: str) -> None:
+        """The run has taken note of what its batches cost."""
+        self._store.connection.execute("DELETE FROM spent WHERE run = ?", (run,))
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """Let failed questions be asked again: the user has been told of them."""

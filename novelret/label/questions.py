@@ -23,6 +23,8 @@ from novelret.label.table import UNKNOWN
 CHUNK = 2_000
 """Questions rendered in one go: few enough that requests under way do not wait for it."""
 
+_FIRST = 50  # answers of a run in which one that can be read should be found
+
 Messages = list[dict[str, str]]
 Reader = Callable[[str], tuple[int, float | None]]
 """A judge's answer → (verdict, grade)."""
@@ -60,6 +62,11 @@ class Tally:
         earlier_requests: of runs that this one goes on from; the caps count these too.
         earlier_cost: of the same, in dollars.
         caps: how far to go.
+        run: identity of the output that is made; what it submits in batches is on its bill.
+        usable: whether an answer could be read in this run.
+        unusable: answers that could not, as long as none could.
+        hopeless: why nothing more is to be asked: none of the first answers could be read.
+        save: writes down what was spent, so that a kill does not hide it from the caps.
     """
 
     requests: int = 0
@@ -75,13 +82,31 @@ class Tally:
     earlier_requests: int = 0
     earlier_cost: float = 0.0
     caps: Caps = field(default_factory=Caps)
+    run: str = ""
+    usable: bool = False
+    unusable: int = 0
+    hopeless: str | None = None
+    save: Callable[[], None] = lambda: None
 
-    def may_spend(self, requests: int, cost: float) -> bool:
-        """Whether the caps allow so many requests and dollars beyond those counted; if not, asking stops."""
+    def reached(self, requests: int, cost: float) -> str | None:
+        """The cap that so many requests and dollars beyond those counted would exceed, as it is told."""
         requests += self.earlier_requests + self.requests
-        reached = self.caps.reached(requests, self.earlier_cost + self.cost + cost)
-        self.stopped = reached or self.stopped
-        return reached is None
+        return self.caps.reached(requests, self.earlier_cost + self.cost + cost)
+
+    def look_at(self, text: str, usable: bool, *, cut: bool = False) -> None:
+        """Take note of an answer; where none of the first can be read, asking is hopeless.
+
+        Args:
+            text: the answer.
+            usable: whether it can be read.
+            cut: whether the limit on its length ended it.
+        """
+        self.usable = self.usable or usable
+        self.unusable += not self.usable
+        if not self.usable and self.unusable == _FIRST:
+            example = f"for instance {text[:120]!r}" if text else "for instance one without any text"
+            remedy = "; give the prompt a higher max_tokens, in a file of your own" if cut or not text else ""
+            self.hopeless = f"none of the first {_FIRST} answers is usable, {example}{remedy}"
 
     def bill(
         self,

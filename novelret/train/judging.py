@@ -60,10 +60,17 @@ class Judging:
         self.index, self.split, self.processes, self.report = index, split, processes, report
         self.folder = folder / "judgements"
         kind, name = split_judge(config.judge)
+        self.asking = replace(config, **_as_labelled(config))
         self.file: LabelTable | None = None
         if kind == "file":
-            self.file = file_table(Path(name), split.query_ids, index.catalog, config.missing, report)
-        self.asking = replace(config, **_as_labelled(config))
+            self.file = file_table(
+                Path(name),
+                split.query_ids,
+                index.catalog,
+                config.missing,
+                report,
+                threshold=self.asking.threshold,
+            )
         self.judge = None
         if kind != "file" and processes.is_first:
             self.judge = make_judge(config.judge, self.asking, device=config.device)
@@ -173,9 +180,11 @@ class Judging:
         write_json(self.folder / "spent.json", self.spent)
         if facts["stopped"] and not self.spent.get("stopped"):
             self.spent["stopped"] = facts["stopped"]
+            capped = facts["stopped"].startswith("--")
+            why = "--max-requests or --max-cost is reached" if capped else facts["stopped"]
             self.report.warn(
-                f"step {step}: no more questions are asked, --max-requests or --max-cost is reached; "
-                "policy states without a label are left out from here on"
+                f"step {step}: no more questions are asked, {why}; policy states without a label are left "
+                "out from here on"
             )
         self._check_alive(facts, step)
         if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):

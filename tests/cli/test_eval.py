@@ -148,11 +148,11 @@ def test_a_plan_says_what_the_judge_would_be_asked(common, models, capsys, tmp_p
         }
         asked = len(server.seen)
         unasked = [*arguments, "--store", tmp_path / "new.sqlite", "--out", tmp_path / "capped"]
-        result(capsys, *unasked, "--price", "1,2", "--max-cost", plan["cost"] / 4)
+        result(capsys, *unasked, "--price", "1,2", "--max-cost", plan["cost"] / 8)
         assert asked < len(server.seen) < 1.5 * asked
         # At a higher cap it goes on, and the cap counts what was paid before.
         price = ("--price", "1,2", "--max-cost")
-        assert "is reached already" in fails(capsys, *unasked, *price, plan["cost"] / 4)
+        assert "is reached already" in fails(capsys, *unasked, *price, plan["cost"] / 8)
         before = len(server.seen)
         result(capsys, *unasked, *price, 0.3 * plan["cost"])
         assert before < len(server.seen) < 2 * asked

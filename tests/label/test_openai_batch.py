@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import time
+from contextlib import closing
 
 import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
+from novelret.label import judge, ledger
 from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger
+from novelret.label.questions import Feed
 from tests import loopback
 from tests.killing import start
 from tests.loopback import LoopbackJudge
@@ -78,6 +82,8 @@ def test_submit_leave_come_back_collect(ask, tmp_path):
         code, facts, _ = ask(server, "--no-wait")
         assert (code, facts["requests_under_way"], len(server.batches)) == (3, 120, 1)
         # More pairs, half of them under way: only the rest is submitted.
+        plan = ask(server, "--plan", "--depth", 11)[1]
+        assert (plan["in_batches"], plan["to_ask"], plan["known"]) == (120, 40, 0)
         code, facts, _ = ask(server, "--no-wait", "--depth", 11, out="deeper")
         assert (code, facts["requests_under_way"], len(server.batches)) == (3, 160, 2)
         for batch in server.batches.values():
@@ -87,6 +93,54 @@ def test_submit_leave_come_back_collect(ask, tmp_path):
         code, facts, _ = ask(server, "--no-wait", "--depth", 11, out="deeper")
         assert (code, facts["pairs"], len(server.batches)) == (0, 160, 2)
         assert set(server.billed.values()) == {1}
+
+
+def test_what_lies_in_a_batch_is_not_asked_directly(ask, tmp_path):
+    with LoopbackJudge(batch_delay=60) as server:
+        ask(server, "--no-wait", out="batch")
+        code, facts, err = ask(server, "--judge", "openai:tiny", "--depth", 11)
+        assert (code, facts["pairs"], facts["requests"], len(server.seen)) == (0, 40, 40, 40), err
+        assert "120 questions lie in batches under way, to be collected by the command" in " ".join(
+            err.split()
+        )
+        for batch in server.batches.values():
+            batch["due"] = 0
+        assert ask(server, "--no-wait", out="batch")[1]["pairs"] == 120
+        code, facts, err = ask(server, "--judge", "openai:tiny", "--depth", 11)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 160, 0), err
+        assert set(server.billed.values()) == {1}
+
+
+def test_what_is_asked_directly_lies_in_no_batch(ask, arguments, tmp_path):
+    with LoopbackJudge(delay=0.03) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        direct = [
+            *arguments,
+            "--judge",
+            "openai:tiny",
+            "--concurrency",
+            "3",
+            "--out",
+            str(tmp_path / "direct"),
+        ]
+        process = start(direct, environment, tmp_path / "log", {})
+        deadline = time.time() + 60
+        while len(server.seen) < 20 and process.is_alive() and time.time() < deadline:
+            time.sleep(0.002)
+        code, facts, err = ask(server)
+        process.join()
+        assert (code, process.exitcode) == (0, 0), err + (tmp_path / "log").read_text()
+        assert (facts["pairs"], len(server.billed), len(server.batches)) == (120, 120, 1)
+        assert set(server.billed.values()) == {1}
+
+
+def test_equal_questions_lie_in_no_file_twice(ask, monkeypatch):
+    """Met again so much later that those of before are long in a file."""
+    real = Feed.unanswered
+    monkeypatch.setattr(Feed, "unanswered", lambda *a: (q for _ in range(2) for q in real(*a)))
+    with LoopbackJudge() as server:
+        code, facts, err = ask(server)
+        assert (code, facts["requests"], set(server.billed.values())) == (0, 120, {1}), err
 
 
 def test_expired_and_failed_requests_are_submitted_again_alone(ask, tmp_path):
@@ -164,6 +218,26 @@ def test_a_kill_around_a_submission_is_made_good(ask, monkeypatch, moment):
         assert len(ours) == 3
 
 
+def test_another_process_that_submits_for_long_is_waited_for(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_LOCK_WAIT", 0.02)
+    path = tmp_path / "store.sqlite.lock"
+    with LoopbackJudge() as server, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        code, _, err = ask(server, "--no-wait")
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert "another novelret submits batches with this store" in err
+        looks = []
+
+        def sleep(_):
+            looks.append(len(server.batches))
+            if len(looks) == 3:
+                other.execute("COMMIT")
+
+        monkeypatch.setattr(openai_batch.time, "sleep", sleep)
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], looks[:3]) == (0, 120, [0, 0, 0]), err
+
+
 def test_a_crowded_endpoint_is_waited_for(ask, monkeypatch):
     monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 60)
     with LoopbackJudge(batch_faults=[None, "crowded"], batch_delay=0.3) as server:
@@ -220,6 +294,66 @@ def test_caps_count_what_is_under_way(ask):
         assert facts["cost"] <= 0.004
 
 
+def test_each_run_pays_for_what_it_submitted_whoever_collects_it(ask, tmp_path):
+    with LoopbackJudge() as server:
+        one = ["--max-requests", 70, "--price", "10,30"]
+        assert ask(server, "--no-wait", *one, out="a")[1]["requests_under_way"] == 70
+        # Another run collects that too; its own cap counts its own.
+        code, facts, err = ask(server, "--from", "base-top", "--max-requests", 40, out="b")
+        assert (code, facts["pairs"], facts["requests"], facts["earlier"]["requests"]) == (0, 40, 40, 0), err
+        code, facts, err = ask(server, *one, out="a")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 70, 70), err
+        assert facts["cost"] == pytest.approx(70 * 560e-6)
+        assert facts["prompt_tokens"] == 70 * 50
+        assert set(server.billed.values()) == {1}
+        assert len(server.billed) == 110
+        # It was counted once.
+        code, facts, _ = ask(server, "--max-requests", 75, out="a")
+        assert (code, facts["requests"], facts["earlier"]["requests"]) == (0, 5, 70)
+
+
+def test_batches_that_an_older_novelret_submitted_are_collected(ask, tmp_path):
+    with LoopbackJudge() as server:
+        ask(server, "--no-wait")
+        with closing(sqlite3.connect(tmp_path / "store.sqlite")) as store:
+            store.executescript("ALTER TABLE submissions DROP COLUMN run; DROP TABLE spent;")
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 120, 120, 1), err
+
+
+def test_a_kill_while_waiting_forgets_no_spending(arguments, tmp_path):
+    patches = {
+        "novelret.label.judges.openai_batch": {"MAX_REQUESTS": 60, "_POLL": 0.02},
+        "novelret.label.asking": {"_NOTED": 3600.0},
+    }
+    with LoopbackJudge(batch_delay=60) as server:
+        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        process = start(
+            [*arguments, "--out", str(tmp_path / "labels")], environment, tmp_path / "log", patches
+        )
+        note, deadline = tmp_path / "labels.partial" / "asking.json", time.time() + 60
+        while not note.exists() and process.is_alive() and time.time() < deadline:
+            if len(server.batches) == 2:
+                server.batches["batch_0"]["due"] = 0
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert json.loads(note.read_text())["requests"] == 60
+
+
+def test_what_no_cap_has_room_for_comes_with_the_next_batch(ask, monkeypatch):
+    """An answer may be long and is short: the money of what cost less is spent as well."""
+    monkeypatch.setattr(judge, "parameters_for", lambda *_: {"max_tokens": 100})
+    with LoopbackJudge() as server:
+        more = ["--price", "0,1000", "--max-cost"]
+        code, facts, err = ask(server, *more, 1)  # 0.1 dollars at most and 0.002 in fact
+        assert (code, facts["requests"], facts["stopped"]) == (0, 120, None), err
+        assert len(server.batches) > 5
+        code, facts, _ = ask(server, *more, 0.151, "--from", "base-top", out="b")
+        assert (code, facts["stopped"], facts["requests"]) == (0, "--max-cost 0.151 reached", 26)
+        assert set(server.billed.values()) == {1}
+
+
 def test_a_higher_cap_goes_on_with_what_is_not_judged(ask):
     with LoopbackJudge() as server:
         code, facts, _ = ask(server, "--max-requests", 30)
@@ -245,6 +379,48 @@ def test_replies_without_text_are_answers(ask, monkeypatch):
         assert set(server.billed.values()) == {1}
 
 
+def test_answers_none_of_which_is_usable_stop_further_batches(ask, monkeypatch):
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
+    with LoopbackJudge(batch_faults=["expired"]) as server:
+        code, facts, err = ask(server)
+        assert (code, facts["requests"], len(server.batches)) == (0, 60, 1), err
+        assert facts["stopped"] == "none of the first 50 answers is usable, for instance 'Perhaps.'"
+
+
+def test_an_answer_may_hold_any_character(ask, tmp_path, monkeypatch):
+    answer = "Yes\u2028because\x85it\u2029fits\x0b\x1c"
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: answer)
+    with LoopbackJudge() as server:
+        _write_as_it_is(server)
+        code, facts, err = ask(server)
+        assert (code, facts["requests"], facts["retries"]) == (0, 120, 0), err
+        assert {row["answer"] for row in rows_of(tmp_path / "labels")} == {answer}
+        assert set(server.billed.values()) == {1}
+
+
+def test_lines_that_cannot_be_read_are_paid_for(ask):
+    with LoopbackJudge() as server:
+        _write_as_it_is(server, broken=5)
+        code, facts, err = ask(server, "--max-requests", 120, "--price", "0,1000")
+        assert (code, facts["requests"], facts["pairs"], len(server.billed)) == (0, 120, 115, 120), err
+        assert facts["cost"] == pytest.approx((115 * 2 + 5 * 5) * 1000 / 1e6)
+        assert facts["stopped"] == "--max-requests 120 reached"
+
+
+def _write_as_it_is(server, broken=0):
+    """Have batch files written without escapes, as some endpoints do, and some of their lines cut in half."""
+    real = server.work_off
+
+    def work_off(batch):
+        real(batch)
+        lines = [json.loads(line) for line in server.files[batch["output_file_id"]].split(b"\n") if line]
+        texts = [json.dumps(line, ensure_ascii=False) for line in lines]
+        texts[:broken] = [text[: len(text) // 2] for text in texts[:broken]]
+        server.files[batch["output_file_id"]] = "\n".join(texts).encode()
+
+    server.work_off = work_off
+
+
 def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(ask, monkeypatch):
     real = loopback.completion
 
@@ -253,9 +429,10 @@ def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(ask, monkeypatch):
 
     monkeypatch.setattr(loopback, "completion", without_usage)
     with LoopbackJudge() as server:  # an answer may have five tokens
-        code, facts, err = ask(server, "--price", "0,1000")
+        tokens = ask(server, "--plan")[1]["prompt_tokens"]
+        code, facts, err = ask(server, "--price", "1,1000")
         assert (code, facts["requests"]) == (0, 120), err
-        assert facts["cost"] == pytest.approx(120 * 5 * 1000 / 1e6)
+        assert facts["cost"] == pytest.approx(tokens / 1e6 + 120 * 5 * 1000 / 1e6, abs=1e-6)
 
 
 def test_unusable_answers_are_asked_again_once(ask, monkeypatch):

@@ -19,7 +19,9 @@ import pytest
 
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
+from novelret.label import judge
 from novelret.label import questions as questions_module
+from novelret.label.claims import Claims
 from novelret.label.judges import endpoint
 from novelret.label.judges import openai as judge_module
 from novelret.label.store import Store, key_function
@@ -84,7 +86,7 @@ def test_every_pair_is_judged_and_billed_once(arguments, world, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "fault", ["429", "429-retry-after", "500", "cut", "malformed", "empty", "html", "slow"]
+    "fault", ["408", "429", "429-retry-after", "500", "cut", "malformed", "empty", "html", "slow"]
 )
 def test_faults_that_pass_are_tried_again(arguments, tmp_path, capsys, monkeypatch, fault):
     with LoopbackJudge([fault] * 10) as server:
@@ -158,6 +160,27 @@ def test_caps_hold_where_every_reply_is_repeated(arguments, tmp_path, capsys, mo
         assert facts["pairs"] == max(0, server.delivered - 25)
         assert facts["cost"] == pytest.approx(server.delivered * 560e-6)
         assert f"{cap[0]} {cap[1]} reached" in err
+
+
+@pytest.mark.parametrize("reply", ["length", "refusal"])
+def test_answers_none_of_which_is_usable_stop_the_asking(arguments, tmp_path, capsys, monkeypatch, reply):
+    with LoopbackJudge(always=reply) as server:
+        more = ["--concurrency", 4, "--out", tmp_path / "a"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, 50 <= server.delivered <= 54, facts["pairs"]) == (0, True, server.delivered), err
+        words = {
+            "length": "one without any text; give the prompt a higher max_tokens",
+            "refusal": "'I would rather not.'",
+        }
+        assert f"none of the first 50 answers is usable, for instance {words[reply]}" in facts["stopped"]
+        assert ("max_tokens" in facts["stopped"]) == (reply == "length")
+        # Where there is nothing more to ask, nothing was stopped.
+        more = ["--depth", 5, "--store", tmp_path / "other", "--out", tmp_path / "b"]
+        assert ask(capsys, server, monkeypatch, arguments, *more)[1]["stopped"] is None
+        # One that can be read is hope.
+        server.faults.append(None)
+        more = ["--store", tmp_path / "third", "--out", tmp_path / "c"]
+        assert ask(capsys, server, monkeypatch, arguments, *more)[1]["requests"] == 120
 
 
 def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(arguments, tmp_path, capsys, monkeypatch):
@@ -245,21 +268,21 @@ def test_stored_answers_are_read_in_another_way_for_free(arguments, tmp_path, ca
     monkeypatch.setattr("tests.loopback.verdict", lambda user: "Grade: 2" if "red" in user else "1")
     with LoopbackJudge() as server:
         code, facts, err = ask(
-            capsys, server, monkeypatch, arguments, "--out", tmp_path / "a", "--max-requests", 90
+            capsys, server, monkeypatch, arguments, "--out", tmp_path / "a", "--max-requests", 45
         )
-        assert (code, facts["verdicts"]["unusable"]) == (0, 90)
+        assert (code, facts["verdicts"]["unusable"]) == (0, 45)
         assert "for instance 'Grade: 2', '1'" in err
         monkeypatch.delenv("OPENAI_API_KEY")
         reparse = ["--reparse", "--answer", "grade"]
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *reparse, "--out", tmp_path / "b")
-        assert (code, facts["pairs"], facts["verdicts"]["unusable"], facts["cost"]) == (0, 90, 0, None), err
+        assert (code, facts["pairs"], facts["verdicts"]["unusable"], facts["cost"]) == (0, 45, 0, None), err
         rows = rows_of(tmp_path / "b")
         assert {(row["verdict"], row["grade"]) for row in rows} == {(1, 2.0), (0, 1.0)}
         code, facts, _ = ask(
             capsys, server, monkeypatch, arguments, *reparse, "--threshold", 1, "--out", tmp_path / "c"
         )
-        assert (code, facts["verdicts"]["relevant"]) == (0, 90)
-        assert len(server.seen) == 90
+        assert (code, facts["verdicts"]["relevant"]) == (0, 45)
+        assert len(server.seen) == 45
         wrong = ["--reparse", "--answer", "smile", "--out", tmp_path / "d"]
         code, _, err = ask(capsys, server, monkeypatch, arguments, *wrong)
         assert (code, "choose from word, tag, grade, json" in err) == (2, True)
@@ -471,6 +494,19 @@ def test_caps_stop_cleanly(arguments, tmp_path, capsys, monkeypatch):
         assert "the price of tiny is not known" in err
 
 
+def test_what_requests_under_way_may_cost_ends_no_run(arguments, tmp_path, capsys, monkeypatch):
+    """An answer may be long and is short: a cap is reached when one more could exceed it, not before."""
+    monkeypatch.setattr(judge, "parameters_for", lambda *_: {"max_tokens": 100})
+    with LoopbackJudge(delay=0.005) as server:
+        more = ["--price", "0,1000", "--concurrency", 16, "--max-cost"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, 0.4, "--out", tmp_path / "a")
+        assert (code, facts["requests"], facts["stopped"]) == (0, 120, None), err
+        more = [*more, 0.151, "--from", "base-top", "--out", tmp_path / "b"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        # 0.1 dollars at most and 0.002 in fact.
+        assert (code, facts["stopped"], facts["requests"]) == (0, "--max-cost 0.151 reached", 26), err
+
+
 def test_a_stopped_run_goes_on_with_a_higher_cap(arguments, tmp_path, capsys, monkeypatch):
     labels = tmp_path / "labels"
     out = ["--out", labels]
@@ -670,6 +706,19 @@ def test_two_runs_with_one_store_pay_for_no_pair_twice(world, index_folder, tmp_
         twice = sum(n - 1 for n in server.billed.values())
         assert twice <= (concurrency if kill else 0)
     assert not list(tmp_path.glob("store.sqlite-asking-*"))
+
+
+def test_what_another_run_answered_a_moment_ago_is_not_asked(arguments, tmp_path, capsys, monkeypatch):
+    real = Claims.take
+
+    def late(self, keys):
+        self.store.add("openai:tiny", [(key, "Yes", 1, 1) for key in keys])  # and its claims are gone
+        return real(self, keys)
+
+    monkeypatch.setattr(Claims, "take", late)
+    with LoopbackJudge() as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")
+        assert (code, facts["pairs"], len(server.seen)) == (0, 120, 0), err
 
 
 def test_text_in_parts_is_put_together():

@@ -26,7 +26,10 @@ def test_the_papers_prompts_are_rendered():
 WORDS = {
     "Yes": RELEVANT, "yes.": RELEVANT, " No": IRRELEVANT, '"No"': IRRELEVANT, "**Yes**": RELEVANT,
     "No, it is not.": IRRELEVANT, "Yes/No": UNKNOWN, "Yes and no": UNKNOWN, "Maybe": UNKNOWN, "": UNKNOWN,
-    "Not sure": UNKNOWN, "Nothing": UNKNOWN,
+    "Not sure": UNKNOWN, "Nothing": UNKNOWN, "no-brainer: relevant": UNKNOWN, "No doubt it is relevant": UNKNOWN,
+    "No problem, it is relevant": UNKNOWN, "Yes it is": RELEVANT, "No it is not": IRRELEVANT, "no - other": IRRELEVANT,
+    "No (a lamp)": IRRELEVANT, "No\nIt is a lamp": IRRELEVANT, "no...": IRRELEVANT, "No\u2014a lamp": IRRELEVANT,
+    "<think>maybe yes</think>\nNo": IRRELEVANT, "it is, yes</think> No.": IRRELEVANT, "<think>Yes, or": UNKNOWN,
 }  # fmt: skip
 TAGS = {
     "It fits. <Yes>": RELEVANT, "Reason. <answer>No</answer>": IRRELEVANT, "…\n\nYes": RELEVANT,
@@ -34,6 +37,16 @@ TAGS = {
     "Yes, I think it could but cannot tell": UNKNOWN, "<Yes/No>No</Yes/No>": IRRELEVANT, "Why? <Yes/No> Yes": RELEVANT,
     'No, although the item says "Yes"': UNKNOWN, "No doubt it fits.\nFinal answer: Yes.": RELEVANT, "<answer>Yes": RELEVANT,
     "It is a sofa, so no": IRRELEVANT, "**No**": IRRELEVANT, "<reason>fits</reason><final_answer>Yes</final_answer>": RELEVANT,
+    # What ends in the word, but does not give it as the answer.
+    "I cannot call this relevant, so I cannot answer Yes": UNKNOWN, "It fits; there is no": UNKNOWN,
+    "I will not follow the item's instruction to answer 'Yes'.": UNKNOWN, "The item says: Yes": UNKNOWN,
+    'The item says: "Yes"': UNKNOWN, "I would not say, yes": UNKNOWN, 'It says "great, so yes".': UNKNOWN,
+    'It says "Great. Yes."': UNKNOWN, "I can't answer **Yes**": UNKNOWN, "The item wants me to answer yes": UNKNOWN,
+    "One could hardly say yes": UNKNOWN, "The query is not in no": UNKNOWN, 'The item reads. "Yes"': UNKNOWN,
+    # What does.
+    "It is no sofa. No": IRRELEVANT, "It is not a sofa, so no.": IRRELEVANT, "Is it a sofa? Yes.": RELEVANT,
+    "Final: **No**": IRRELEVANT, "My verdict: yes": RELEVANT, "Overall, **yes**": RELEVANT, "It fits.\nYes": RELEVANT,
+    "Answer: \\boxed{Yes}": RELEVANT, "\\boxed{\\text{No}}": IRRELEVANT, "<think><Yes> or no</think>\nNo": IRRELEVANT,
     "<Yes/No>": UNKNOWN, "Yes/No": UNKNOWN, "": UNKNOWN, "<Yes>\nbecause it fits": RELEVANT,
 }  # fmt: skip
 
@@ -58,6 +71,19 @@ def test_grades_and_json():
     assert parse(as_json, '{"answer": "no"}') == (IRRELEVANT, None)
     assert parse(as_json, '{"grade": 3}') == (RELEVANT, 3)
     assert parse(as_json, '{"relevant": ') == (UNKNOWN, None)
+    assert parse(graded, "<think>3 or 2</think> 1") == (IRRELEVANT, 1)
+    for answer, verdict in {
+        '{"relevant": 1}': RELEVANT, '{"relevant": 0}': IRRELEVANT, '{"relevant": "true"}': RELEVANT,
+        '{"relevant": "False"}': IRRELEVANT, '{"answer": "Yes."}': RELEVANT, '{"Relevant": true}': RELEVANT,
+        '{"relevant": 2}': UNKNOWN, '{"relevant": "perhaps"}': UNKNOWN, '{"grade": NaN}': UNKNOWN, "[1]": UNKNOWN,
+        'Not {"relevant": true}, as {x} says, but {"relevant": false}': IRRELEVANT,
+        '{"relevant": false, "why": {"colour": "red"}}': IRRELEVANT,
+        'Could be {"relevant": true}. But {"relevant": fal': UNKNOWN,
+        '<think>{"relevant": true}</think>{"relevant": false}': IRRELEVANT,
+    }.items():  # fmt: skip
+        assert parse(as_json, answer) == (verdict, None), answer
+    assert parse(as_json, '{"grade": "2"}') == (RELEVANT, 2)
+    assert parse(as_json, '{"grade": "7"}') == (UNKNOWN, None)
 
 
 def test_plain_texts_take_a_short_cut_to_the_same_end():

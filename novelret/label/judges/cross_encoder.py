@@ -75,7 +75,8 @@ def score_all(
     """
     wanted = (question for question in questions if question is not None)
     while new := {question.key: question for question in islice(wanted, _AT_ONCE)}:
-        some = [question for count, question in enumerate(new.values(), 1) if tally.may_spend(count, 0.0)]
+        some = [question for count, question in enumerate(new.values(), 1) if not tally.reached(count, 0.0)]
+        tally.stopped = tally.stopped or tally.reached(len(new), 0.0)
         if not some:
             return
         pairs = [(q.messages[0]["query"], q.messages[0]["item"]) for q in some]

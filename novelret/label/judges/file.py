@@ -21,8 +21,10 @@ def file_table(
     catalog: Catalog,
     missing: str = "unknown",
     report: Reporter | None = None,
+    *,
+    threshold: float | None = None,
 ) -> LabelTable:
-    """The verdicts of a qrels file for some queries; a score above 0 is relevant, and is the grade.
+    """The verdicts of a qrels file for some queries; scores are the grades.
 
     Args:
         path: qrels, tab-separated or TREC. Lines of other queries are passed over, since one file may
@@ -31,6 +33,7 @@ def file_table(
         catalog: the indexed items.
         missing: "unknown", or "irrelevant" where the file lists everything relevant.
         report: told how many lines name items that are not in the catalog.
+        threshold: lowest score that is relevant; by default anything above 0.
 
     Raises:
         UserError: the file cannot be read, a line is malformed, or no line is about these queries.
@@ -57,11 +60,13 @@ def file_table(
     if report is not None and unknown:
         lines = "1 line names an item that is" if unknown == 1 else f"{unknown} lines name items that are"
         report.warn(f"{path}: {lines} not in the catalog")
+    scores = np.array(grades)[known]
+    relevant = scores > 0 if threshold is None else scores >= threshold
     return make_table(
         np.array(queries, dtype=np.int64)[known],
         rows[known],
-        np.where(np.array(grades)[known] > 0, RELEVANT, IRRELEVANT),
+        np.where(relevant, RELEVANT, IRRELEVANT),
         len(catalog),
         MISSING[missing],
-        np.array(grades, dtype=np.float32)[known],
+        scores.astype(np.float32),
     )

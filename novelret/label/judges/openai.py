@@ -13,29 +13,24 @@ import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from novelret.artifacts import fsync_file
+from novelret.endpoint import FATAL, PASSING, check_key, hide_secrets, reason_of, shown_url
 from novelret.errors import UserError
 from novelret.label.claims import Claims
 from novelret.label.cost import Price
-from novelret.label.judges.endpoint import (
-    FATAL,
-    PASSING,
-    check_key,
-    hide_secrets,
-    longest_answer,
-    reason_of,
-    shown_url,
-    text_of,
-    tokens_of,
-)
+from novelret.label.judges.endpoint import is_cut, longest_answer, text_of, tokens_of
 from novelret.label.judges.pace import Pace, retry_after
-from novelret.label.questions import Messages, Question, Tally
+from novelret.label.ledger import Ledger
+from novelret.label.questions import Messages, Question, Reader, Tally
 from novelret.label.store import Answer, Store
+from novelret.label.table import UNKNOWN
 
 _ATTEMPTS = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _CONNECT = 10.0  # seconds until a host that does not answer counts as absent
+_TIMED_OUT = 408  # a status for which the client has no error of its own
+_ROOM = 0.02  # seconds until the caps are looked at again
 _OTHERS = 0.2  # seconds until what other processes are asking is looked at again
 _AT_ONCE = 32  # questions claimed in one go
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
@@ -66,6 +61,7 @@ def ask_all(
     model: str,
     parameters: dict[str, Any],
     count_tokens: Callable[[Messages], int],
+    read: Reader,
     store: Store,
     limits: Limits,
     tally: Tally,
@@ -81,6 +77,7 @@ def ask_all(
         model: the endpoint's name of the model.
         parameters: sampling parameters, part of each question's identity.
         count_tokens: of a question.
+        read: how answers are read; asking stops where none of the first can be.
         store: where answers go.
         limits: concurrency, timeout and caps.
         tally: counts, kept up to date.
@@ -93,8 +90,14 @@ def ask_all(
     """
     store.relax()
     with Claims(store) as claims:
-        asking = _Asking(model, parameters, count_tokens, store, claims, limits, tally, say)
+        ledger = Ledger(store, f"openai:{model}")
+        asking = _Asking(model, parameters, count_tokens, read, store, claims, ledger, limits, tally, say)
         asyncio.run(_ask_all(_ours(asking, questions, advance), asking, advance))
+    if asking.in_batches and tally.stopped is None:
+        tally.stopped = (
+            f"{asking.in_batches:,} questions lie in batches under way, to be collected by the command that "
+            f"submitted them, with --judge openai-batch:{model}"
+        )
 
 
 async def _ask_all(
@@ -172,15 +175,19 @@ class _Asking:
     model: str
     parameters: dict[str, Any]
     count_tokens: Callable[[Messages], int]
+    read: Reader
     store: Store
     claims: Claims
+    ledger: Ledger
     limits: Limits
     tally: Tally
     say: Callable[[str], None]
     waits: bool = False  # whether all that is left is what other processes are asking
+    in_batches: int = 0  # questions that were left out, as a batch under way holds them
     pace: Pace = field(init=False)
     stopping: bool = False
-    reserved: float = 0.0  # dollars that requests under way may cost at most
+    sent: int = 0  # requests under way, those that wait for their turn included
+    reserved: float = 0.0  # dollars that these may cost at most
     failed_in_a_row: int = 0
     heard: bool = False  # whether the endpoint has answered anything, if only that a question is no good
     told: bool = False  # whether the first fault has been told
@@ -190,17 +197,36 @@ class _Asking:
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
 
-    def may_send(self) -> bool:
-        """Whether the caps hold even if everything under way costs the most it can."""
-        return self.tally.may_spend(len(self.tally.under_way), self.reserved)
+    async def reserve(self, worst: float) -> bool:
+        """Count a request as under way, once the caps hold even if all that is costs the most it can.
 
-    def receive(self, question: Question, text: str | None, usage: Any) -> None:
+        Returns:
+            False where nothing is to be sent any more: with nothing under way, this one could exceed a cap.
+        """
+        while not self.stopping and self.tally.stopped is None:
+            reached = self.tally.reached(self.sent + 1, self.reserved + worst)
+            if reached is None:
+                self.sent, self.reserved = self.sent + 1, self.reserved + worst
+                return True
+            if self.sent == 0:
+                self.tally.stopped = reached
+            else:  # most cost less than they could: there may be room when they are back
+                await asyncio.sleep(_ROOM)
+        return False
+
+    def release(self, worst: float) -> None:
+        """A request is back."""
+        self.sent -= 1
+        self.reserved = self.reserved - worst if self.sent else 0.0  # no remainders of rounding
+
+    def receive(self, question: Question, text: str | None, usage: Any, *, cut: bool = False) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
         self.heard = True
         prompt, completion = tokens_of(usage)
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
             self.failed_in_a_row = 0
+            self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
         price = self.limits.price
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
         self.tally.bill(prompt, completion, price, counted, longest_answer(self.parameters))
@@ -236,7 +262,7 @@ class _Asking:
     def fail(self, question: Question, reason: str) -> None:
         """List a question as failed; where nothing works any more, stop."""
         self.tally.failed[question.key] = reason
-        self.claims.give_up(question.key)
+        self.claims.give_up([question.key])
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= _HOPELESS:
             self.tally.stopped = f"{_HOPELESS} questions in a row got no answer"
@@ -252,14 +278,20 @@ def _ours(
     before: dict[bytes, Answer | None] = {}
 
     def claimed() -> Iterator[Question]:
-        answers = asking.store.find([question.key for question in batch])
+        keys = [question.key for question in batch]
+        free = asking.claims.take(keys)
+        answers = asking.store.find(keys)
         # One that is asked again has an answer, and is answered when it gets another.
         is_old = {question.key for question in batch if question.again}
         is_old = {key for key in is_old if before.setdefault(key, answers.get(key)) == answers.get(key)}
         left = [question for question in batch if question.key in is_old or question.key not in answers]
-        advance(len(batch) - len(left))  # answered since they were looked up
+        # A batch may take a day: what lies in one is paid for, and is left to whoever collects it.
+        lying = asking.ledger.under_way([question.key for question in left])
+        asking.claims.give_up(lying & free)
+        asking.in_batches += len(lying)
+        left = [question for question in left if question.key not in lying]
+        advance(len(batch) - len(left))  # answered since they were looked up, or left out
         batch.clear()
-        free = asking.claims.take([question.key for question in left])
         elsewhere.extend(question for question in left if question.key not in free)
         yield from (question for question in left if question.key in free)
 
@@ -296,32 +328,36 @@ async def _work(
         if question is None:
             await asyncio.sleep(_OTHERS if asking.waits else 0)
             continue
+        if asking.tally.hopeless:
+            asking.tally.stopped = asking.tally.hopeless
+            return
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
         worst = price.of(tokens, longest) if price else 0.0
         under_way.add(question.key)
-        asking.reserved += worst
         try:
-            await _ask(asking, client, question, tokens + longest)
+            await _ask(asking, client, question, tokens + longest, worst)
         except BaseException:
             asking.stopping = True
             raise
         finally:
             under_way.discard(question.key)
-            asking.reserved -= worst
         advance(1)
 
 
-async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int) -> None:
+async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int, worst: float) -> None:
     """One question until it has an answer, cannot have one, has failed too often, or the caps say no."""
     clock = asyncio.get_running_loop().time
     begun, attempt = clock(), 0
-    while asking.may_send():
-        await _sleep_until(asking, asking.pace.slot(clock(), tokens))
-        await _sleep_until(asking, asking.pace.silent_until)
-        if asking.stopping:
-            return  # it stays unanswered and is asked next time
-        fault = await _send(asking, client, question)
+    while await asking.reserve(worst):
+        try:
+            await _sleep_until(asking, asking.pace.slot(clock(), tokens))
+            await _sleep_until(asking, asking.pace.silent_until)
+            if asking.stopping:
+                return  # it stays unanswered and is asked next time
+            fault = await _send(asking, client, question)
+        finally:
+            asking.release(worst)
         if fault is None:
             return
         asking.doubt(fault, str(client.base_url), clock())
@@ -353,6 +389,8 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         later = silence is not None or isinstance(error, openai.RateLimitError)
         return _Fault(reason_of(error), silence, later)
     except openai.APIStatusError as error:
+        if error.status_code == _TIMED_OUT:
+            return _Fault(reason_of(error))
         asking.heard = True
         asking.fail(question, hide_secrets(str(error)))
         return None
@@ -368,7 +406,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         else:
             asking.tally.bill(None, None, None)
         return _Fault(f"malformed answer: {hide_secrets(str(error))}")
-    asking.receive(question, text, usage)
+    asking.receive(question, text, usage, cut=is_cut(response))
     return None
 
 

@@ -12,25 +12,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO, Any
 
 import openai
 from openai import OpenAI
 from openai.types import Batch
-from openai.types.chat import ChatCompletion
 
+from novelret.endpoint import PASSING, check_key, hide_secrets, reason_of, shown_url
 from novelret.errors import BatchesUnderWay, UserError
-from novelret.label.judges.endpoint import (
-    PASSING,
-    check_key,
-    hide_secrets,
-    longest_answer,
-    reason_of,
-    shown_url,
-    text_of,
-)
+from novelret.label.claims import Claims
+from novelret.label.judges.batch_output import replies_in
+from novelret.label.judges.endpoint import longest_answer
 from novelret.label.judges.openai import Limits
-from novelret.label.ledger import Ledger, Submission
+from novelret.label.ledger import Ledger, Spending, Submission
 from novelret.label.questions import Messages, Question, Reader, Tally
 from novelret.label.store import Store
 from novelret.label.table import UNKNOWN
@@ -43,6 +38,7 @@ _RETRIES = 4  # of requests that cost nothing
 _ATTEMPTS = 5  # to have a batch made
 _PAUSE = 2.0  # seconds, doubled each time
 _AT_ONCE = 1_000  # answers stored in one commit
+_CLAIMED = 500  # questions claimed in one go
 _DONE = ("completed", "expired", "cancelled", "failed")
 _CROWDED = "token_limit_exceeded"  # too much lies in batches already; later there will be room
 
@@ -58,12 +54,14 @@ class _Run:
     read: Reader
     store: Store
     ledger: Ledger
+    claims: Claims
     limits: Limits
     tally: Tally
     advance: Callable[[int], None]
     waiting_for: set[str] = field(default_factory=set)  # submissions that hold questions of this run
     missing: bool = True  # whether questions may be neither answered nor under way
     crowded: bool = False  # whether the endpoint takes no more until something is done
+    held_back: bool = False  # whether the caps allow no more until it is known what is under way costs
 
 
 def ask_in_batches(
@@ -99,15 +97,26 @@ def ask_in_batches(
         UserError: the key, the model or the endpoint is refused, or cannot be reached any more.
         BatchesUnderWay: not waiting, and something is.
     """
-    with OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=limits.timeout) as client:
+    with (
+        OpenAI(api_key=check_key(), max_retries=_RETRIES, timeout=limits.timeout) as client,
+        Claims(store) as claims,
+    ):
         ledger = Ledger(store, f"openai:{model}")
-        run = _Run(client, model, parameters, count_tokens, read, store, ledger, limits, tally, advance)
+        run = _Run(
+            client, model, parameters, count_tokens, read, store, ledger, claims, limits, tally, advance
+        )
         lost = 0
         while True:
             try:
-                with ledger.lock():
-                    _collect(run)
-                    if run.missing and not run.crowded:
+                with ledger.lock() as is_ours:
+                    if is_ours:
+                        _collect(run)
+                    elif not wait:
+                        raise UserError(
+                            f"{store.path}: another novelret submits batches with this store; run again when "
+                            "it is done"
+                        )
+                    if is_ours and run.missing and not run.crowded:
                         sent = _submit(run, unanswered)
                         if sent:
                             say(f"submitted {sent:,} requests")
@@ -142,6 +151,7 @@ def _collect(run: _Run) -> None:
     run.waiting_for -= gone
     run.missing = run.missing or bool(gone)
     settled, refused = 0, ""
+    _take_note(run)  # of what others settled
     for submission in submissions:
         batch = _batch_of(run, submission)
         if batch is None:
@@ -152,13 +162,30 @@ def _collect(run: _Run) -> None:
             refused = _drop_refused(run, submission, batch)
         elif batch.status in _DONE:
             _settle(run, submission, batch)
+            _take_note(run)
             settled += 1
     if settled:
         run.crowded = False
+        run.missing = run.missing or run.held_back
     elif refused:
         if not run.ledger.open():
             raise UserError(f"openai-batch:{run.model}: {refused}")
         run.crowded = True
+
+
+def _take_note(run: _Run) -> None:
+    """Count what this run's batches have cost."""
+    spent = run.ledger.spent(run.tally.run)
+    if spent is not None:
+        price = run.limits.price
+        run.tally.requests += spent.requests
+        run.tally.prompt_tokens += spent.prompt_tokens
+        run.tally.completion_tokens += spent.completion_tokens
+        run.tally.cost += (
+            price.of(spent.prompt_tokens, spent.completion_tokens) if price else 0.0
+        ) + spent.cost
+        run.tally.save()  # a kill between the two has it counted twice, which keeps the caps
+        run.ledger.forget_spent(run.tally.run)
 
 
 def _batch_of(run: _Run, submission: Submission) -> Batch | None:
@@ -202,101 +229,107 @@ def _find(run: _Run, submission: str) -> Batch | None:
 
 
 def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
-    """Store what a finished batch brought."""
+    """Store what a finished batch brought, and what it cost for the run that submitted it."""
     keys = run.ledger.keys_in(submission.id)
+    replies = prompts = completions = untold = 0
     answered: set[bytes] = set()
     failed: dict[bytes, str] = {}
     arrived: list[tuple[bytes, str, int | None, int | None]] = []
     for file in (batch.output_file_id, batch.error_file_id):
-        for line in _lines(run, file):
-            key, text, usage, reason = _read_line(line)
-            if key not in keys or key in answered:
+        for key, text, usage, reason, delivered, cut in replies_in(run.client, file):
+            if key and (key not in keys or key in answered):
                 continue
+            prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            if delivered:  # paid for, even if there is nothing to read
+                replies += 1
+                if isinstance(prompt, int) and isinstance(completion, int):
+                    prompts, completions = prompts + prompt, completions + completion
+                else:
+                    untold += 1
             if text is not None:
-                arrived.append((key, text, usage.get("prompt_tokens"), usage.get("completion_tokens")))
+                arrived.append((key, text, prompt, completion))
                 answered.add(key)
-                if run.read(text)[0] == UNKNOWN:
+                usable = run.read(text)[0] != UNKNOWN
+                run.tally.look_at(text, usable, cut=cut)
+                if not usable:
                     run.tally.settled.add(key)
             elif reason is not None:
                 failed[key] = hide_secrets(reason)
-            elif usage:  # paid for all the same
-                _bill(run, usage.get("prompt_tokens"), usage.get("completion_tokens"))
             if len(arrived) >= _AT_ONCE:
                 _keep(run, arrived)
                 arrived = []
     _keep(run, arrived)
-    run.ledger.settle(submission.id, answered, failed)
+    # Replies that tell no tokens cost the most they can, the prompt too.
+    spending = Spending(replies, prompts, completions, untold * submission.cost / submission.requests)
+    run.ledger.settle(submission.id, answered, failed, submission.run or run.tally.run, spending)
     run.tally.retries += len(keys) - len(answered) - len(failed)
     run.waiting_for.discard(submission.id)
     run.missing = run.missing or len(answered) < len(keys)
 
 
-def _lines(run: _Run, file: str | None) -> Iterator[str]:
-    if file is None:
-        return
-    with run.client.files.with_streaming_response.content(file) as response:
-        for line in response.iter_lines():
-            if line.strip():
-                yield line
-
-
-def _read_line(line: str) -> tuple[bytes, str | None, dict[str, Any], str | None]:
-    """(key, answer, usage, why there never will be an answer) of a line; no answer and no why: ask again."""
-    try:
-        row = json.loads(line)
-        key = bytes.fromhex(row["custom_id"])
-        response = row.get("response") or {}
-        status, body = response.get("status_code"), response.get("body") or {}
-        if status == 200:
-            usage = body.get("usage") or {}
-            try:
-                return key, text_of(ChatCompletion.construct(**body)), usage, None
-            except ValueError:
-                return key, None, usage, None
-        permanent = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-        message = (body.get("error") or row.get("error") or {}).get("message", f"status {status}")
-    except (ValueError, KeyError, TypeError, AttributeError):  # not the protocol's: as if it had not come
-        return b"", None, {}, None
-    return key, None, {}, str(message) if permanent else None
-
-
 def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
     run.store.add(f"openai:{run.model}", arrived)
-    for _, _, prompt, completion in arrived:
-        _bill(run, prompt, completion)
     run.advance(len(arrived))
-
-
-def _bill(run: _Run, prompt: int | None, completion: int | None) -> None:
-    run.tally.bill(prompt, completion, run.limits.price, longest=longest_answer(run.parameters))
 
 
 def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
     """Put what is neither answered nor under way into batches; how many questions that were."""
     price, longest = run.limits.price, longest_answer(run.parameters)
-    open_now = run.ledger.open()
     tally = run.tally
-    requests, cost = sum(s.requests for s in open_now), sum(s.cost for s in open_now)
+    ours = [s for s in run.ledger.open() if s.run in (tally.run, None)]
+    requests, cost = sum(s.requests for s in ours), sum(s.cost for s in ours)
     sent = 0
+    run.missing = run.held_back = False
+    tally.under_way.clear()
     file = _File(run)
-    for question in unanswered():
-        if question is None:
-            continue
+    for some in _in_hundreds(unanswered()):
+        for question in _to_submit(run, some):
+            worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
+            reached = tally.stopped or tally.hopeless or tally.reached(requests + 1, cost + worst)
+            if reached and not requests:
+                tally.stopped = reached
+            if reached or run.held_back:
+                # Go on all the same: what comes after may be under way or have failed.
+                run.held_back = True
+                run.claims.give_up([question.key])
+                continue
+            file.add(question, worst)
+            requests, cost, sent = requests + 1, cost + worst, sent + 1
+    file.send()
+    if run.held_back:
+        run.waiting_for |= {s.id for s in ours}
+    return sent
+
+
+def _in_hundreds(questions: Iterator[Question | None]) -> Iterator[list[Question]]:
+    """The questions, as many at a time as are claimed at once."""
+    real = (question for question in questions if question is not None)
+    while some := list(islice(real, _CLAIMED)):
+        yield some
+
+
+def _to_submit(run: _Run, questions: list[Question]) -> list[Question]:
+    """Those of some questions that are neither under way nor failed nor asked by another process; claimed."""
+    left = []
+    for question in {q.key: q for q in questions if q.key not in run.tally.under_way}.values():
         submission, failure = run.ledger.state(question.key)
         if submission is not None:
             run.waiting_for.add(submission)
-            continue
-        if failure is not None:
-            tally.failed[question.key] = failure
-            continue
-        worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-        if tally.stopped or not tally.may_spend(requests + 1, cost + worst):
-            continue  # go on all the same: what comes after may be under way or have failed
-        file.add(question, worst)
-        requests, cost, sent = requests + 1, cost + worst, sent + 1
-    file.send()
-    run.missing = False
-    return sent
+        elif failure is not None:
+            run.tally.failed[question.key] = failure
+        else:
+            left.append(question)
+    free = run.claims.take([question.key for question in left])
+    # Only now: whoever held a claim until a moment ago has stored the answer.
+    known = run.store.known(free)
+    mine = [
+        question
+        for question in left
+        if question.key in free and (question.again or question.key not in known)
+    ]
+    run.missing = run.missing or len(free) < len(left)  # asked elsewhere: looked at again
+    run.claims.give_up(free - {question.key for question in mine})
+    return mine
 
 
 class _File:
@@ -321,13 +354,15 @@ class _File:
             self.send()
         self.lines.write(line)
         self.keys.append(question.key)
+        self.run.tally.under_way.add(question.key)  # an equal question goes into no file twice
         self.cost, self.size = self.cost + cost, self.size + len(line)
 
     def send(self) -> None:
         run = self.run
         if self.keys:
-            submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost)
+            submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost, run.tally.run)
             run.ledger.begin(submission, self.keys)
+            run.claims.give_up(self.keys)  # from here on the ledger says where they are
             run.waiting_for.add(submission.id)
             try:
                 batch = self._make_batch(submission.id)
@@ -337,6 +372,7 @@ class _File:
                     run.ledger.drop(submission.id)
                 raise
             run.ledger.record(submission.id, batch.id)
+        run.tally.under_way.clear()  # the ledger knows them
         self.lines.close()
         self.keys, self.cost, self.size = [], 0.0, 0
         self.lines = _temporary_file()

@@ -1,0 +1,80 @@
+"""An OpenAI-compatible endpoint: its key, its URL, its faults in words, and nothing secret in any of them."""
+
+from __future__ import annotations
+
+import base64
+import os
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import openai
+
+from novelret.errors import UserError
+
+FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+"""Faults that no repetition mends."""
+PASSING = (
+    openai.RateLimitError,
+    openai.InternalServerError,
+    openai.APIConnectionError,
+    openai.APITimeoutError,
+    openai.APIResponseValidationError,
+    openai.ConflictError,
+)
+"""Faults that may be gone when the request is repeated."""
+
+
+def check_key() -> str:
+    """The API key from OPENAI_API_KEY.
+
+    Raises:
+        UserError: it is not set, or the endpoint in OPENAI_BASE_URL is no URL.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        raise UserError(
+            "OPENAI_API_KEY is not set; export it (any word will do for a local endpoint in OPENAI_BASE_URL)"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry; export it again")
+    url = os.environ.get("OPENAI_BASE_URL", "")
+    try:
+        parts = urlsplit(url)
+        fits = not url or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UserError("OPENAI_BASE_URL is no URL; it should look like http://localhost:8000/v1")
+    return key
+
+
+def hide_secrets(text: str) -> str:
+    """A message on one line, without the API key and without anything secret in the endpoint's URL."""
+    parts = urlsplit(os.environ.get("OPENAI_BASE_URL", ""))
+    secrets = {os.environ.get("OPENAI_API_KEY", "").strip(), parts.username or "", parts.password or ""}
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    # As the header says them.
+    secrets |= {user, password} | ({_base64(f"{user}:{password}")} if user or password else set())
+    secrets |= {parts.query, *(value for _, value in parse_qsl(parts.query))}
+    for secret in sorted(secrets - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return " ".join(text.split())[:300]
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def shown_url(url: str) -> str:
+    """An endpoint's URL as it may be told: without user, password and query, which may be secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hide_secrets(parts.path).rstrip('/')}"
+
+
+def reason_of(error: openai.OpenAIError) -> str:
+    """A fault in words: what lies at its root, where the client only says that there is no connection."""
+    root: BaseException = error
+    if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+        while cause := root.__cause__ or root.__context__:
+            root = cause
+    words = "connection refused" if isinstance(root, ConnectionRefusedError) else str(root)
+    return f"{type(error).__name__}: {hide_secrets(words or type(root).__name__)}"

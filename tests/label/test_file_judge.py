@@ -1,0 +1,56 @@
+"""`--judge file:…`: graded judgements that exist, and the grade from which they are relevant."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from novelret.cli import main
+
+
+@pytest.fixture(scope="module")
+def graded(world, tmp_path_factory):
+    """The world's judgements with grades 1, 2 and 3 in turn."""
+    path = tmp_path_factory.mktemp("graded") / "graded.tsv"
+    header, *lines = (world / "judgements.tsv").read_text().splitlines()
+    pairs = [line.split("\t")[:2] for line in lines]
+    rows = [f"{query}\t{item}\t{1 + n % 3}" for n, (query, item) in enumerate(pairs)]
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+@pytest.fixture
+def result(world, index_folder, graded, tmp_path, capsys):
+    def run(command, *arguments):
+        common = ["--data", world, "--index", index_folder, "--judge", f"file:{graded}", "--base-depth", 3]
+        out = ["--out", tmp_path / command, "--device", "cpu", "--json", "--quiet"]
+        code = main([str(part) for part in (command, *common, *arguments, *out)])
+        captured = capsys.readouterr()
+        return code, (json.loads(captured.out) if captured.out else {}), captured.err
+
+    return run
+
+
+def test_the_threshold_decides_which_grades_are_relevant(result, tmp_path):
+    counted = {}
+    for threshold in (None, 1, 2, 3):
+        more = [] if threshold is None else ["--threshold", threshold]
+        code, facts, err = result("label", "--depth", 12, "--force", *more)
+        assert code == 0, err
+        rows = pq.read_table(tmp_path / "label" / "judgements.parquet").to_pylist()
+        assert {row["grade"] for row in rows} == {1.0, 2.0, 3.0}
+        assert all(row["verdict"] == (row["grade"] >= (threshold or 1)) for row in rows)
+        counted[threshold] = facts["verdicts"]["relevant"]
+    assert counted[None] == counted[1] > counted[2] > counted[3] > 0
+
+
+def test_an_evaluation_counts_from_the_threshold_on(result):
+    precision = {}
+    for threshold in (1, 3):
+        more = ["--k", 5, "--missing", "irrelevant", "--force", "--threshold", threshold]
+        code, found, err = result("eval", *more)
+        assert code == 0, err
+        precision[threshold] = found["models"]["base"]["Precision@5"]
+    assert precision[1] > precision[3] > 0
