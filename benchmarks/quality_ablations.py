@@ -28,6 +28,7 @@ from novelret.artifacts import write_json
 # Eq. 6 differs from Eq. 7 only where states are drawn that the judge calls irrelevant.
 EQ6 = {"reward": "eq6", "negative_share": 0.5, "trust": False}
 MEMORY = {"tune": "memory"}
+RANDOM = {"catalog_negatives": 4_096}
 # Ways to learn from a judge that errs: settings, and whether its yeses are asked about a second time.
 REMEDIES: list[tuple[str, dict[str, Any], bool]] = [
     ("Eq. 7, as judged", {"trust": False}, False),
@@ -52,7 +53,7 @@ PARTS: list[tuple[str, dict[str, Any]]] = [
     ("default", {}),
     ("one state a pass", {"draw": "states"}),
     ("no blends", {"blends": 1}),
-    ("in-batch negatives for feedback pairs", {"catalog_negatives": 0}),
+    ("random negatives for feedback pairs", RANDOM),
     ("loss temperature 0.05", {"temperature": 0.05}),
     ("the list's top 5 as negatives", {"loss": "aggressive"}),
     ("the top item alone, no margin", {"loss": "conservative"}),
@@ -169,8 +170,8 @@ def queries() -> Iterator[Variant]:
     for series, settings, rate in (
         ("supervised", METHODS["supervised"], 3e-3),
         ("supervised, random negatives", METHODS["supervised-catalog"], 3e-3),
-        (OURS, {}, None),
-        ("default, with a memory", MEMORY, None),
+        ("default, random negatives", RANDOM, None),
+        ("the same with a memory", RANDOM | MEMORY, None),
     ):
         for share in (0.4, 0.8):
             held_back = {"validation_fraction": round(1 - share, 1)}

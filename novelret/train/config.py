@@ -76,8 +76,8 @@ class TrainConfig(Asking):
         depth: deepest base rank that states are drawn from.
         negatives: M, the base model's top items that "aggressive" contrasts with.
         catalog_negatives: pairs are contrasted with so many items, drawn at random in each step, which stand
-            for the whole catalog (one of fewer items is taken whole). 0: with the other items of the batch,
-            as published.
+            for the whole catalog (one of fewer items is taken whole); a few thousand hold recall better. 0:
+            with the other items of the batch, as published.
         hard_negatives: the base model's top items added to the negatives of "supervised-judged".
         list_size: K, items that a list objective draws per query.
         window: "boundary" contrasts with base ranks between two multiples of L; "1,2": ranks L + 1 to 2L.
@@ -137,7 +137,7 @@ class TrainConfig(Asking):
     base_depth: int = 50
     depth: int = 400
     negatives: int = 5
-    catalog_negatives: int = 4096
+    catalog_negatives: int = 0
     hard_negatives: int = 0
     list_size: int = 50
     window: str = "1,2"

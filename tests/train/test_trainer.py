@@ -151,18 +151,13 @@ def test_clipped_gradients_and_decay_change_the_weights(command, capsys, tmp_pat
 
 
 def test_starting_from_a_model_that_held_back_others_is_said(command, capsys, tmp_path):
-    improves = (
-        *ADAPTER,
-        "--catalog-negatives",
-        0,
-    )  # each time: only a model that was trained can be said to be
-    train(capsys, command, tmp_path / "first", *improves, "--no-refit")
-    _, err = train(capsys, command, tmp_path / "same", *improves, "--init", tmp_path / "first")
+    train(capsys, command, tmp_path / "first", *ADAPTER, "--no-refit")
+    _, err = train(capsys, command, tmp_path / "same", *ADAPTER, "--init", tmp_path / "first")
     assert "looks better on them" not in err
-    _, err = train(capsys, command, tmp_path / "again", *improves, "--init", tmp_path / "same")
+    _, err = train(capsys, command, tmp_path / "again", *ADAPTER, "--init", tmp_path / "same")
     assert "was trained anew on all of these queries in the end" in err
     assert "train it with --no-refit" in err
-    _, err = train(capsys, command, tmp_path / "other", *improves, "--init", tmp_path / "first", "--seed", 1)
+    _, err = train(capsys, command, tmp_path / "other", *ADAPTER, "--init", tmp_path / "first", "--seed", 1)
     assert "was trained with --seed 0" in err
     assert "looks better on them" in err
 
