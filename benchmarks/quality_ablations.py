@@ -78,6 +78,7 @@ class Variant:
         starts_supervised: start from the supervised model of the same seed.
         evaluate: as for `run_piece`.
         rate: the learning rate; None for the program's own.
+        corrected: draw judged irrelevant states as often as the labels' rate of false positives asks for.
     """
 
     series: str
@@ -87,6 +88,7 @@ class Variant:
     starts_supervised: bool = False
     evaluate: str = "along"
     rate: float | None = None
+    corrected: bool = False
 
 
 def noise() -> Iterator[Variant]:
@@ -98,7 +100,8 @@ def noise() -> Iterator[Variant]:
     for misses in MISSES:
         for share in FALSE_POSITIVES[1:]:  # without false positives a no earns nothing, as with Eq. 7
             labels = _noisy(share, misses, False)
-            yield Variant("rewards corrected by error rates", f"{share:g} / {misses:g}", CORRECTED, labels)
+            x = f"{share:g} / {misses:g}"
+            yield Variant("rewards corrected by error rates", x, CORRECTED, labels, corrected=True)
 
 
 def _noisy(false_positives: float, misses: float, twice: bool) -> dict[str, Any] | None:
@@ -227,7 +230,7 @@ def _job(setting: Setting, name: str, variant: Variant, seed: int) -> Job:
     if variant.labels is not None:
         labels = _labels_folder(setting, variant.labels)
         given["labels"] = str(labels)
-        if variant.settings is CORRECTED:
+        if variant.corrected:
             given["negative_share"] = corrected_share(labels, variant.labels["false_positives"])
     if variant.starts_supervised:
         given["init"] = str(_init_folder(setting, seed))

@@ -60,6 +60,7 @@ from novelret.evaluate.trec import write_qrels, write_run
 from novelret.evaluate.weights import Bucket, merged_by_bucket
 from novelret.index import Index
 from novelret.label.asking import Plan, ask_and_write, plan_asking
+from novelret.label.judge import split_judge
 from novelret.label.label import check_plan, stopped_early, what_is_asked
 from novelret.label.labels import read_table
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
@@ -253,7 +254,7 @@ def _warn_of_few_verdicts(
         if fewest is None
         else f"{shares[fewest]:.1%} of the novel items in the top {deepest} of {fewest}, "
     )
-    is_file = str(config.judge).startswith("file:")
+    is_file = split_judge(str(config.judge))[0] == "file"
     remedy = (
         "Pass --missing irrelevant if the file lists all that is relevant" if is_file else "Have more judged"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -38,7 +38,6 @@ CREATE INDEX IF NOT EXISTS asked_in ON asked (submission)
 """
 _ATTEMPTS = 3  # batches that a question may lie in before it counts as failed
 _LOCK_WAIT = 30.0  # seconds
-_AT_ONCE = 500  # keys per query, well under SQLite's limit of variables
 
 
 @dataclass(frozen=True)
@@ -124,15 +123,10 @@ class Ledger:
         ).fetchone()
         return row or (None, None)
 
-    def under_way(self, keys: Sequence[bytes]) -> set[bytes]:
+    def under_way(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of these questions lie in a batch that is not settled, whoever submitted it."""
-        found: set[bytes] = set()
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            marks = ",".join("?" * len(some))
-            statement = f"SELECT key FROM asked WHERE submission IS NOT NULL AND key IN ({marks})"
-            found |= {key for (key,) in self._store.connection.execute(statement, some)}
-        return found
+        rows = self._store.select("key, submission FROM asked", keys)
+        return {key for key, submission in rows if submission is not None}
 
     def begin(self, submission: Submission, keys: Iterable[bytes]) -> None:
         """Note what is about to be sent; before it is sent."""

@@ -122,11 +122,11 @@ class Store:
     def find(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
         """The stored answers among these keys."""
         columns = "key, answer, prompt_tokens, completion_tokens, time"
-        return {key: Answer(*rest) for key, *rest in self._select(columns, keys)}
+        return {key: Answer(*rest) for key, *rest in self.select(f"{columns} FROM answers", keys)}
 
     def known(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of these keys have an answer."""
-        return {key for (key,) in self._select("key", keys)}
+        return {key for (key,) in self.select("key FROM answers", keys)}
 
     def add(self, judge: str, answers: Iterable[tuple[bytes, str, int | None, int | None]]) -> None:
         """Keep (key, text, prompt tokens, completion tokens), all in one commit.
@@ -162,13 +162,13 @@ class Store:
             raise
         connection.execute("COMMIT")
 
-    def _select(self, columns: str, keys: Iterable[bytes]) -> list[tuple[Any, ...]]:
+    def select(self, what: str, keys: Iterable[bytes]) -> list[tuple[Any, ...]]:
+        """Rows whose `key` is among these keys; `what` names columns and table."""
         wanted, rows = list(keys), []
         for start in range(0, len(wanted), _AT_ONCE):
             some = wanted[start : start + _AT_ONCE]
             marks = ",".join("?" * len(some))
-            found = self.connection.execute(f"SELECT {columns} FROM answers WHERE key IN ({marks})", some)
-            rows += found.fetchall()
+            rows += self.connection.execute(f"SELECT {what} WHERE key IN ({marks})", some).fetchall()
         return rows
 
     def close(self) -> None:

@@ -69,9 +69,8 @@ def weigh_labels(
     # Sums may differ in the last digit between machines.
     shared = processes.from_first(np.append(estimate.weights.astype(np.float64), estimate.floor))
     trust, floor = shared[:-1].astype(np.float32), float(shared[-1])
-    if (
-        len(trust) == 0 or trust.mean() > _CLEAN
-    ):  # so few are in doubt that doubting them is more noise than help
+    # So few may be in doubt that doubting them is more noise than help.
+    if len(trust) == 0 or trust.mean() > _CLEAN:
         return replace(material, trust=np.ones_like(trust), floor=floor)
     if floor > _NOTABLE:
         report.note(

@@ -226,7 +226,8 @@ class _Asking:
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
             self.failed_in_a_row = 0
-            self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
+            if not self.tally.usable:  # answers are read later; until one could be, it matters now
+                self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
         price = self.limits.price
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
         self.tally.bill(prompt, completion, price, counted, longest_answer(self.parameters))
