@@ -79,7 +79,7 @@ class Judging:
         self.fresh: list[LabelTable] = []
         self.spent: dict[str, Any] = {"requests": 0, "cost": 0.0}
         self.silent = 0  # steps in a row of which no question got an answer
-        self.thread = ThreadPoolExecutor(1) if processes.is_first else None
+        self.thread = ThreadPoolExecutor(1, "judging") if processes.is_first else None
         if processes.is_first:
             self.folder.mkdir(exist_ok=True)
             if (self.folder / "spent.json").is_file():

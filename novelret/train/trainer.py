@@ -131,9 +131,13 @@ def _search(
         config, prepared.tower, prepared.material, prepared.validation, inputs.indexes[0], items, folder,
         processes, judging, report,
     )  # fmt: skip
-    points, steps = run_steps(run)
-    validate_blends(run, points, steps)
-    spent = judging.finish() if judging is not None else None
+    try:
+        points, steps = run_steps(run)
+        validate_blends(run, points, steps)
+        spent = judging.finish() if judging is not None else None
+    finally:
+        if judging is not None:
+            judging.close()  # while the folder is locked: a step asked ahead still writes there
     if processes.is_first:
         write_points(folder, points)
         if points:

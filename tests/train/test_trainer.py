@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import types
 
@@ -575,6 +576,7 @@ def test_a_judge_that_never_answers_stops_the_run_and_one_that_does_goes_on(
     assert "questions got no answer" in err
     assert "goes on from the last validation" in err
     assert (tmp_path / "model.partial" / "resume" / "state.json").is_file()
+    assert not any(thread.name.startswith("judging") for thread in threading.enumerate())
     with LoopbackJudge() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         train(capsys, asking, tmp_path / "model")
