@@ -1,10 +1,12 @@
-"""A memory of the training queries, which moves a query towards what is relevant to queries like it.
+"""A memory of what is relevant to training queries, which moves a query towards what is relevant to its like.
 
     m(x) = x + s · Σ_j a_j v_j,   a = softmax_j(x · k_j / (t · l))
 
-Keys k_j are the deployed embeddings of training queries, of unit length, and l is the length that queries
-have on average, 1 where they are normalised. Values v_j start at the mean embedding of the items known to be
-relevant to query j and are trained, as is the scale s, which starts at 0: the deployed encoder.
+Keys k_j are deployed embeddings, of unit length, of training queries and of items known to be relevant to
+them; l is the length that queries have on average, 1 where they are normalised. Values v_j start at the mean
+embedding of the items known to be relevant to that query: all of them for a query, the others for one of its
+items (what goes with an item near a query is likely to suit the query). They are trained, as is the scale s,
+which starts at 0: the deployed encoder.
 
 It is served by two of sentence-transformers' own Dense modules, so the result loads anywhere: the first
 turns x into (a, x), d dimensions wider than there are keys, the second adds the values up.
@@ -33,16 +35,19 @@ class Memory(nn.Module):
     Attributes:
         temperature: t · l, what products of queries and keys are divided by.
         keys: (n, d) buffer, of unit length.
+        sources: (n,) int64 buffer, for each key the place of the query it is known from; of a query its own.
         values: (n, d) parameter.
         scale: () parameter, a tenth of s.
     """
 
     keys: Tensor
+    sources: Tensor
 
     def __init__(self, dimension: int, size: int, length: float = 1.0) -> None:
         super().__init__()
         self.temperature = TEMPERATURE * length
         self.register_buffer("keys", torch.zeros(size, dimension))
+        self.register_buffer("sources", torch.arange(size))
         self.values = nn.Parameter(torch.zeros(size, dimension))
         self.scale = nn.Parameter(torch.zeros(()))
 
@@ -52,19 +57,23 @@ class Memory(nn.Module):
         Args:
             queries: (b, d).
             shares: (b,) from 0 to 1, given while training: query i is moved by that share of its shift, and
-                attends to no key that equals it. A memory trained at every share can be served at any,
-                and one that showed queries their own values would only learn to copy what it knows of them. A
-                query that is left with no key stays where it is.
+                attends to nothing that is known from a query that equals it. A memory trained at every share
+                can be served at any, and one that showed queries what it knows of them would only learn to
+                copy that. A query that is left with no key stays where it is.
         """
         products = queries @ self.keys.T
         logits = products / self.temperature
         if shares is None:
-            return queries + torch.softmax(logits, dim=1) @ self.scaled_values()
+            return queries + self._shift(torch.softmax(logits, dim=1))
         same = products >= _SAME * torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+        same = same[:, self.sources]
         # Not −∞: a row of nothing else would be NaN.
-        logits = logits.masked_fill(same, torch.finfo(logits.dtype).min)
-        attention = torch.softmax(logits, dim=1).masked_fill(same, 0.0)
-        return queries + shares[:, None] * (attention @ self.scaled_values())
+        attention = torch.softmax(logits.masked_fill(same, torch.finfo(logits.dtype).min), dim=1)
+        shares = shares.masked_fill(same.all(dim=1), 0.0)
+        return queries + shares[:, None] * self._shift(attention)
+
+    def _shift(self, attention: Tensor) -> Tensor:
+        return _SCALE * self.scale * (attention @ self.values)
 
     def scaled_values(self) -> Tensor:
         """Values times s, (n, d)."""

@@ -98,14 +98,19 @@ def train(
     tune: Annotated[
         str,
         typer.Option(
-            help="memory: a residual map behind the frozen encoder, with a memory of the training queries in "
-            "front; adapter: the map alone; full: the whole query encoder; lora: low-rank updates of it.",
+            help="memory: a residual map behind the frozen encoder, with a memory of training queries and of "
+            "what is relevant to them in front; adapter: the map alone; full: the whole query encoder; lora: "
+            "low-rank updates of it.",
             rich_help_panel=UPDATES,
         ),
     ] = "memory",
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.", rich_help_panel=UPDATES)] = 16,
     memory_size: Annotated[
-        int, typer.Option(help="Most training queries that the memory holds.", rich_help_panel=UPDATES)
+        int,
+        typer.Option(
+            help="Most entries of the memory: training queries, and items relevant to them.",
+            rich_help_panel=UPDATES,
+        ),
     ] = 10_000,
     init: Annotated[
         str | None,

@@ -53,9 +53,10 @@ class TrainConfig(Asking):
         trust: weigh each novel item that the judge calls relevant by the probability that it is, estimated
             from the labels alone (see `trust`); a judge that says no wrong yes is believed throughout.
         tune: "full" query encoder, "lora" on its linear layers, "adapter", a residual linear map behind
-            the frozen one, or "memory", such a map with a memory of the training queries in front of it.
+            the frozen one, or "memory", such a map with a memory of the training queries, and of
+            what is relevant to them, in front of it.
         lora_rank: rank of the LoRA matrices.
-        memory_size: most training queries that the memory holds.
+        memory_size: most entries of the memory: training queries, and items relevant to them.
         init: MODEL folder to start from instead of the deployed query encoder.
         steps: optimizer steps.
         batch_size: forward passes of the query encoder per step.
@@ -210,6 +211,10 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
     if config.recall_of == "known" and not config.label_folders:
         raise UserError("--recall-of known counts what labels call relevant: it needs --labels")
+    if config.support is not None and (config.objective != "pg-ret" or not config.alpha > 0):
+        raise UserError(
+            "--support narrows the draw of policy states: it needs --objective pg-ret and --alpha above 0"
+        )
     if config.judge is not None and (config.objective != "pg-ret" or not config.alpha > 0):
         raise UserError(
             "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"

@@ -1,4 +1,4 @@
-"""The memory that `--tune memory` starts from: training queries, and what is known to be relevant to them."""
+"""The memory that `--tune memory` starts from: training queries and what is known to be relevant to them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ _NUMBERS = 1 << 24  # of item embeddings at a time: 64 MB
 def make_memory(
     material: Material, embeddings: np.ndarray, items: np.ndarray, size: int, seed: int
 ) -> Memory:
-    """Keys are the queries of which something is known, values the mean embedding of what that is.
+    """Keys are queries of which something is known, and the items that are known to be relevant to them.
+
+    The value of a query is the mean embedding of these items, that of an item the mean of the query's others.
 
     Args:
         material: feedback and labels of Q training queries.
         embeddings: (Q, d) float32, of these queries, as the frozen encoder gives them.
         items: (N, d) item embeddings, which may be memory-mapped.
-        size: most keys; where more queries qualify, some drawn by the seed.
+        size: most keys. Where there are more, some are drawn by the seed: queries take up to a half and what
+            items leave, items (of these queries alone) the rest.
         seed: decides the draw.
 
     Raises:
@@ -36,16 +39,41 @@ def make_memory(
             "--tune memory: no training query has feedback or an item that is labelled relevant; "
             "use --tune adapter"
         )
-    if len(rows) > size:
-        rows = np.sort(np.random.default_rng((seed, 0x3E3)).choice(rows, size, replace=False))
+    rng = np.random.default_rng((seed, 0x3E3))
     kept = np.isin(query, rows)
     query, item = query[kept], item[kept]
+    # Of a query's only item there are no others.
+    pairs = np.flatnonzero(np.bincount(query)[query] > 1)
+    most = max(size - len(pairs), (size + 1) // 2)
+    if len(rows) > most:
+        rows = np.sort(rng.choice(rows, most, replace=False))
+        kept = np.isin(query, rows)
+        query, item = query[kept], item[kept]
+        pairs = np.flatnonzero(np.bincount(query)[query] > 1)
+    if len(pairs) > size - len(rows):
+        pairs = np.sort(rng.choice(pairs, size - len(rows), replace=False))
     lengths = np.linalg.norm(embeddings[rows], axis=1, keepdims=True)
-    memory = Memory(embeddings.shape[1], len(rows), float(lengths.mean()))
+    source = np.searchsorted(rows, query)
+    means = _means(source, item, items)
+    keys, others = _items_and_others(source, item, pairs, means, items)
+    memory = Memory(embeddings.shape[1], len(rows) + len(pairs), float(lengths.mean()))
     with torch.no_grad():
-        memory.keys.copy_(torch.from_numpy(embeddings[rows] / lengths))
-        memory.values.copy_(torch.from_numpy(_means(np.searchsorted(rows, query), item, items)))
+        memory.keys.copy_(torch.from_numpy(np.concatenate([embeddings[rows] / lengths, keys])))
+        memory.values.copy_(torch.from_numpy(np.concatenate([means, others])))
+        memory.sources[len(rows) :] = torch.from_numpy(source[pairs])
     return memory
+
+
+def _items_and_others(
+    group: np.ndarray, item: np.ndarray, pairs: np.ndarray, means: np.ndarray, items: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of some of the (P,) pairs: the item's embedding, of unit length, and its group's mean without it."""
+    unique, place = np.unique(item[pairs], return_inverse=True)
+    vectors = np.asarray(items[unique], dtype=np.float32)[place]
+    counts = np.bincount(group)[group[pairs], None].astype(np.float32)
+    others = (counts * means[group[pairs]] - vectors) / (counts - 1)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1), others
 
 
 def _means(group: np.ndarray, item: np.ndarray, items: np.ndarray) -> np.ndarray:

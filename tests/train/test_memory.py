@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import signal
 import time
@@ -202,31 +201,50 @@ QUERIES = np.random.default_rng(5).normal(size=(9, 5)).astype(np.float32)
 KNOWN = {0: {3, 8, 9}, 1: {5}, 2: {5}, 3: {1, 4}, 5: {0}, 6: {11}, 8: {7}}
 
 
+def unit(vector) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def mean_of(items) -> np.ndarray:
+    return np.mean([ITEMS[item].astype(float) for item in items], axis=0)
+
+
 @pytest.mark.parametrize("numbers", [1, 15, 1 << 24])
 def test_values_start_at_the_mean_of_what_is_known(material, monkeypatch, numbers):
     monkeypatch.setattr(memorise, "_NUMBERS", numbers)  # parts that cut through a query's items
     memory = memorise.make_memory(material, QUERIES, ITEMS, 100, 0)
-    assert len(memory.keys) == len(KNOWN)
-    for row, (query, items) in enumerate(KNOWN.items()):
-        key = QUERIES[query] / np.linalg.norm(QUERIES[query])
+    queries = [(query, unit(QUERIES[query]), mean_of(items)) for query, items in KNOWN.items()]
+    pairs = [
+        (query, unit(ITEMS[item].astype(float)), mean_of(items - {item}))
+        for query, items in KNOWN.items()
+        for item in sorted(items)
+        if len(items) > 1
+    ]
+    assert len(pairs) == 5
+    assert len(memory.keys) == len(queries) + len(pairs)
+    for row, (query, key, value) in enumerate(queries + pairs):
         assert memory.keys[row].numpy() == pytest.approx(key, abs=1e-6)
-        mean = np.mean([ITEMS[item].astype(float) for item in items], axis=0)
-        assert memory.values[row].detach().numpy() == pytest.approx(mean, abs=1e-6)
-    queries = torch.from_numpy(QUERIES)
-    assert torch.equal(memory(queries), queries)
+        assert memory.values[row].detach().numpy() == pytest.approx(value, abs=1e-5)
+        assert memory.sources[row] == list(KNOWN).index(query)
+    embeddings = torch.from_numpy(QUERIES)
+    assert torch.equal(memory(embeddings), embeddings)
 
 
-def test_at_most_so_many_keys_drawn_by_the_seed(material):
-    full = memorise.make_memory(material, QUERIES, ITEMS, 7, 0)
+@pytest.mark.parametrize(("size", "queries"), [(3, 2), (5, 3), (11, 6), (12, 7)])
+def test_at_most_so_many_keys_drawn_by_the_seed(material, size, queries):
+    """Queries take half of the places and what items leave; items are those of the queries drawn."""
+    full = memorise.make_memory(material, QUERIES, ITEMS, 100, 0)
     drawn = []
-    for seed in (0, 0, 1, 2, 3):
-        memory = memorise.make_memory(material, QUERIES, ITEMS, 3, seed)
-        assert memory.keys.shape == memory.values.shape == (3, 5)
+    for seed in (0, 0, *range(1, 12)):
+        memory = memorise.make_memory(material, QUERIES, ITEMS, size, seed)
+        assert len(memory.keys) == len(memory.values) <= size
         places = [int(np.flatnonzero((full.keys == key).all(dim=1))[0]) for key in memory.keys]
         assert torch.equal(memory.values, full.values[places])  # each key with its own value
+        assert [place < len(KNOWN) for place in places] == [row < queries for row in range(len(places))]
+        assert [places[row] for row in memory.sources] == full.sources[places].tolist()
         drawn.append(tuple(places))
     assert drawn[0] == drawn[1]
-    assert len(set(drawn)) > 2
+    assert size == 12 or len(set(drawn)) > 2
 
 
 def test_a_query_without_an_embedding_is_no_key(material):
@@ -234,12 +252,23 @@ def test_a_query_without_an_embedding_is_no_key(material):
     queries[3] = 0  # none of its words is known to the encoder
     memory = memorise.make_memory(material, queries, ITEMS, 100, 0)
     full = memorise.make_memory(material, QUERIES, ITEMS, 100, 0)
-    others = [row for row, query in enumerate(KNOWN) if query != 3]
+    others = np.flatnonzero(full.sources != list(KNOWN).index(3))
     assert torch.equal(memory.keys, full.keys[others])
     assert torch.equal(memory.values, full.values[others])
     assert memory.temperature == pytest.approx(
         0.06 * np.mean([np.linalg.norm(QUERIES[query]) for query in KNOWN if query != 3])
     )
+
+
+def test_a_query_sees_nothing_in_training_that_is_known_from_itself():
+    """Not its own key, and none of the items that are keys on its account; other queries' items it does."""
+    memory = random_memory(size=6)
+    memory.sources = torch.tensor([0, 1, 2, 0, 0, 1])
+    query = memory.keys[[0]].clone()
+    found = memory(query, torch.tensor([0.7]))[0].detach().numpy()
+    keys, values = memory.keys.numpy()[[1, 2, 5]], memory.scaled_values().detach().numpy()[[1, 2, 5]]
+    shares = softmax(keys @ query[0].numpy() / memory.temperature)
+    assert found == pytest.approx(query[0].numpy() + 0.7 * shares @ values, abs=1e-5)
 
 
 def test_nothing_known_is_nothing_to_remember(material):
@@ -498,7 +527,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(command, capsys,
         while attempt < 3 and process.is_alive() and time.monotonic() < deadline:
             if log.exists() and log.stat().st_size > before + 4000:
                 time.sleep(rng.random() * 0.1)
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 break
             time.sleep(0.005)
         process.join()
@@ -548,9 +577,16 @@ def test_plain_supervised_training_remembers_feedback_alone(
     for query, item in zip(split.feedback_queries, split.feedback_items, strict=True):
         feedback.setdefault(tuple(embeddings[query].round(4)), []).append(np.array(found.embeddings[item]))
     keys, values = remembered[0].keys.numpy(), remembered[0].values.detach().numpy()
-    assert len(keys) == 16  # of twenty queries four are held back
-    for key, value in zip(keys, values, strict=True):
+    sources = remembered[0].sources.tolist()
+    assert sources[:16] == list(range(16))  # of twenty queries four are held back
+    assert max(sources[16:]) < 16
+    for key, value in zip(keys[:16], values, strict=False):
         assert value == pytest.approx(np.mean(feedback[tuple(key.round(4))], axis=0), abs=1e-5)
+    for key, value, source in list(zip(keys, values, sources, strict=True))[16:]:
+        known = feedback[tuple(keys[source].round(4))]
+        others = [item for item in known if unit(item.astype(float)) != pytest.approx(key, abs=1e-3)]
+        assert len(others) == len(known) - 1
+        assert value == pytest.approx(np.mean(others, axis=0), abs=1e-3)
 
 
 def test_the_size_is_a_cap_and_bad_ones_are_one_line(command, capsys, tmp_path):
@@ -587,7 +623,7 @@ def test_the_exported_arrays_serve_the_same_embeddings(model, index_folder, caps
     assert code == 0, err
     made = json.loads(found)
     assert made["difference"] < 1e-5
-    assert made["keys"] == load(model)[-4].out_features - 16 == 20
+    assert made["keys"] == load(model)[-4].out_features - 16 == 66  # 20 queries, and items of theirs
     queries = encode.encode_queries(index.open_index(index_folder).query_encoder(), TEXTS)
     expected = load(model).encode_query(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(serve(out, queries), expected, atol=1e-5)
