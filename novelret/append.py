@@ -20,6 +20,7 @@ from novelret import encode
 from novelret.artifacts import (
     Manifest,
     check_output,
+    drop_partial,
     fingerprint_of,
     fsync_file,
     open_output,
@@ -88,8 +89,9 @@ def append_items(
             try:
                 _write_items(config, old, folder, report)
             except UserError:
-                shutil.rmtree(folder)  # it must not stand in the way of the mended data
+                drop_partial(folder)  # it must not stand in the way of the mended data
                 raise
+        (folder / "whole.arrow").unlink(missing_ok=True)
         catalog = open_catalog(folder / "items.arrow")
         np.save(folder / "id_rank.npy", id_ranks(catalog))
         _copy_embeddings(old, len(catalog), folder, report)
@@ -135,7 +137,6 @@ def _write_items(config: AppendConfig, old: Index, folder: Path, report: Reporte
             columns = [take_rows(now.ids, rows), take_rows(now.texts, rows)]
             writer.write_table(pa.table(columns, schema=SCHEMA))
     temporary.replace(folder / "items.arrow")
-    whole.unlink()
 
 
 def _new_rows(config: AppendConfig, old: Index, now: Catalog) -> np.ndarray:

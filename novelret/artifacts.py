@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from novelret.errors import UserError
+from novelret.locks import try_lock
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -215,6 +216,7 @@ def open_output(
                 f"{out}: cannot be made, a file stands in its way; choose another --out"
             ) from None
     with _alone(partial):
+        check_output(out, force=force)  # another run may have made it meanwhile
         with writable(out):
             state = _state_of(partial)
             if state.get("identity") != identity:
@@ -246,27 +248,30 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process works in it.
     """
-    try:
-        import fcntl
-    except ImportError:  # not Unix
+    busy = UserError(f"{folder}: another novelret is at work there; wait for it, or choose another --out")
+    if os.name != "posix":  # only there can a folder be opened, and locked
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another novelret is at work there; wait for it, or choose another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # it has just become an artifact
+        raise busy from None
+    try:
+        if try_lock(handle) is False:
+            raise busy
         yield
     finally:
         os.close(handle)
 
 
+def drop_partial(folder: Path) -> None:
+    """Remove an unfinished output; a kill meanwhile leaves nothing that is gone on from."""
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _empty(folder: Path) -> None:
+    (folder / STATE).unlink(missing_ok=True)  # first: half of what was done would be taken for all of it
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -18,6 +18,7 @@ from novelret import encode
 from novelret.artifacts import (
     Manifest,
     check_output,
+    drop_partial,
     fingerprint_file,
     fingerprint_of,
     fsync_file,
@@ -189,7 +190,7 @@ def _prepare_catalog(config: IndexConfig, source: Source | None, folder: Path, r
                 reorder_catalog(folder / "items.arrow", rows)
                 catalog = open_catalog(folder / "items.arrow")
     except UserError:
-        shutil.rmtree(folder)  # it must not stand in the way of the mended data
+        drop_partial(folder)  # it must not stand in the way of the mended data
         raise
     temporary = folder / "id_rank.tmp.npy"
     np.save(temporary, id_ranks(catalog))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from novelret.locks import is_at, try_lock
 from novelret.progress import Reporter
+
+_WAIT = 0.2  # seconds between looks at whether another process is done
 
 
 def kept_lists(cache: Path, depth: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -51,8 +55,7 @@ def keep_lists(
     kept = [cache / f"{what}-{shape[1]}.npy" for what in ("rows", "scores")]
     partial = [path.with_name(path.name + ".partial") for path in kept]
     try:
-        with _opened(partial[0]) as rows:
-            _wait_for(rows, report)
+        with _held(partial[0], report) as rows:
             if kept[0].is_file():  # another process has found them meanwhile
                 partial[0].unlink(missing_ok=True)
                 return
@@ -65,6 +68,23 @@ def keep_lists(
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
+
+
+@contextlib.contextmanager
+def _held(path: Path, report: Reporter) -> Iterator[BinaryIO]:
+    """A file that no other process holds; waits until that is so."""
+    told = False
+    while True:
+        with _opened(path) as file:
+            is_locked = try_lock(file.fileno())
+            if is_locked is None or (is_locked and is_at(file.fileno(), path)):
+                yield file
+                return
+        if is_locked is False:
+            if not told:
+                report.note("another novelret searches the same lists; waiting for it")
+            told = True
+            time.sleep(_WAIT)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -98,22 +118,6 @@ def _header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return file.getvalue()
-
-
-def _wait_for(file: BinaryIO, report: Reporter) -> None:
-    """Wait until no other process holds the file, and hold it until it is closed."""
-    try:
-        import fcntl
-    except ImportError:  # not Unix
-        return
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report.note("another novelret searches the same lists; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
-        pass
 
 
 @contextlib.contextmanager

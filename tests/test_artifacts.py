@@ -1,11 +1,14 @@
 """Artifacts appear whole or not at all."""
 
+import contextlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from novelret import artifacts
 from novelret.artifacts import (
     Manifest,
     fingerprint_array,
@@ -54,6 +57,46 @@ def test_two_do_not_write_one_output(tmp_path):
         write_manifest(folder, Manifest("labels", {}, {}, "a"))
     make(out, "third", force=True)
     assert (out / "content").read_text() == "third"
+
+
+def test_what_was_half_emptied_is_not_gone_on_from(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def begin(identity):
+        with open_output(out, identity, force=False) as folder:
+            found = sorted(path.name for path in folder.iterdir())
+            (folder / "part").mkdir(exist_ok=True)
+            raise ZeroDivisionError(found)
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(ZeroDivisionError):
+        begin("a")
+    with monkeypatch.context() as patch:
+        patch.setattr("novelret.artifacts.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin("b")
+    with pytest.raises(ZeroDivisionError, match=re.escape("['state.json']")):
+        begin("a")
+
+
+def test_what_another_run_made_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real = artifacts._alone
+
+    @contextlib.contextmanager
+    def late(folder):
+        monkeypatch.setattr(artifacts, "_alone", real)
+        make(out, "first")
+        folder.mkdir()
+        with real(folder):
+            yield
+
+    monkeypatch.setattr(artifacts, "_alone", late)
+    with pytest.raises(UserError, match="exists already"):
+        make(out, "second")
+    assert (out / "content").read_text() == "first"
 
 
 def test_force_replaces_only_once_the_new_one_is_whole(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from novelret import encode
 from novelret import index as index_module
 from novelret.build import IndexConfig, build_index
+from novelret.cache import _held
 from novelret.data.split import load_split
 from novelret.errors import UserError
 from novelret.index import base_lists, open_index
@@ -222,6 +223,25 @@ def test_processes_wait_for_the_one_that_searches(world, encoder, tmp_path, monk
     assert np.array_equal(searched[0].result()[0], rows)
     assert len(searched) == 1
     assert "waiting" in notes[0]
+
+
+def test_a_file_that_was_removed_while_it_was_waited_for_is_made_anew(tmp_path):
+    path, waiting = tmp_path / "rows-7.npy.partial", Event()
+
+    class Told(Reporter):
+        def note(self, _):
+            waiting.set()
+
+    def take():
+        with _held(path, Told()) as file:
+            return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+    with ThreadPoolExecutor(1) as second:
+        with _held(path, Reporter()):
+            taken = second.submit(take)
+            assert waiting.wait(30)
+            path.unlink()  # a full disk
+        assert taken.result(30)
 
 
 @pytest.mark.parametrize("writable", [True, False])

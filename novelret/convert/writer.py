@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from novelret.artifacts import (
     Manifest,
+    drop_partial,
     fingerprint_of,
     fsync_file,
     open_output,
@@ -201,7 +201,7 @@ def open_writer(
                 yield writer
             _check_not_empty(writer, files[0] if files else source)
         except (UserError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)  # bad sources and full disks leave nothing behind
+            drop_partial(folder)  # bad sources and full disks leave nothing behind
             raise
         for name in ("progress.json", "written.npy", "left-out.npy"):
             (folder / name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from novelret.progress import Reporter
 
 _ROWS = 20_000  # judgements written at a time
 _EXAMPLES = 3
+NOTE = "asking.json"  # what was spent on an output that is not whole yet
 _NOTED = 1.0  # seconds between notes of what was spent: what a kill may hide from the caps
 
 
@@ -116,8 +118,11 @@ def ask_and_write(
     caps: Caps,
     may_be_empty: bool = False,
     earlier: Manifest | None = None,
+    halt: Event | None = None,
 ) -> dict[str, Any]:
     """Have the candidates judged and write judgements.parquet, with failures.jsonl beside it.
+
+    The note of what was spent stays there too, until the caller has written that down for good.
 
     Args:
         judge: who is asked.
@@ -133,6 +138,7 @@ def ask_and_write(
         may_be_empty: whether it is fine that all questions fail.
         earlier: LABELS that this goes on from; the caps count what they cost, and what was spent on `out`
             by runs that were killed or left (its folder's asking.json).
+        halt: set from another thread to have the asking end soon.
 
     Returns:
         Counts and cost, as they go into the manifest.
@@ -140,11 +146,15 @@ def ask_and_write(
     Raises:
         UserError: questions were asked, and all of them failed, and no other is answered.
     """
-    spent, note = spent_on(earlier), out.with_name("asking.json")
+    spent, note = spent_on(earlier), out.with_name(NOTE)
     if note.is_file():
         spent = _sum(spent, read_json(note))
     tally = Tally(
-        earlier_requests=spent["requests"], earlier_cost=spent["cost"], caps=caps, run=_run_of(out.parent)
+        earlier_requests=spent["requests"],
+        earlier_cost=spent["cost"],
+        caps=caps,
+        run=_run_of(out.parent),
+        halt=halt or Event(),
     )
     with closing(Store(store_path)) as store:
         feed = Feed(
@@ -164,13 +174,18 @@ def ask_and_write(
                 unanswered = partial(feed.unanswered, store, tally, advance, again)
                 judge.ask(unanswered, store, tally, advance, report.note)
         counts, examples, queries_judged = _write(judge, index, split, feed, store, tally, out)
-    note.unlink(missing_ok=True)
     judged = sum(counts.values())
     if tally.failed and not judged and not may_be_empty:
         reason = next(iter(tally.failed.values()))
         raise UserError(
             f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: "
             f"{reason}); see to that and run the same command again"
+        )
+    usable = judged - counts[VERDICTS[UNKNOWN]]
+    if tally.stopped and tally.stopped == tally.hopeless and not usable and not may_be_empty:
+        raise UserError(
+            f"{judge.name}: {tally.hopeless}; another --prompt or --answer may fit (the answers are "
+            "kept, and another --answer reads them anew)"
         )
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
     facts = {

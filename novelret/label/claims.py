@@ -7,14 +7,19 @@ locked as long as it lives, so that a kill gives up its claims at once.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 from novelret.label.store import Store
+from novelret.locks import is_at, try_lock
+
+_MOMENT = 0.01  # seconds
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, holder TEXT NOT NULL) WITHOUT ROWID"
 
@@ -27,10 +32,14 @@ class Claims:
         self.store = store
         store.connection.execute(_SCHEMA)
         self.holder = f"{store.path.name}-asking-{uuid.uuid4().hex[:12]}"
-        self.lock = _lock(self._file_of(self.holder), create=True)
+        self.lock = _make_locked(self._file_of(self.holder))
         for (holder,) in store.connection.execute("SELECT DISTINCT holder FROM claims").fetchall():
             if not self._lives(holder):
                 self._forget(holder)
+        pattern = f"{glob.escape(store.path.name)}-asking-*"
+        for path in store.path.parent.glob(pattern):  # of processes that were killed before any claim
+            if path.name != self.holder:
+                self._lives(path.name)
 
     def take(self, keys: list[bytes]) -> set[bytes]:
         """Claim questions until this process ends; those that no other living process holds.
@@ -66,8 +75,8 @@ class Claims:
         lock = _lock(path)
         if lock is None:
             return path.exists()
-        os.close(lock)
         path.unlink(missing_ok=True)  # of a process that was killed
+        os.close(lock)
         return False
 
     def _file_of(self, holder: str) -> Path:
@@ -86,20 +95,28 @@ class Claims:
             os.close(self.lock)
 
 
-def _lock(path: Path, *, create: bool = False) -> int | None:
+def _lock(path: Path) -> int | None:
     """A handle on the file, locked; None where another process holds it, or there is none to lock."""
-    try:
-        import fcntl
-    except ImportError:  # not Unix
-        return None
     with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0))
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            if create:  # a disk that knows no locks
-                path.unlink(missing_ok=True)
-            return None
-        return handle
+        handle = os.open(path, os.O_RDWR)
+        if try_lock(handle):
+            return handle
+        os.close(handle)
     return None
+
+
+def _make_locked(path: Path) -> int | None:
+    """A handle on a new file, locked; None on a disk that knows no locks."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        except OSError:
+            return None
+        is_locked = try_lock(handle)
+        if is_locked and is_at(handle, path):
+            return handle
+        os.close(handle)
+        if is_locked is None:
+            path.unlink(missing_ok=True)
+            return None
+        time.sleep(_MOMENT)  # another process looks whether a kill has left it

@@ -17,6 +17,7 @@ from novelret.artifacts import (
     fingerprint_file,
     fingerprint_of,
     open_output,
+    put_aside,
     read_manifest,
     write_config,
     write_manifest,
@@ -24,7 +25,7 @@ from novelret.artifacts import (
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.index import Index, open_index
-from novelret.label.asking import Plan, ask_and_write, plan_asking, spent_on
+from novelret.label.asking import NOTE, Plan, ask_and_write, plan_asking, spent_on
 from novelret.label.candidates import Candidates, gather_candidates
 from novelret.label.judge import Asking, Judge, check_asking, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
@@ -133,6 +134,7 @@ def build_labels(
         fingerprint = fingerprint_file(path)
         manifest = Manifest("labels", asdict(config), inputs, fingerprint, facts)
         write_manifest(folder, manifest)
+    (out / NOTE).unlink(missing_ok=True)  # until here a kill leaves it, and the caps hold
     if facts["verdicts"].get("relevant", 0) == 0:
         report.warn("no pair was judged relevant: training on these labels will find no reward")
     return manifest
@@ -147,7 +149,8 @@ def stopped_early(config: LabelConfig | EvalConfig, out: Path, kind: str) -> Man
         UserError: what stopped them would do so again at once.
     """
     try:
-        before = read_manifest(out, kind)
+        # A kill may have left them aside, in the moment in which others take their place.
+        before = read_manifest(out if out.exists() else put_aside(out), kind)
     except (UserError, OSError):  # nothing there, or nothing to go on from
         return None
     if kind == "report":

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ class Tally:
         usable: whether an answer could be read in this run.
         unusable: answers that could not, as long as none could.
         hopeless: why nothing more is to be asked: none of the first answers could be read.
+        halt: set from another thread to have asking end once the requests under way are back.
         save: writes down what was spent, so that a kill does not hide it from the caps.
     """
 
@@ -86,6 +88,7 @@ class Tally:
     usable: bool = False
     unusable: int = 0
     hopeless: str | None = None
+    halt: Event = field(default_factory=Event)
     save: Callable[[], None] = lambda: None
 
     def reached(self, requests: int, cost: float) -> str | None:

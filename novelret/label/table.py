@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,6 +64,14 @@ class LabelTable:
         given = np.asarray(query_rows, dtype=np.int64) * self.catalog_size + item_rows
         keys = np.union1d(given, self.keys[self.verdicts == RELEVANT])
         return keys // self.catalog_size, keys % self.catalog_size
+
+    def without(self, excluded: np.ndarray) -> LabelTable:
+        """The judgements but those of items that queries leave out of their lists, (Q, E) rows, −1 padded."""
+        query, column = np.nonzero(excluded >= 0)
+        left_out = query * np.int64(self.catalog_size) + excluded[query, column]
+        kept = ~np.isin(self.keys, left_out)
+        grades = None if self.grades is None else self.grades[kept]
+        return replace(self, keys=self.keys[kept], verdicts=self.verdicts[kept], grades=grades)
 
     def _find(self, query_rows: np.ndarray, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which pairs are in the table, and where."""

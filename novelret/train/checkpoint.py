@@ -37,8 +37,10 @@ def save(
         for number, of_parameter in optimizer.state_dict()["state"].items()
         for name, value in of_parameter.items()
     }
-    save_file(weights, resume / f"weights-{step}.safetensors")
-    save_file(moments, resume / f"moments-{step}.safetensors")
+    for kind, tensors in (("weights", weights), ("moments", moments)):
+        temporary = resume / f"{kind}.tmp"
+        save_file(tensors, temporary)
+        temporary.replace(resume / f"{kind}-{step}.safetensors")  # a resumed run may save a step again
     state = {"step": step, "points": [asdict(point) for point in points], "scale": scale}
     write_json(resume / "state.json", state)
     for old in resume.glob("*-*.safetensors"):

@@ -7,9 +7,11 @@ in judgements/step-N.parquet, from which a run that was killed knows what it kne
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from novelret.artifacts import read_json, read_manifest, write_json
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
-from novelret.label.asking import ask_and_write, say_failed
+from novelret.label.asking import NOTE, ask_and_write, say_failed
 from novelret.label.candidates import Candidates
 from novelret.label.cost import Caps
 from novelret.label.judge import make_judge, same_judge, split_judge
@@ -60,7 +62,7 @@ class Judging:
         self.index, self.split, self.processes, self.report = index, split, processes, report
         self.folder = folder / "judgements"
         kind, name = split_judge(config.judge)
-        self.asking = replace(config, **_as_labelled(config))
+        self.asking = replace(config, **_as_labelled(config, report))
         self.file: LabelTable | None = None
         if kind == "file":
             self.file = file_table(
@@ -79,6 +81,8 @@ class Judging:
         self.fresh: list[LabelTable] = []
         self.spent: dict[str, Any] = {"requests": 0, "cost": 0.0}
         self.silent = 0  # steps in a row of which no question got an answer
+        self.submitted: list[Future[LabelTable]] = []
+        self.halt = Event()
         self.thread = ThreadPoolExecutor(1, "judging") if processes.is_first else None
         if processes.is_first:
             self.folder.mkdir(exist_ok=True)
@@ -104,6 +108,8 @@ class Judging:
         self.pairs[step] = keys // len(self.index), keys % len(self.index)
         if self.thread is not None:
             self.futures[step] = self.thread.submit(self._judge, step, *self.pairs[step])
+            self.submitted = [future for future in self.submitted if not future.done()]
+            self.submitted.append(self.futures[step])
 
     def answers(self, step: int) -> LabelTable:
         """Wait for a step's answers; the usable ones, by (training query row, catalog row)."""
@@ -142,9 +148,15 @@ class Judging:
         return self.spent
 
     def close(self) -> None:
-        """Drop what is not yet asked."""
-        if self.thread is not None:
-            self.thread.shutdown(wait=True, cancel_futures=True)
+        """Drop what is not yet asked, and wait for the requests under way: their answers are paid for."""
+        if self.thread is None:
+            return
+        self.halt.set()
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        while under_way := [future for future in self.submitted if not future.done()]:
+            with contextlib.suppress(KeyboardInterrupt):  # the folder is locked only as long as this lasts
+                self.report.note("finishing the requests under way")
+                wait(under_way)
 
     def _judge(self, step: int, queries: np.ndarray, items: np.ndarray) -> LabelTable:
         if len(queries) == 0:
@@ -173,11 +185,13 @@ class Judging:
                 _left(self.asking.max_requests, self.spent["requests"]),
                 _left(self.asking.max_cost, self.spent["cost"]),
             ),
+            halt=self.halt,
         )
         # What a killed run spent on this step was not known yet.
         self.spent["requests"] += facts["requests"] + facts["earlier"]["requests"]
         self.spent["cost"] += (facts["cost"] or 0.0) + facts["earlier"]["cost"]
         write_json(self.folder / "spent.json", self.spent)
+        (self.folder / NOTE).unlink(missing_ok=True)
         if facts["stopped"] and not self.spent.get("stopped"):
             self.spent["stopped"] = facts["stopped"]
             capped = facts["stopped"].startswith("--")
@@ -216,16 +230,21 @@ class Judging:
         return empty_table(len(self.index))
 
 
-def _as_labelled(config: TrainConfig) -> dict[str, Any]:
+def _as_labelled(config: TrainConfig, report: Reporter) -> dict[str, Any]:
     """How answers were read for LABELS of the same judge, so that one answer means the same in both.
 
-    Nothing where the settings say it themselves.
+    Nothing where the settings say it themselves, or another prompt is used.
     """
-    if config.answer is not None or config.threshold is not None:
-        return {}
     for folder in config.label_folders:
         made = read_manifest(Path(folder), "labels").config
-        if same_judge(made["judge"], str(config.judge)):
+        if not same_judge(made["judge"], str(config.judge)):
+            continue
+        if made["prompt"] != config.prompt:
+            report.warn(
+                f"--judge asks with --prompt {config.prompt}, which {folder} was not labelled with; give "
+                f"--prompt {made['prompt']} to ask alike"
+            )
+        elif config.answer is None and config.threshold is None:
             return {"answer": made["answer"], "threshold": made["threshold"]}
     return {}
 

@@ -95,4 +95,7 @@ def _cut(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        temporary.write_text(kept, encoding="utf-8")
+        temporary.replace(path)

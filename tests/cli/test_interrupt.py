@@ -27,11 +27,14 @@ def interrupted(command: list[object], working: Callable[[], bool], **environmen
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.time() + 120
-    while not working() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=40)
+    try:
+        deadline = time.time() + 120
+        while not working() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=40)
+    finally:
+        process.kill()
     assert (process.returncode, out) == (130, ""), err
     return err.strip().splitlines()
 
@@ -63,7 +66,9 @@ def test_train_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, caps
     log = tmp_path / "model.partial" / "log.jsonl"
 
     def steps() -> int:
-        return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() and log.read_text() else 0
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        return json.loads(whole[-1])["step"] if whole else 0
 
     assert interrupted([*command, "--quiet"], lambda: steps() > 40) == [KEPT]
     assert not (tmp_path / "model").exists()

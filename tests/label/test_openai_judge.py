@@ -19,7 +19,7 @@ import pytest
 
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
-from novelret.label import judge
+from novelret.label import judge, label
 from novelret.label import questions as questions_module
 from novelret.label.claims import Claims
 from novelret.label.judges import endpoint
@@ -166,14 +166,15 @@ def test_caps_hold_where_every_reply_is_repeated(arguments, tmp_path, capsys, mo
 def test_answers_none_of_which_is_usable_stop_the_asking(arguments, tmp_path, capsys, monkeypatch, reply):
     with LoopbackJudge(always=reply) as server:
         more = ["--concurrency", 4, "--out", tmp_path / "a"]
-        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
-        assert (code, 50 <= server.delivered <= 54, facts["pairs"]) == (0, True, server.delivered), err
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, 50 <= server.delivered <= 54) == (2, True), err
+        assert not (tmp_path / "a").exists()
         words = {
             "length": "one without any text; give the prompt a higher max_tokens",
             "refusal": "'I would rather not.'",
         }
-        assert f"none of the first 50 answers is usable, for instance {words[reply]}" in facts["stopped"]
-        assert ("max_tokens" in facts["stopped"]) == (reply == "length")
+        assert f"none of the first 50 answers is usable, for instance {words[reply]}" in err
+        assert ("max_tokens" in err) == (reply == "length")
         # Where there is nothing more to ask, nothing was stopped.
         more = ["--depth", 5, "--store", tmp_path / "other", "--out", tmp_path / "b"]
         assert ask(capsys, server, monkeypatch, arguments, *more)[1]["stopped"] is None
@@ -323,7 +324,7 @@ def test_a_limit_that_only_says_later_fails_no_question(arguments, tmp_path, cap
 
 @pytest.mark.parametrize("how", ["given", "told"])
 def test_a_known_limit_is_kept_without_refusals(arguments, tmp_path, capsys, monkeypatch, how):
-    with LoopbackJudge(rpm=3000, burst=10, tells=how == "told") as server:
+    with LoopbackJudge(rpm=3000, burst=40, tells=how == "told") as server:
         more = ["--rpm", 2900] if how == "given" else ["--concurrency", 2]
         code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels", *more)
         assert (code, facts["pairs"]) == (0, 120), err
@@ -695,9 +696,10 @@ def test_two_runs_with_one_store_pay_for_no_pair_twice(world, index_folder, tmp_
             for name, log in zip("ab", logs, strict=True)
         ]
         if kill:
-            while len(server.seen) < pairs // 4:
+            deadline = time.time() + 60
+            while len(server.seen) < pairs // 4 and time.time() < deadline:
                 time.sleep(0.002)
-            os.kill(runs[0].pid, signal.SIGKILL)
+            runs[0].kill()
         for run in runs:
             run.join(120)
         assert runs[1].exitcode == 0, logs[1].read_text()
@@ -739,7 +741,7 @@ def test_a_cap_counts_replies_that_hold_nothing(arguments, tmp_path, capsys, mon
 
 
 def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):
-    concurrency, cap = 2, 60
+    concurrency, cap = 2, 120
     with LoopbackJudge(delay=0.01) as server:
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         command = [
@@ -756,7 +758,7 @@ def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):
             deadline = time.time() + 60
             while len(server.seen) < begun + 15 and process.is_alive() and time.time() < deadline:
                 time.sleep(0.002)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             kills += 1
         assert len(server.seen) >= 45
@@ -777,6 +779,27 @@ def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):
         more = finish(cap + 20)
         assert cap + 20 == more["requests"] + more["earlier"]["requests"]
         assert len(server.seen) <= cap + 20 + concurrency * kills
+
+
+def test_a_cap_holds_where_a_run_is_broken_off_after_the_asking(arguments, tmp_path, capsys, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    more = ["--out", tmp_path / "labels", "--max-requests", 20]
+    with LoopbackJudge() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(label, "fingerprint_file", press)
+            code, _, _ = ask(capsys, server, monkeypatch, arguments, *more)
+            assert (code, len(server.seen)) == (130, 20)
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, len(server.seen)) == (0, 20), err
+        assert facts["earlier"]["requests"] == 20
+        assert not (tmp_path / "labels" / "asking.json").exists()
+        # As a kill leaves it between two renames, when more is asked in place of what is there.
+        (tmp_path / "labels").rename(tmp_path / "labels.old")
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more[:-1], 30)
+        assert (code, len(server.seen)) == (0, 30), err
+        assert not (tmp_path / "labels.old").exists()
 
 
 def key_of_body(body):

@@ -7,10 +7,13 @@ import json
 import sqlite3
 from contextlib import closing
 
+import numpy as np
 import pytest
 
 from novelret.errors import UserError
+from novelret.label.claims import Claims
 from novelret.label.store import KEY_SIZE, Store, key_function
+from novelret.label.table import make_table
 from tests.label.test_injections import HOSTILE
 
 
@@ -58,6 +61,30 @@ def test_a_commit_is_whole_or_nothing(tmp_path):
         assert store.known([b"a" * 16, b"b" * 16]) == set()
         store.add("openai:m", [(b"a" * 16, "Yes", 1, 1)])
         assert store.known([b"a" * 16]) == {b"a" * 16}
+
+
+def test_a_run_that_was_killed_before_its_first_claim_leaves_nothing(tmp_path):
+    left = tmp_path / "store.sqlite-asking-0123456789ab"
+    left.touch()
+    with closing(Store(tmp_path / "store.sqlite")) as store, Claims(store) as mine:
+        assert not left.exists()
+        with closing(Store(tmp_path / "store.sqlite")) as other, Claims(other) as others:
+            assert mine.take([b"a" * 16]) == {b"a" * 16}
+            assert others.take([b"a" * 16]) == set()
+    assert not list(tmp_path.glob("*-asking-*"))
+
+
+def test_judgements_of_items_that_a_query_leaves_out_are_dropped():
+    table = make_table(
+        np.array([0, 0, 1, 1]), np.array([3, 4, 3, 5]), np.array([1, 0, 1, 1], dtype=np.int8), 9,
+        grades=np.array([1, 0, np.nan, 0.7]),
+    )  # fmt: skip
+    found = table.without(np.array([[3, -1], [-1, 5], [3, 4]]))
+    assert found.query_rows.tolist() == [0, 1]
+    assert found.item_rows.tolist() == [4, 3]
+    assert found.verdicts.tolist() == [0, 1]
+    assert np.array_equal(found.grades, [0, np.nan], equal_nan=True)
+    assert table.without(np.full((3, 1), -1)).keys.tolist() == table.keys.tolist()
 
 
 def test_what_is_no_store_is_told_in_a_line(tmp_path):

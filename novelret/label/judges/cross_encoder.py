@@ -74,7 +74,9 @@ def score_all(
         UserError: a score is not finite.
     """
     wanted = (question for question in questions if question is not None)
-    while new := {question.key: question for question in islice(wanted, _AT_ONCE)}:
+    while not tally.halt.is_set() and (
+        new := {question.key: question for question in islice(wanted, _AT_ONCE)}
+    ):
         some = [question for count, question in enumerate(new.values(), 1) if not tally.reached(count, 0.0)]
         tally.stopped = tally.stopped or tally.reached(len(new), 0.0)
         if not some:

@@ -113,7 +113,7 @@ async def _ask_all(
             for worker in workers:
                 worker.cancel()
             return
-        interrupted = asking.stopping = True
+        interrupted = asking.ending = True
         asking.say(f"finishing {len(asking.tally.under_way)} requests under way; Ctrl-C again leaves at once")
 
     handles_signals = True
@@ -185,7 +185,7 @@ class _Asking:
     waits: bool = False  # whether all that is left is what other processes are asking
     in_batches: int = 0  # questions that were left out, as a batch under way holds them
     pace: Pace = field(init=False)
-    stopping: bool = False
+    ending: bool = False  # at Ctrl-C, or since nothing works any more
     sent: int = 0  # requests under way, those that wait for their turn included
     reserved: float = 0.0  # dollars that these may cost at most
     failed_in_a_row: int = 0
@@ -196,6 +196,11 @@ class _Asking:
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing more is to be sent."""
+        return self.ending or self.tally.halt.is_set()
 
     async def reserve(self, worst: float) -> bool:
         """Count a request as under way, once the caps hold even if all that is costs the most it can.
@@ -267,7 +272,7 @@ class _Asking:
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= _HOPELESS:
             self.tally.stopped = f"{_HOPELESS} questions in a row got no answer"
-            self.stopping = True  # what waits to be repeated is not
+            self.ending = True  # what waits to be repeated is not
 
 
 def _ours(
@@ -339,7 +344,7 @@ async def _work(
         try:
             await _ask(asking, client, question, tokens + longest, worst)
         except BaseException:
-            asking.stopping = True
+            asking.ending = True
             raise
         finally:
             under_way.discard(question.key)
