@@ -63,7 +63,7 @@ BARE = ".SH NAME\nMPI_Send \\-\\- sends\n.SH SEE ALSO\n.ft R\n.sp\nMPI_Recv and 
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(SETS))
     yield importlib.import_module
-    for name in ("layout", "roff", "shown", "wordnet", "manual_pages"):
+    for name in ("layout", "roff", "shown", "strangers", "wordnet", "manual_pages"):
         sys.modules.pop(name, None)
 
 
@@ -192,3 +192,24 @@ def test_shown_feedback_is_what_the_deployed_list_holds(load, world, encoder, in
     for name in ("corpus.jsonl", "judgements.tsv", "qrels/test.tsv"):
         assert (tmp_path / "out" / name).read_bytes() == (data / name).read_bytes()
     assert (tmp_path / "out/deployed_model/modules.json").is_file()
+
+
+def test_nothing_known_of_train_queries_names_a_test_query(load, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "qrels").mkdir(parents=True)
+    (data / "deployed_model").mkdir()
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (data / name).write_text(name)
+    head = "query-id\tcorpus-id\tscore\n"
+    (data / "qrels/train.tsv").write_text(head + "a\tx\t1\na\tt\t1\nb\tt\t1\nc\ty\t1\n")
+    (data / "qrels/test.tsv").write_text(head + "t\ta\t1\nu\tx\t1\n")
+    (data / "judgements.tsv").write_text(head + "a\tx\t1\na\tu\t1\nb\tt\t0\nb\ty\t1\nt\tu\t1\nt\ta\t1\n")
+    load("strangers").write(data, out)
+    rows = [line.split("\t")[:2] for line in (out / "qrels/train.tsv").read_text().splitlines()[1:]]
+    assert rows == [["a", "x"], ["c", "y"]]
+    assert (out / "unclicked/train.tsv").read_text().split() == ["query-id", "b"]
+    rows = [line.split("\t")[:2] for line in (out / "judgements.tsv").read_text().splitlines()[1:]]
+    assert rows == [["a", "x"], ["b", "y"], ["t", "u"], ["t", "a"]]
+    assert not (data / "judgements.tsv").is_symlink()
+    assert len((data / "judgements.tsv").read_text().splitlines()) == 7
+    assert (out / "qrels/test.tsv").read_text() == (data / "qrels/test.tsv").read_text()
