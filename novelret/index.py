@@ -123,7 +123,8 @@ def open_index(folder: str | Path, data: str | None = None) -> Index:
     if data is not None and fingerprint_part(data, "corpus") != index.manifest.inputs["corpus"]:
         raise UserError(
             f"{data}: its corpus is not the one {folder} was made from "
-            f"({index.manifest.config['data']}, {len(index)} items); run `novelret index` again"
+            f"({index.manifest.config['data']}, {len(index)} items); run `novelret index` again, with "
+            f"--append {folder} where the old items are all there: labels and models then still fit"
         )
     return index
 
@@ -270,13 +271,15 @@ def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> Sente
         UserError: unreadable, of another dimension, or trained for another index.
     """
     folder = Path(path)
+    if "/" in str(path) and not str(path).startswith(encode.PREFIX) and not folder.exists():
+        raise UserError(f"{path}: no such model folder")
     if (folder / MANIFEST).is_file() and not is_kind(folder, "export"):
         read_manifest(folder, "model")  # refuses other artifacts
     training = training_of(folder)
     if training is not None and not index.descends_from(training.index):
         raise UserError(
             f"{path}: was trained for another index ({training.index_folder}) than {index.folder}; "
-            "train it again or pass the index it belongs to"
+            "train it again, pass the index it belongs to, or one made from that by `novelret index --append`"
         )
     model = encode.load_encoder(path, device)
     dimension = model.get_embedding_dimension()

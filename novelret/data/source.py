@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,8 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
             if number == 1:
                 continue
             raise UserError(f"{where}: the score {columns[2]!r} is not a number") from None
+        if not math.isfinite(score):
+            raise UserError(f"{where}: the score {columns[2]!r} is not a number")
         yield where, columns[0], columns[1], score
 
 

@@ -59,12 +59,13 @@ from novelret.evaluate.tables import write_tables
 from novelret.evaluate.trec import write_qrels, write_run
 from novelret.evaluate.weights import Bucket, merged_by_bucket
 from novelret.index import Index
-from novelret.label.asking import Plan, ask_and_write, plan_asking
+from novelret.label.asking import NOTE, Plan, ask_and_write, plan_asking
 from novelret.label.judge import split_judge
 from novelret.label.label import check_plan, stopped_early, what_is_asked
 from novelret.label.labels import read_table
 from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
+from novelret.tradeoff import keeps_recall
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def evaluate_models(
         table, asked = gathered.known, None
         if table is None:
             table, asked = _ask_judge(config, gathered, folder, report, earlier)
+        table = table.without(split.excluded)
         base, lists = with_verdicts(gathered.found, table, max(config.k))
         pool = gathered.pool
         deployed = Lists(pool, None, table.lookup(np.arange(len(pool))[:, None], pool))
@@ -185,6 +187,7 @@ def evaluate_models(
         settings = {**vars(config), "models": list(config.models)}
         facts = {"models": evaluation.means, "asked": asked}
         write_manifest(folder, Manifest("report", settings, gathered.inputs, identity, facts))
+    (out / NOTE).unlink(missing_ok=True)  # until here a kill leaves it, and the caps hold
     return evaluation
 
 
@@ -223,6 +226,17 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
             f"{means[BASE][f'Novelty@{k}']:.2f} against itself. Read Novelty@{k} as a difference from base, "
             f"or set --base-depth {k}"
         )
+    for name, of in means.items():
+        lost = [k for k in sorted(config.k)[:-1] if not _keeps(of, means[BASE], k, config.max_recall_drop)]
+        if lost:
+            figures = ", ".join(
+                f"Recall@{k} {of[f'Recall@{k}']:.3f} instead of {means[BASE][f'Recall@{k}']:.3f}"
+                for k in lost
+            )
+            report.warn(
+                f"{name} is worse at the top: {figures}. Where no ranker orders the lists anew, that is "
+                "what users see"
+            )
     base_recall = means[BASE][f"Recall@{max(config.k)}"]
     if base_recall >= LOGGED_RECALL and config.recall_of == "feedback" and len(means) > 1:
         report.warn(
@@ -230,6 +244,10 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
             "where feedback is a log of what it showed: every other list then seems to lose recall. Count "
             "what is judged relevant too (--recall-of known, with --judge)"
         )
+
+
+def _keeps(of: dict[str, float], base: dict[str, float], k: int, max_recall_drop: float) -> bool:
+    return keeps_recall(of[f"Recall@{k}"], base[f"Recall@{k}"], max_recall_drop)
 
 
 def _warn_of_few_verdicts(

@@ -24,12 +24,13 @@ from novelret.label.labels import join_labels, open_labels
 from novelret.label.table import LabelTable, empty_table, make_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
-from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config, window_multiples
 from novelret.train.memorise import make_memory
 from novelret.train.policy import check_embeddings
 from novelret.train.processes import Processes
 from novelret.train.rewards import load_reward
 from novelret.train.states import Material, gather_material
+from novelret.train.step import negative_ranks
 from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
 from novelret.train.trust import weigh_labels
 from novelret.train.validation import Validation, hold_back, known_pairs
@@ -84,10 +85,12 @@ def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
         for n, labels in enumerate(several, 1):
             fingerprints["labels" if n == 1 else f"labels {n}"] = labels.manifest.fingerprint
         table, judges = join_labels(several, split, index.catalog), [labels.judge for labels in several]
+        table = table.without(split.excluded)
     if config.init:
         start = load_finetuned(config.init, index, device)
         fingerprints["init"] = encode.fingerprint_encoder(start)
         _warn_of_start(config, start, split, report)
+    _warn_of_window(config, report)
     check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
     return Inputs(indexes, split, table, judges, fingerprints)
 
@@ -133,6 +136,16 @@ def prepare(
         known = known_pairs(split, table, config.recall_of)
         validation = Validation(split, known, lists[mine, : config.base_depth], pool[mine], table)
     return Prepared(material, validation, tower, len(validation_rows))
+
+
+def _warn_of_window(config: TrainConfig, report: Reporter) -> None:
+    last = round(window_multiples(config.window)[1] * config.base_depth)
+    if config.objective == "pg-ret" and config.loss == "boundary" and last > config.depth:
+        first, end = negative_ranks(config)
+        report.warn(
+            f"--window {config.window}: ends at rank {last}, beyond --depth {config.depth}; the negatives "
+            f"are ranks {first + 1} to {end}, raise --depth for more"
+        )
 
 
 def _warn_of_start(

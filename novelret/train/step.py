@@ -103,7 +103,8 @@ def _pair_losses(
         known = np.pad(material.no_negatives(queries, others)[group], ((0, 0), (1, 0)))
         positive = np.zeros(len(pairs), dtype=np.int64)
     else:
-        known = material.known_relevant(queries[:, None], others[None, :])[group]
+        distinct, place = np.unique(others, return_inverse=True)
+        known = material.no_negatives(queries, distinct)[:, place][group]
         known |= own[:, None] == others[None, :]
         positive = np.searchsorted(np.flatnonzero(infonce), pairs)
     if config.objective == "supervised-judged" and config.hard_negatives:

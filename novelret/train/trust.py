@@ -178,7 +178,7 @@ def _fit(features: np.ndarray, is_yes: np.ndarray, stands_for: np.ndarray) -> _M
     rate = float(share @ is_yes)
     without, _ = _maximise(x, yes, weight, None)
     likelihood, (weights, bias, logit) = _maximise(x, yes, weight, float(np.log(rate / 2)))
-    gain = 2 * len(features) * (likelihood - without)
+    gain = 2 * stands_for.sum() * (likelihood - without)
     if not (np.isfinite(gain) and gain > _RATIO and bool(torch.isfinite(weights).all())):
         return None
     return _Model(stand_in, mean, scale, weights, bias, float(torch.sigmoid(logit)))

@@ -91,14 +91,18 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
             f"--validation-fraction {fraction}: {len(split)} queries cannot be split by it; "
             "give more queries or another fraction"
         )
-    order = np.random.default_rng((seed % (1 << 32), 0x5EED)).permutation(len(split))
-    # Queries of one text, as a log of events holds them, stay on one side.
-    texts = [" ".join(split.query_texts[row].split()).casefold() for row in order]
-    first = {text: place for place, text in reversed(list(enumerate(texts)))}
-    group = np.array([first[text] for text in texts])
-    order, group = order[np.argsort(group, kind="stable")], np.sort(group)
-    count = int(np.searchsorted(group, group[count - 1], side="right"))
-    training, validation = np.sort(order[count:]), np.sort(order[:count])
+    # Queries of one text, as a log of events holds them, stay on one side. What is drawn are texts: of a draw
+    # of events, the frequent texts would be held back and hardly any of the others.
+    text_of = _text_groups(split)
+    sizes = np.bincount(text_of)
+    held_back = np.zeros(len(sizes), dtype=bool)
+    for text in np.random.default_rng((seed % (1 << 32), 0x5EED)).permutation(len(sizes)):
+        if sizes[text] <= count:
+            held_back[text] = True
+            count -= sizes[text]
+        if count == 0:
+            break
+    training, validation = np.flatnonzero(~held_back[text_of]), np.flatnonzero(held_back[text_of])
     for rows, what in ((training, "training"), (validation, "held-back")):
         if not np.isin(split.feedback_queries, rows).any():
             raise UserError(
@@ -106,6 +110,14 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
                 f"({split.clicked} of the split's {len(split)} have); give more feedback or another fraction"
             )
     return training, validation
+
+
+def _text_groups(split: Split) -> np.ndarray:
+    """(Q,) int64, the same number for queries of the same text, from 0 in the order of their first ones."""
+    numbers: dict[str, int] = {}
+    return np.array(
+        [numbers.setdefault(" ".join(text.split()).casefold(), len(numbers)) for text in split.query_texts]
+    )
 
 
 def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.ndarray, np.ndarray]:

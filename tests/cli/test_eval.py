@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import types
 
 import ir_measures
 import pyarrow as pa
@@ -14,6 +15,8 @@ import pytest
 import yaml
 
 from novelret.cli import main
+from novelret.evaluate.config import EvalConfig
+from novelret.evaluate.evaluate import _warn_of_weak_figures
 from novelret.evaluate.weights import bucket_of
 from novelret.label.judges import openai_batch
 from tests.cli.test_chain import fails, result, run
@@ -466,6 +469,18 @@ def test_cuts_beyond_the_deployed_depth_are_explained(common, models, capsys, tm
     assert json.loads((tmp_path / "fine" / "metrics.json").read_text())["warnings"] == []
 
 
+def test_a_loss_at_the_top_is_told():
+    config = EvalConfig("data", "index", k=(10, 20, 50), max_recall_drop=0.01)
+    base = {"Recall@10": 0.35, "Recall@20": 0.5, "Recall@50": 0.7}
+    new = {"Recall@10": 0.28, "Recall@20": 0.496, "Recall@50": 0.75}
+    said = []
+    _warn_of_weak_figures(config, {"base": base, "new": new}, types.SimpleNamespace(warn=said.append))
+    assert said == [
+        "new is worse at the top: Recall@10 0.280 instead of 0.350. Where no ranker orders the lists anew, that is "
+        "what users see"
+    ]
+
+
 def write(path, text):
     path.write_text(text)
     return path
@@ -489,7 +504,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
     pair = {name: write(tmp_path / f"{name}.tsv", text) for name, text in {
         "negative": "q01\t-3\n", "nanweight": "id\tweight\nq01\tnan\n", "few": "q01\t3\n", "double": "q01\t3\nq01\t4\n",
         "wide": "q01\t3\t4\n", "alien": "zz\ti01\t1\n", "elsewhere": "q01\ti01\t1\n",
-        "words": "q01\ti02\t1\nq01\ti01\tyes\n", "wrongitem": "q01\ti99\t1\n",
+        "words": "q01\ti02\t1\nq01\ti01\tyes\n", "nanscore": "q01\ti02\t1\nq01\ti01\tnan\n", "wrongitem": "q01\ti99\t1\n",
     }.items()}  # fmt: skip
     without_judge = ["eval", "--data", world, "--index", index_folder, "--k", 5, "--base-depth", 5]
     cases = {
@@ -519,6 +534,7 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
         "wide.tsv:1: 3 columns, expected query-id and weight": [*common, "--weights", pair["wide"]],
         "--human-sample 0: must be at least 1": [*common, "--human-sample", 0],
         "words.tsv:2: the score 'yes' is not a number": [*common, "--human", pair["words"]],
+        "nanscore.tsv:2: the score 'nan' is not a number": [*common, "--human", pair["nanscore"]],
         "wrongitem.tsv:1: item id 'i99' is not in the catalog": [*common, "--human", pair["wrongitem"]],
         "--merge-budget 0: must be at least 1": [*common, "--merge-budget", 0],
         "--max-recall-drop 2.0: expected a share": [*common, "--max-recall-drop", 2],

@@ -170,6 +170,32 @@ def test_supervised_loss_is_written_out(material):
     assert found.loss.item() == pytest.approx(expected / 6, rel=1e-5)
 
 
+def test_an_item_that_a_query_leaves_out_is_no_negative_of_it(material):
+    """Such as the query's own, which is often most like it, where it is another query's feedback."""
+    settings = config(objective="supervised", batch_size=6)
+    batch = draw_batch(material, settings, 0)
+    query = batch.queries[0]
+    mine = material.known_relevant(np.full(6, query), batch.items)
+    other = batch.items[np.flatnonzero(~mine)[0]]
+    excluded = np.full((Q, 2), -1)
+    embeddings = QUERIES[torch.from_numpy(batch.queries)]
+    losses = []
+    for left_out in (-1, other):
+        excluded[query, 1] = left_out
+        split = dataclasses.replace(material.split, excluded=excluded.copy())
+        here = dataclasses.replace(material, split=split)
+        known = {i for i in range(N) if here.known_relevant(np.array(query), np.array(i))} | {left_out}
+        against = [
+            batch.items[0],
+            *(item for item in batch.items[1:] if item not in known | {batch.items[0]}),
+        ]
+        scores = (QUERIES[query] @ torch.from_numpy(ITEMS[against]).T / settings.temperature).double()
+        found = batch_loss(embeddings[:1], np.arange(1), batch, here, settings, MATRIX, 0)
+        losses.append(found.loss.item() * len(batch.queries))
+        assert losses[-1] == pytest.approx((torch.logsumexp(scores, 0) - scores[0]).item(), rel=1e-4)
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("count", [30, N, 4096])
 def test_pairs_are_contrasted_with_a_sample_that_stands_for_the_catalog(material, count):
     excluded = np.tile([7, -1], (Q, 1))  # an item that is left out of all lists

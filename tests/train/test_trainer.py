@@ -27,7 +27,7 @@ from novelret.index import base_lists, open_index, pooled_lists
 from novelret.label.judges import openai as openai_judge
 from novelret.label.table import make_table
 from novelret.progress import Reporter
-from novelret.train import checkpoint, loop, trainer, write
+from novelret.train import checkpoint, judging, loop, trainer, write
 from novelret.train.config import TrainConfig
 from novelret.train.log import Log, read_log
 from novelret.train.matrix import ItemMatrix
@@ -583,6 +583,51 @@ def test_a_judge_that_never_answers_stops_the_run_and_one_that_does_goes_on(
         assert server.billed
 
 
+def test_a_step_that_is_asked_ahead_ends_with_the_run(asking, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(openai_judge, "_ATTEMPTS", 1_000_000)
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Judging, "answers", press)
+    with LoopbackJudge(["429"] * 1_000_000) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        code, _, err = run(capsys, *asking, "--out", tmp_path / "model", "--quiet")
+        assert code == 130, err
+        sent = len(server.seen)
+        time.sleep(0.3)
+        assert len(server.seen) == sent
+    assert not any(thread.name.startswith("judging") for thread in threading.enumerate())
+
+
+def test_other_prompts_are_warned_of(world, index_folder, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+        asked = ["label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt",
+                 "query-keyword", "--base-depth", 3, "--depth", 12, "--answer", "grade", "--quiet",
+                 "--out", tmp_path / "asked", "--store", tmp_path / "s.sqlite"]  # fmt: skip
+        assert run(capsys, *asked)[0] == 0
+    config = TrainConfig(str(world), str(index_folder), labels=str(tmp_path / "asked"), judge="openai:tiny")
+    said = []
+    report = types.SimpleNamespace(warn=said.append)
+    same = dataclasses.replace(config, prompt="query-keyword")
+    assert judging._as_labelled(same, report) == {"answer": "grade", "threshold": None}
+    assert judging._as_labelled(dataclasses.replace(same, answer="yes-no"), report) == {}
+    assert said == []
+    assert judging._as_labelled(config, report) == {}
+    assert "give --prompt query-keyword to ask alike" in said[0]
+
+
+def test_a_window_beyond_the_labels_and_support_without_draws(command, capsys, tmp_path):
+    more = ["--window", "1,9", "--steps", 1, "--out", tmp_path / "model"]
+    _, _, err = run(capsys, *command, *ADAPTER, *more)
+    assert "ends at rank 27, beyond --depth 12; the negatives are ranks 4 to 12" in " ".join(err.split())
+    code, _, err = run(capsys, *command, *ADAPTER, "--support", 4, "--out", tmp_path / "none")
+    assert code == 2
+    assert "--support narrows the draw of policy states" in err
+
+
 # Kills
 
 
@@ -604,7 +649,7 @@ def test_killed_and_resumed_is_as_undisturbed(asking, capsys, tmp_path, monkeypa
                 time.sleep(0.02)
                 if kills < 4 and log.exists() and log.stat().st_size > before + 700:
                     time.sleep(rng.random() * 0.5)
-                    os.kill(process.pid, signal.SIGKILL)
+                    process.kill()
                     kills += 1
                     break
             process.join()

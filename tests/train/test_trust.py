@@ -93,6 +93,21 @@ def test_a_sample_stands_for_the_rest(monkeypatch):
     assert np.array_equal(found.weights, again.weights)
 
 
+def test_a_sample_speaks_for_as_many_labels_as_it_stands_for():
+    """That there is a floor is as likely after noes were sampled as by all of them, not a tenth as likely."""
+    rng = np.random.default_rng(7)
+    features = rng.normal(size=(60_000, 7))
+    rate = 0.001 + 0.999 / (1 + np.exp(9 - 4 * features[:, 0]))
+    is_yes = rng.random(len(rate)) < rate
+    kept = is_yes | (rng.random(len(rate)) < 0.1)
+    stands_for = np.where(is_yes, 1.0, 10.0)
+    whole = trust._fit(features, is_yes, np.ones(len(rate)))
+    sampled = trust._fit(features[kept], is_yes[kept], stands_for[kept])
+    assert whole is not None
+    assert sampled is not None
+    assert sampled.floor == pytest.approx(whole.floor, rel=0.5)
+
+
 def test_too_few_labels_or_no_no_leave_all_yeses_believed():
     yes_alone = np.where(judged(0.05), 1, -1)
     few = np.full(IS_TRUE.shape, -1)

@@ -25,3 +25,20 @@ def test_queries_of_one_text_stay_together():
     training, held_back = hold_back(split, 0.3, 0)
     assert len(held_back) == 60
     assert not {row // 4 for row in training} & {row // 4 for row in held_back}
+
+
+def test_frequent_texts_are_held_back_no_sooner_than_others():
+    """A log of events: one text makes up a third of it, and a fifth of the texts is drawn, not of the events."""
+    texts = ["often"] * 500 + [f"rare {n}" for n in range(1000)]
+    split = split_of(texts)
+    sizes = []
+    for seed in range(20):
+        _, held_back = hold_back(split, 0.2, seed)
+        assert "often" not in {texts[row] for row in held_back}  # alone more than may be held back
+        sizes.append(len(held_back))
+    assert set(sizes) == {300}
+    pairs = split_of([text for n in range(100) for text in [f"text {n}"] * (10 if n < 10 else 1)])
+    drawn = [hold_back(pairs, 0.2, seed)[1] for seed in range(200)]
+    share = np.mean([len({row // 10 for row in rows if row < 100}) / 10 for rows in drawn])
+    assert 0.12 < share < 0.28
+    assert max(len(rows) for rows in drawn) <= 38
