@@ -220,7 +220,7 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
     moved = base + model[1].linear.weight.detach().numpy() @ base
     assert np.allclose(encode.encode_queries(model, [text])[0], moved / np.linalg.norm(moved), atol=1e-5)
     assert np.abs(model[1].linear.weight.detach().numpy()).max() > 1e-3
-    # So is the API with a memory, whose keys are embeddings that were paid for already.
+    # So is the API with a memory, whose keys are embeddings that were paid for already, or of items.
     remembering = encode.load_encoder(tmp_path / "memory")
     assert [type(module) for module in remembering] == [
         ApiEmbedding,
@@ -232,7 +232,9 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
     ]
     paid = torch.tensor([embedding(text) for text in api.billed])
     keys = TEMPERATURE * read_memory(remembering[2], remembering[3]).keys
-    assert (keys @ normalize(paid).numpy().T).max(axis=1) == pytest.approx(1, abs=1e-5)
+    items = torch.from_numpy(np.array(open_index(index).embeddings, dtype=np.float32))
+    known = normalize(torch.cat([paid, items])).numpy()
+    assert (keys @ known.T).max(axis=1) == pytest.approx(1, abs=1e-5)
     assert not np.allclose(encode.encode_queries(remembering, [text])[0], base, atol=1e-3)
     # Nothing that was written holds the key.
     for path in tmp_path.rglob("*"):
