@@ -605,15 +605,15 @@ def test_other_prompts_are_warned_of(world, index_folder, tmp_path, capsys, monk
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
         asked = ["label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt",
-                 "query-keyword", "--base-depth", 3, "--depth", 12, "--answer", "grade", "--quiet",
+                 "query-keyword", "--base-depth", 3, "--depth", 12, "--answer", "word", "--quiet",
                  "--out", tmp_path / "asked", "--store", tmp_path / "s.sqlite"]  # fmt: skip
         assert run(capsys, *asked)[0] == 0
     config = TrainConfig(str(world), str(index_folder), labels=str(tmp_path / "asked"), judge="openai:tiny")
     said = []
     report = types.SimpleNamespace(warn=said.append)
     same = dataclasses.replace(config, prompt="query-keyword")
-    assert judging._as_labelled(same, report) == {"answer": "grade", "threshold": None}
-    assert judging._as_labelled(dataclasses.replace(same, answer="yes-no"), report) == {}
+    assert judging._as_labelled(same, report) == {"answer": "word", "threshold": None}
+    assert judging._as_labelled(dataclasses.replace(same, answer="grade"), report) == {}
     assert said == []
     assert judging._as_labelled(config, report) == {}
     assert "give --prompt query-keyword to ask alike" in said[0]
