@@ -20,10 +20,9 @@ _COLUMNS = (
 
 
 def headline_metrics(evaluation: Evaluation) -> list[str]:
-    """The metrics worth a column: novelty and recall at each cut, the rest at one of them."""
+    """The metrics worth a column: novelty at each cut, then the rest at the deepest or shallowest one."""
     cuts = sorted(evaluation.config.k)
-    names = [f"Novelty@{k}" for k in cuts] + [f"RelevantNovel@{cuts[-1]}"]
-    names += [f"Recall@{k}" for k in reversed(cuts)]
+    names = [f"Novelty@{k}" for k in cuts] + [f"RelevantNovel@{cuts[-1]}", f"Recall@{cuts[-1]}"]
     if evaluation.config.recall_of == "known":
         names.append(evaluation.config.recall_metric)
     names += [f"Precision@{cuts[0]}", f"Judged@{cuts[0]}"]
