@@ -52,7 +52,7 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     """
     if str(path).startswith(PREFIX):
         return SentenceTransformer(modules=[make_module(str(path))], device=device)
-    is_path = Path(path).exists() or str(path).startswith((".", "/", "~"))
+    is_path = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if is_path and not Path(path).is_dir():
         raise UserError(f"{path}: no such model folder")
     if is_path and not (Path(path) / "modules.json").is_file() and not (Path(path) / "config.json").is_file():

@@ -271,8 +271,6 @@ def load_finetuned(path: str | Path, index: Index, device: str = "cpu") -> Sente
         UserError: unreadable, of another dimension, or trained for another index.
     """
     folder = Path(path)
-    if "/" in str(path) and not str(path).startswith(encode.PREFIX) and not folder.exists():
-        raise UserError(f"{path}: no such model folder")
     if (folder / MANIFEST).is_file() and not is_kind(folder, "export"):
         read_manifest(folder, "model")  # refuses other artifacts
     training = training_of(folder)

@@ -144,6 +144,8 @@ def test_bad_arguments_are_one_line(models, tmp_path, capsys):
         capsys, "--model", model, "--format", "pt", "--out", tmp_path / "x"
     )
     assert "no such model folder" in fails(capsys, "--model", tmp_path / "none", "--out", tmp_path / "x")
+    # No hub id has two slashes: nothing is looked up.
+    assert "no such model folder" in fails(capsys, "--model", "runs/none/model", "--out", tmp_path / "x")
     assert "name it like adapter.npz" in fails(
         capsys, "--model", model, "--format", "npz", "--out", tmp_path / "x"
     )

@@ -68,8 +68,7 @@ def _items_and_others(
     group: np.ndarray, item: np.ndarray, pairs: np.ndarray, means: np.ndarray, items: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of some of the (P,) pairs: the item's embedding, of unit length, and its group's mean without it."""
-    unique, place = np.unique(item[pairs], return_inverse=True)
-    vectors = np.asarray(items[unique], dtype=np.float32)[place]
+    vectors = _vectors(items, item[pairs])
     counts = np.bincount(group)[group[pairs], None].astype(np.float32)
     others = (counts * means[group[pairs]] - vectors) / (counts - 1)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -83,10 +82,14 @@ def _means(group: np.ndarray, item: np.ndarray, items: np.ndarray) -> np.ndarray
     size = max(1, _NUMBERS // items.shape[1])
     for start in range(0, len(group), size):
         part = group[start : start + size]
-        # In ascending order of a memory map, each row once.
-        unique, place = np.unique(item[start : start + size], return_inverse=True)
-        vectors = np.asarray(items[unique], dtype=np.float32)[place]
+        vectors = _vectors(items, item[start : start + size])
         of_part, first = np.unique(part, return_index=True)
         sums[of_part] += np.add.reduceat(vectors, first, axis=0)
     means: np.ndarray = sums / counts[:, None].astype(np.float32)
     return means
+
+
+def _vectors(items: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Embeddings of (n,) items, (n, d) float32, read in ascending order of a memory map, each row once."""
+    unique, place = np.unique(rows, return_inverse=True)
+    return np.asarray(items[unique], dtype=np.float32)[place]
