@@ -20,6 +20,7 @@ import openai
 import torch
 from sentence_transformers.base.modules import InputModule
 
+from novelret.database import open_database, transaction
 from novelret.endpoint import PASSING, check_key, hide_secrets
 from novelret.errors import UserError
 
@@ -237,15 +238,11 @@ def cache_path() -> Path:
 def _open_cache() -> sqlite3.Connection:
     path = cache_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=60)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(_SCHEMA)
+        return open_database(path, _SCHEMA)
     except (sqlite3.Error, OSError) as error:
         raise UserError(
             f"{path}: cannot be used as a cache of embeddings ({error}); set NOVELRET_EMBEDDINGS"
         ) from None
-    return connection
 
 
 def _find(cache: sqlite3.Connection, keys: list[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
@@ -258,7 +255,7 @@ def _find(cache: sqlite3.Connection, keys: list[bytes]) -> Iterator[tuple[bytes,
 
 def _keep(cache: sqlite3.Connection, keys: list[bytes], embeddings: np.ndarray) -> None:
     rows = [(key, row.tobytes()) for key, row in zip(keys, embeddings, strict=True)]
-    with cache:
+    with transaction(cache):
         cache.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
 
 

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
 from json.encoder import encode_basestring as _string
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from novelret.database import open_database, transaction
 from novelret.errors import UserError
 
 _SCHEMA = """
@@ -108,14 +109,11 @@ class Store:
         """
         try:
             self.path = path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection = open_database(path, _SCHEMA)
             # FULL: an answer that was acknowledged survives a power cut, since it was paid for.
             self.connection.execute("PRAGMA synchronous = FULL")
             # Keys are found all over the file: reading it through the page cache saves a third of the time.
             self.connection.execute(f"PRAGMA mmap_size = {1 << 30}")
-            self.connection.execute(_SCHEMA)
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{path}: cannot be used as a judgement store ({error}); pass --store") from None
 
@@ -150,17 +148,9 @@ class Store:
         """The file that commits go to first."""
         return self.path.with_name(self.path.name + "-wal")
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """All that is done inside is kept together or not at all."""
-        connection = self.connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+        return transaction(self.connection)
 
     def select(self, what: str, keys: Iterable[bytes]) -> list[tuple[Any, ...]]:
         """Rows whose `key` is among these keys; `what` names columns and table."""

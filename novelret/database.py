@@ -1,0 +1,53 @@
+"""SQLite files that several processes use at once."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_WAIT = 60.0  # seconds that another process may hold a file
+_MOMENT = 0.01  # seconds
+
+
+def open_database(path: Path, schema: str) -> sqlite3.Connection:
+    """Open or make a file with a write-ahead log: readers never wait for a writer.
+
+    Args:
+        path: its folder is made where it is missing.
+        schema: one statement, CREATE TABLE IF NOT EXISTS.
+
+    Raises:
+        sqlite3.Error: the file is no database, or another process held it for a minute.
+        OSError: it cannot be opened or made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
+    deadline = time.monotonic() + _WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(schema)
+        except sqlite3.Error as error:
+            # Of two processes that make the same file, one is told at once that it is locked: each would
+            # wait for the other, so SQLite does not wait.
+            if "locked" in str(error) and time.monotonic() < deadline:
+                time.sleep(_MOMENT)
+                continue
+            connection.close()
+            raise
+        return connection
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All that is done inside is kept together or not at all."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
