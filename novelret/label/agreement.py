@@ -182,7 +182,9 @@ def bootstrap_by_query(
     """Percentile bootstrap intervals of the four figures; whole queries are drawn.
 
     Pairs of one query share its difficulty, so drawing single pairs would give intervals that are too
-    narrow (cluster bootstrap, Davison and Hinkley, 1997).
+    narrow (cluster bootstrap, Davison and Hinkley, 1997). Where all pairs agree, or none does, resamples
+    cannot differ: the interval is then the exact one of that many pairs (Clopper and Pearson, 1934), as
+    surveys have it (Korn and Graubard, 1998), and kappa's what that accuracy gives at the same chance.
 
     Args:
         counts: (Q, 4) confusion counts per query.
@@ -207,7 +209,26 @@ def bootstrap_by_query(
     ends = np.full((2, 4), np.nan)
     some = ~np.isnan(figures).all(axis=0)
     ends[:, some] = np.nanquantile(figures[:, some], [tail, 1 - tail], axis=0)
-    return ends[0], ends[1]
+    return _opened(counts, ends, tail)
+
+
+def _opened(counts: np.ndarray, ends: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
+    """The ends, (2, 4), with the exact ones of figures that are 0 or 1, which no resample moves."""
+    low, high = ends
+    total = counts.sum(axis=0)
+    both, judge_alone, people_alone, _ = total
+    figures = agreement_figures(total[None])[0]
+    pairs = (total.sum(), both + judge_alone, both + people_alone)
+    for n, size in enumerate(pairs):
+        if figures[n] == 1:
+            low[n] = tail ** (1 / size)
+        elif figures[n] == 0:
+            high[n] = 1 - tail ** (1 / size)
+    if figures[3] == 1:
+        judge_yes, people_yes = pairs[1] / pairs[0], pairs[2] / pairs[0]
+        chance = judge_yes * people_yes + (1 - judge_yes) * (1 - people_yes)
+        low[3] = (low[0] - chance) / (1 - chance)
+    return low, high
 
 
 def _is_relevant(score: float, threshold: float | None) -> bool:

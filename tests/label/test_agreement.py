@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.metrics import (
     accuracy_score,
     cohen_kappa_score,
@@ -60,6 +61,22 @@ def test_the_bootstrap_draws_whole_queries():
     assert np.abs(np.stack([low, high]) - expected).max() < 0.015
 
 
+def test_few_pairs_that_all_agree_do_not_make_it_certain():
+    counts = np.array([[1, 0, 0, 2], [0, 0, 0, 3], [2, 0, 0, 1]])
+    low, high = bootstrap_by_query(counts)
+    exact = [exact_of(n) for n in (9, 3, 3)]
+    chance = (3 / 9) ** 2 + (6 / 9) ** 2
+    assert low == pytest.approx([*exact, (exact[0] - chance) / (1 - chance)])
+    assert high.tolist() == [1, 1, 1, 1]
+    low, high = bootstrap_by_query(np.array([[0, 2, 1, 0]] * 4))  # the judge is never right
+    assert low[:3].tolist() == [0, 0, 0]
+    assert high[:3] == pytest.approx([1 - exact_of(n) for n in (12, 8, 4)])
+
+
+def exact_of(n):
+    return scipy.stats.binomtest(n, n).proportion_ci().low
+
+
 def test_undefined_figures_are_nan():
     figures = agreement_figures(np.array([[0, 0, 0, 9], [0, 0, 3, 6], [5, 0, 0, 0]]))
     assert np.isnan(figures[0]).tolist() == [False, True, True, True]
@@ -107,7 +124,7 @@ def test_a_judge_that_people_share_is_trusted(labels, tmp_path, capsys):
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert found["figures"] == {"accuracy": 1, "precision": 1, "recall": 1, "kappa": 1}
-    assert found["intervals"]["kappa"] == [1, 1]
+    assert found["intervals"]["accuracy"] == pytest.approx([exact_of(len(rows)), 1])
     assert found["pairs"] == len(rows) == found["confusion"]["yes-yes"] + found["confusion"]["no-no"]
     assert found["disagreements"] == []
     code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "people.tsv", "--seed", -1)
