@@ -97,7 +97,7 @@ def run(
         for stage, options in stages.items():
             out = None if options.get("out") is None else Path(options["out"])
             if out is not None and out.exists() and not _cap_was_raised(out, options):
-                _check_is_current(stage, out, options, ran)
+                _check_is_current(stage, out, file, ran)
                 if not quiet:
                     error_console().print(f"{stage}: {out} is there already", soft_wrap=True, markup=False)
                 continue
@@ -117,20 +117,34 @@ def _check_options(name: str, stage: str, file: Path) -> None:
     Raises:
         UserError: says so.
     """
-    from novelret.cli import app as whole
-
-    commands = getattr(typer.main.get_command(whole), "commands", {})
-    if stage not in commands:
+    if stage not in _commands():
         raise UserError(f"recipe {name}: {stage!r} is no command of novelret; see `novelret --help`")
     try:
-        commands[stage].make_context(stage, ["--config", str(file)])
+        _settings(stage, file)
     except UserError as error:
         raise UserError(str(error).replace(str(file), f"recipe {name}")) from None
     except typer.BadParameter as error:
         raise UserError(f"recipe {name}, {stage}: {error.format_message()}") from None
 
 
+def _commands() -> dict[str, Any]:
+    from novelret.cli import app as whole
+
+    commands: dict[str, Any] = getattr(typer.main.get_command(whole), "commands", {})
+    return commands
+
+
+def _settings(stage: str, file: Path, *more: str) -> dict[str, Any]:
+    """All options of a stage by a recipe or by an output's config.yaml, as the command takes them."""
+    params: dict[str, Any] = _commands()[stage].make_context(stage, ["--config", str(file), *more]).params
+    return params
+
+
 _CAPS = ("max-cost", "max-requests")
+_NOT_OF_THE_OUTPUT = {
+    "config", "out", "force", "quiet", "as_json", "plan", "store", "concurrency", "timeout", "rpm", "tpm",
+    "max_cost", "max_requests", "price",
+}  # fmt: skip
 
 
 def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
@@ -143,7 +157,7 @@ def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
     return any(then is not None and (options.get(name) or math.inf) > then for name, then in caps)
 
 
-def _check_is_current(stage: str, out: Path, options: dict[str, Any], ran: str | None) -> None:
+def _check_is_current(stage: str, out: Path, file: Path, ran: str | None) -> None:
     """Refuse an output that is not what the recipe would make now.
 
     Raises:
@@ -152,16 +166,32 @@ def _check_is_current(stage: str, out: Path, options: dict[str, Any], ran: str |
     if ran is not None:
         raise UserError(f"{stage}: {out} was made before {ran} ran; remove it, to have it made again")
     path = out / "config.yaml"
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = []
-    for name, value in options.items():
-        then = before.get(name.replace("-", "_"))
-        # Lists and what the output does not name are written in another form there.
-        is_told = name not in (*_CAPS, "price") and then is not None and not isinstance(then, list)
-        if is_told and str(then) != str(value) and then != value:
-            changed.append(f"{name} {then} → {value}")
+    if not path.is_file():
+        return  # export's and the like, which hold no settings
+    try:
+        before = _settings(stage, path, "--out", str(out))
+    except (UserError, typer.BadParameter) as error:
+        raise UserError(
+            f"{stage}: {out} was made with settings that are none any more ({error}); remove it, to have it "
+            "made again"
+        ) from None
+    # What is left to the program was put in by it: whether that is what it was then cannot be told.
+    now = {name: value for name, value in _settings(stage, file).items() if value not in (None, [], ())}
+    flags = {str(option.name): option.opts[0].lstrip("-") for option in _commands()[stage].params}
+    changed = [
+        f"{flags[name]} {_shown(before[name])} → {_shown(value)}"
+        for name, value in now.items()
+        if name not in _NOT_OF_THE_OUTPUT and _shown(before[name]) != _shown(value)
+    ]
     if changed:
         raise UserError(
             f"{stage}: {out} was made with other settings ({', '.join(changed)}); remove it, to have it made "
             f"again, or keep it with another --set {stage}.out=…"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line has it: cuts and lists are one text, numbers have one spelling."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).strip("[]()").replace(", ", ",")

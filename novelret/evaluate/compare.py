@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from novelret import encode
-from novelret.artifacts import MANIFEST
+from novelret.artifacts import MANIFEST, read_json, read_manifest
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
@@ -17,7 +17,7 @@ from novelret.evaluate.config import BASE
 from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
 from novelret.label.judges.file import file_table
-from novelret.label.labels import read_table
+from novelret.label.labels import Labels, read_table
 from novelret.label.table import UNKNOWN, LabelTable, empty_table
 from novelret.progress import Reporter
 
@@ -107,11 +107,13 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     split = load_split(
         config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
     )
-    split = split.subset(_rows_of(split, config.query_ids)) if config.query_ids else split
+    rows_there = _rows_of(split, config.query_ids) if config.query_ids else np.arange(len(split))
+    # Of the whole split: judgements may well be of other queries than those asked for.
+    table = _judgements(config, split, index)
+    split = split.subset(rows_there)
     device = encode.pick_device(config.device)
     name, path = _named(config.model)
     encoder = load_finetuned(path, index, device)
-    table = _judgements(config, split, index)
     depth = max(config.k, config.base_depth)
     base_rows, base_scores = base_lists(index, split, depth, device=device, report=report)
     embeddings = finetuned_query_embeddings(encoder, index, split, device=device, report=report)
@@ -120,7 +122,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     )
     feedback = (split.feedback_queries, split.feedback_items, config.base_depth)
     change = metrics.recall(rows, *feedback) - metrics.recall(base_rows, *feedback)
-    verdicts = table.lookup(np.arange(len(split))[:, None], rows)
+    verdicts = table.lookup(rows_there[:, None], rows)
     base_top = base_rows[:, : config.base_depth]
     gain = metrics.novelty(rows, base_top, config.base_depth)
     if config.judgements is not None:
@@ -140,7 +142,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
         for side, (of, its_scores, places) in sides.items():
             places = places[of[places] >= 0]
             results[side] = _hits(index, of, its_scores, places, base_rank)
-            judged = table.lookup(np.full(len(places), q), of[places])
+            judged = table.lookup(np.full(len(places), rows_there[q]), of[places])
             for hit, place, verdict in zip(results[side], places.tolist(), judged.tolist(), strict=True):
                 hit["rank"] = place + 1
                 hit["relevant"] = None if verdict == UNKNOWN else bool(verdict)
@@ -189,7 +191,12 @@ def _judgements(config: CompareConfig, split: Split, index: Index) -> LabelTable
         return file_table(path, split.query_ids, index.catalog, config.missing)
     found, verdicts = path / "judgements.parquet", path / "qrels" / "judged.trec"
     if (path / MANIFEST).is_file() and found.is_file():
-        table = read_table(found, split.query_ids, index.catalog)
+        if (
+            read_json(path / MANIFEST).get("kind") == "labels"
+        ):  # a query may have had another text when it was judged
+            table = Labels(path, read_manifest(path, "labels")).table(split, index.catalog)
+        else:
+            table = read_table(found, split.query_ids, index.catalog)
         if not len(table):
             raise UserError(
                 f"--judgements {path}: judges no query of split {split.name}; give those of its queries, or "

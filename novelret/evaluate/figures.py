@@ -11,7 +11,7 @@ import numpy as np
 from novelret.data.split import Split
 from novelret.evaluate import metrics
 from novelret.evaluate.config import BASE, EvalConfig
-from novelret.evaluate.human import FEW_PAIRS, Corrected, human_figures, is_uneven
+from novelret.evaluate.human import FEW_PAIRS, FEW_RELEVANT, Corrected, human_figures, is_uneven
 from novelret.evaluate.significance import (
     bootstrap_intervals,
     holm,
@@ -179,12 +179,17 @@ def human_corrections(
     found = {name: human_figures(of.rows, of.verdicts, top, people, config.k) for name, of in lists.items()}
     # Novel items are rare at shallow cuts; what matters is that the deepest one has its labels.
     main = [f"Precision@{min(config.k)}", f"RelevantNovel@{max(config.k)}"]
-    fewest, figure = min(
-        (of[metric].pairs if metric in of else 0, f"{metric} of {name}")
+    counts = [
+        (
+            of[metric].pairs if metric in of else 0,
+            of[metric].relevant if metric in of else 0,
+            f"{metric} of {name}",
+        )
         for name, of in found.items()
         for metric in main
         if name != BASE or metric == main[0]
-    )
+    ]
+    fewest, _, figure = min(counts)
     uneven = [name for name, of in lists.items() if is_uneven(of.rows, top, people)]
     if uneven:
         report.warn(
@@ -196,4 +201,11 @@ def human_corrections(
             f"{config.human}: only {fewest} human labels fall on {figure}; intervals from fewer than "
             f"{FEW_PAIRS} are too narrow, label more pairs"
         )
+    else:
+        _, liked, figure = min(counts, key=lambda count: count[1])
+        if liked < FEW_RELEVANT:
+            report.warn(
+                f"{config.human}: people call only {liked} of the pairs relevant that {figure} rests on; "
+                f"intervals from fewer than {FEW_RELEVANT} are too narrow, label more pairs"
+            )
     return found

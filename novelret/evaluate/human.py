@@ -26,6 +26,8 @@ from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 _LEAST_QUERIES = 5
 FEW_PAIRS = 200
 """Fewer human-labelled pairs than this give an interval that is too narrow: the judge's errors are rare."""
+FEW_RELEVANT = 30
+"""Likewise fewer relevant ones: with 2 % of 300 labels, 95 % intervals held under 90 % in simulation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Corrected:
         low: lower end of its interval.
         high: upper end.
         pairs: human-labelled pairs it rests on.
+        relevant: those of them that people call relevant.
         queries: queries these belong to.
         trust: how far the judge is believed, from 0 (the people's labels alone) to 1 (plain PPI).
     """
@@ -45,6 +48,7 @@ class Corrected:
     low: float
     high: float
     pairs: int
+    relevant: int
     queries: int
     trust: float
 
@@ -178,4 +182,5 @@ def _correct(
         # A sample without any error still allows for −log(1 − level) / n of them (the rule of three).
         reach = float(np.hypot(reach, whole.mean() * -np.log(1 - level) / pairs_of.sum()))
     low, middle, high = (min(max(float(end), 0.0), most) for end in (value - reach, value, value + reach))
-    return Corrected(middle, low, high, int(pairs_of.sum()), queries, trust)
+    liked = int((labelled & (human == RELEVANT)).sum())
+    return Corrected(middle, low, high, int(pairs_of.sum()), liked, queries, trust)

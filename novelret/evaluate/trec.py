@@ -57,9 +57,10 @@ def write_qrels(
 
 
 def read_run(path: Path, split: Split, catalog: Catalog, k: int, id_rank: np.ndarray) -> np.ndarray:
-    """Read a run as (Q, k) catalog rows, −1 padded, ordered by score and the tie rule; ranks are ignored.
+    """Read a run as (Q, k) catalog rows, −1 padded, ordered by score, then by item id, descending.
 
-    Items that the split leaves out of a query's rankings are left out here too.
+    Scores are compared as they stand: another retriever's may differ by less than ours are rounded to. Ranks
+    are ignored. Items that the split leaves out of a query's rankings are left out here too.
 
     Raises:
         UserError: a malformed line, an unknown item, a repeated item, a score that is no number, or no
@@ -118,7 +119,6 @@ def _lists(
     scores: np.ndarray,
 ) -> np.ndarray:
     """Put lines together as (Q, k) lists; `numbers` say where in the file each stands."""
-    rounded = np.round(scores, DECIMALS)
     pair = query_rows * len(catalog) + rows
     _, first_seen = np.unique(pair, return_index=True)
     if len(first_seen) != len(pair):
@@ -126,8 +126,8 @@ def _lists(
         item = catalog.ids_at(rows[again : again + 1])[0]
         raise UserError(f"{path}:{numbers[again]}: item {item!r} occurs twice for this query")
     allowed = np.flatnonzero((split.excluded[query_rows] != rows[:, None]).all(axis=1))
-    query_rows, rows, rounded = query_rows[allowed], rows[allowed], rounded[allowed]
-    order = np.lexsort((-id_rank[rows].astype(np.int64), -rounded, query_rows))
+    query_rows, rows, scores = query_rows[allowed], rows[allowed], scores[allowed]
+    order = np.lexsort((-id_rank[rows].astype(np.int64), -scores, query_rows))
     ordered = query_rows[order]
     place = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
     kept = place < k

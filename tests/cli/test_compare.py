@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -9,7 +12,7 @@ from novelret import encode
 from novelret.data.split import load_split
 from novelret.index import open_index
 from tests.cli.test_chain import fails, result, run
-from tests.conftest import make_encoder
+from tests.conftest import make_encoder, write_jsonl, write_qrels
 
 L = 5
 
@@ -107,6 +110,33 @@ def test_shows_the_queries_that_lost_most_and_those_asked_for(common, capsys):
     assert all(hit["relevant"] is None for query in lost for hit in query["results"]["new"])
     asked = result(capsys, *common, "--query-id", "q07", "--query-id", "q03")["queries"]
     assert [query["id"] for query in asked] == ["q03", "q07"]
+
+
+def test_a_query_that_is_asked_for_needs_no_judgement_and_keeps_its_own(
+    common, world, truth, tmp_path, capsys
+):
+    judged = truth[1]
+    of_others = sorted(pair for pair in judged if pair[0] != "q03")
+    write_qrels(tmp_path / "others.tsv", [(*pair, 1) for pair in of_others])
+    asked = ["--query-id", "q03", "--query-id", "q07", "--judgements", tmp_path / "others.tsv"]
+    for missing, verdict in (("unknown", None), ("irrelevant", False)):
+        without, own = result(capsys, *common, *asked, "--missing", missing)["queries"]
+        assert {hit["relevant"] for hit in without["results"]["new"]} == {verdict}
+        for hit in own["results"]["new"]:
+            assert hit["relevant"] == (True if ("q07", hit["id"]) in judged else verdict)
+    assert result(capsys, *common, *asked[:2], *asked[4:])["queries"][0]["id"] == "q03"
+
+
+def test_verdicts_on_another_text_of_a_query_are_refused(common, world, index_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(world, data)
+    labels = ["label", "--data", data, "--index", index_folder, "--judge", f"file:{world}/judgements.tsv",
+              "--split", "test", "--base-depth", 3, "--depth", 9, "--out", tmp_path / "labels"]  # fmt: skip
+    result(capsys, *labels)
+    rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    write_jsonl(data / "queries.jsonl", [row | {"text": "changed"} for row in rows])
+    command = ["compare", "--data", data, *common[3:], "--judgements", tmp_path / "labels"]
+    assert "of its queries had another text when they were judged" in fails(capsys, *command)
 
 
 def test_terminal_marks_what_is_novel_and_relevant(common, world, capsys, monkeypatch):

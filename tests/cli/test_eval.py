@@ -78,6 +78,7 @@ def test_people_who_labelled_everything_overrule_the_judge(common, world, models
     assert people["Precision@5"]["low"] < people["Precision@5"]["value"] < people["Precision@5"]["high"]
     saved = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert saved["human"] == found["human"]
+    assert people["Precision@5"]["relevant"] == round(100 * people["Precision@5"]["value"])
     # The same judgements in the other forms of qrels.
     write(tmp_path / "human.trec", "".join(f"{query} 0 {item} {score}\n" for query, item, score in rows))
     columns = zip(*rows, strict=True)
@@ -589,6 +590,20 @@ def test_a_run_that_returns_the_query_itself_is_not_credited(common, world, inde
         "--k", 1, "--base-depth", 1, "--out", tmp_path / "report",
     )  # fmt: skip
     assert found["models"]["x"]["Recall@1"] == 0.5
+
+
+def test_a_run_whose_scores_are_tiny_keeps_its_order(world, index_folder, tmp_path, capsys):
+    """Probabilities over a catalog differ by less than a millionth."""
+    common = ["eval", "--data", world, "--index", index_folder, "--k", 1, "--base-depth", 5]
+    lines = [line.split("\t") for line in (world / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+    best = {query: item for query, item, _ in reversed(lines)}
+    rows = []
+    for query, item in best.items():
+        other = "i39" if item != "i39" else "i38"  # of equal scores the higher id would come first
+        rows += [f"{query} Q0 {other} 2 1e-8 x", f"{query} Q0 {item} 1 2e-8 x"]
+    run = write(tmp_path / "run.trec", "\n".join(rows) + "\n")
+    found = result(capsys, *common, "--run", f"x={run}", "--out", tmp_path / "report")
+    assert found["models"]["x"]["MRR@1"] == 1
 
 
 def test_a_budget_on_what_is_known_counts_judged_items_beside_the_feedback(

@@ -123,6 +123,10 @@ def test_the_header_s_commands_are_real(name):
     assert stages == ["index", "label", "label", "train", "eval"]
 
 
+def sets(given: dict) -> list[str]:
+    return [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+
+
 def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     judge = f"file:{world / 'judgements.tsv'}"
@@ -131,12 +135,7 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
         "train.base-depth": 3, "train.depth": 12, "train.steps": 5, "eval.base-depth": 3, "eval.k": "2,5",
         "label.missing": "irrelevant", "eval.missing": "irrelevant", "train.validation-fraction": 0.2,
     }  # fmt: skip
-    command = [
-        "recipe",
-        "run",
-        "default",
-        *(w for key, value in given.items() for w in ("--set", f"{key}={value}")),
-    ]
+    command = ["recipe", "run", "default", *sets(given)]
     assert main(command) == 0, capsys.readouterr().err
     captured = capsys.readouterr()
     assert captured.err.count("$ novelret") == 4
@@ -147,6 +146,22 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
     # Other settings are not passed over in silence.
     assert main([*command, "--set", "train.steps=6"]) == 2
     assert "was made with other settings (steps 5 → 6)" in " ".join(capsys.readouterr().err.split())
+    for setting, words in {
+        "eval.k=2": "k 2,5 → 2",
+        "eval.model=[new=elsewhere]": "model new=runs/default/model → new=elsewhere",
+        "label.from=[base-top]": "from base-novel → base-top",
+    }.items():
+        assert main([*command, "--set", setting]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+    given.pop("eval.base-depth")
+    assert main(["recipe", "run", "default", *sets(given)]) == 2
+    assert "base-depth 3 → 50" in " ".join(capsys.readouterr().err.split())
+    # A number has one value, however it is spelled.
+    spelled = ["train.learning-rate=1e-3", "train.out=b", "eval.out=c", "eval.model=[new=b]"]
+    spelled = [word for setting in spelled for word in ("--set", setting)]
+    assert main([*command, *spelled]) == 0, capsys.readouterr().err
+    assert main([*command, *spelled]) == 0
+    assert capsys.readouterr().err.count("is there already") == 6
     # A stage that fails stops the rest.
     assert main([*command, "--set", "train.out=elsewhere", "--set", "train.loss=none"]) == 2
     assert "--loss none: unknown" in capsys.readouterr().err

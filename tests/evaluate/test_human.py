@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from novelret.evaluate.config import EvalConfig
+from novelret.evaluate.figures import Lists, human_corrections
 from novelret.evaluate.human import corrected_precision, corrected_relevant_novelty, is_uneven
 from novelret.label.table import make_table
+from novelret.progress import Reporter
 
 K, LONG = 10, 12
 
@@ -114,3 +117,23 @@ def test_a_sample_of_other_lists_is_noticed():
     assert is_uneven(rows, base, table(only_base))
     only_novel = np.where(np.arange(LONG) < 4, -1, human)
     assert is_uneven(rows, base, table(only_novel))
+
+
+@pytest.mark.parametrize(("labels", "relevant", "told"), [
+    (250, 30, ""),
+    (250, 29, "people call only 29 of the pairs relevant that"),
+    (199, 30, "only 199 human labels fall on"),
+])  # fmt: skip
+def test_intervals_from_few_labels_or_few_relevant_ones_are_said_to_be_too_narrow(labels, relevant, told):
+    rows = np.tile(np.arange(5), (50, 1))
+    base, new = (
+        Lists(rows, None, np.zeros((50, 5), np.int8)),
+        Lists(rows + 5, None, np.zeros((50, 5), np.int8)),
+    )
+    pairs = np.random.default_rng(0).permutation(250)[:labels]
+    places = np.concatenate([pairs, pairs]) // 5, np.concatenate([pairs % 5, pairs % 5 + 5])
+    verdicts = np.tile(np.arange(labels) < relevant, 2)
+    people, report = make_table(*places, verdicts.astype(np.int8), 10), Reporter()
+    config = EvalConfig("data", "index", human="people.tsv", k=(5,))
+    human_corrections({"base": base, "new": new}, base, people, config, report)
+    assert [told in warning for warning in report.warnings] == [True] * bool(told)
