@@ -72,8 +72,12 @@ def surrogate(
     reward = observed.gather(1, shown)[:, 0]
     credit = torch.zeros_like(expected[:, :k]).scatter_(1, shown, reward[:, None])
     log_z = torch.logsumexp(phi, dim=1)
+
+    def rest(listed: Tensor) -> Tensor:
+        return torch.logsumexp(phi.scatter(1, listed, -torch.inf), dim=1)
+
     if method == "v-pg":
-        return reinforce.top_k(logits[:, :k], log_z, reward)
+        return reinforce.top_k(logits[:, :k], rest(rows[:, :k]), reward)
     if method == "v-pg-swr":
         return reinforce.top_k_with_replacement(logits[:, :k], log_z, reward)
     if method == "ca-pg-swr":
@@ -88,14 +92,13 @@ def surrogate(
         return swap.swap(logits[:, :k], perturbed[:, k], reward[:, None] - observed.gather(1, source))
     if method == "expected-threshold":
         top = torch.topk(phi, 4 * k, dim=1)
-        rest = torch.logsumexp(phi.scatter(1, top.indices, -torch.inf), dim=1)
-        log_t = expected_threshold.log_time(top.values, rest, k)
+        log_t = expected_threshold.log_time(top.values, rest(top.indices), k)
         return expected_threshold.credited(logits[:, :k], log_t, credit)
     best = torch.topk(phi.detach(), k, dim=1).indices
     is_best = rows[:, :k, None] == best[:, None]
-    return ca_pg.plug_in(
-        logits[:, :k], log_z, credit, phi.gather(1, best), is_best, baseline=method == "ca-pg-loo"
-    )
+    if method == "ca-pg-loo":
+        credit = credit - ca_pg.leave_one_out(credit, torch.ones_like(credit, dtype=torch.bool))
+    return ca_pg.plug_in(logits[:, :k], rest(best), credit, phi.gather(1, best), is_best)
 
 
 def run(job: dict) -> dict:

@@ -47,11 +47,13 @@ def list_losses(
     logits = _logits(embeddings, items, drawn.rows, tau)
     rewards, trust = _rewards(material, queries, drawn.rows)
     credit = torch.from_numpy(np.nan_to_num(rewards) * trust).to(embeddings.device)
+    known = torch.from_numpy(~np.isnan(rewards)).to(embeddings.device)
     if threshold_based:
         assert drawn.perturbed is not None
         kappa = drawn.perturbed[:, k]
         if config.objective == "swap":
-            losses = swap.swap(logits[:, :k], kappa, swap.additive_gain(credit[:, :k], credit[:, k]))
+            gain = swap.additive_gain(credit[:, :k], credit[:, k]) * known[:, :k]
+            losses = swap.swap(logits[:, :k], kappa, gain)
         else:
             losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])
         return losses, rewards[:, :k]
@@ -63,8 +65,9 @@ def list_losses(
         is_best = drawn.rows[:, :, None] == best[:, None, :]
         best_logits = _logits(embeddings, items, best, tau)
         log_rest = _log_rest(embeddings, items, excluded, best, tau)
-        baseline = config.objective == "ca-pg-loo"
-        losses = ca_pg.plug_in(logits, log_rest, credit, best_logits, is_best, baseline=baseline)
+        if config.objective == "ca-pg-loo":
+            credit = (credit - ca_pg.leave_one_out(credit, known)) * known
+        losses = ca_pg.plug_in(logits, log_rest, credit, best_logits, is_best)
     elif config.objective in ("v-pg", "pl-rank"):
         log_rest = _log_rest(embeddings, items, excluded, drawn.rows, tau)
         if config.objective == "v-pg":
@@ -126,6 +129,7 @@ def _pl_rank(
     wanted = torch.from_numpy(rewarded).to(rows.device)
     same = wanted[:, :, None] == rows[:, None, :]
     place = torch.where(same.any(dim=2), same.to(torch.int8).argmax(dim=2), rows.shape[1])
+    place[wanted < 0] = -1  # padding
     rewarded_logits = _logits(embeddings, items, wanted.clamp_min(0), temperature)
     values = torch.from_numpy(rewards).to(embeddings.device)
     return pl_rank.pl_rank_3(logits, log_rest, credit, rewarded_logits, values, place)

@@ -303,7 +303,7 @@ def _scan(
         of_block[:, len(part) :] = -torch.inf
         if bool(shift.any()):
             of_block -= shift
-        exponentials = weights[: len(queries) * padded].view(len(queries), -1, width)
+        exponentials = weights[: len(queries) * padded].view(len(queries), padded // width, width)
         in_parts = of_block.view_as(exponentials)
         masses = torch.exp(in_parts, out=exponentials).sum(dim=2)
         largest = masses.amax(dim=1)

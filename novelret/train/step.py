@@ -67,7 +67,8 @@ def batch_loss(
             batch.rewards[of_states] = _known_mean(rewards)
         else:
             losses = _state_losses(chosen, of_states, batch, material, config, items)
-        states = (losses * losses.new_tensor(weights[of_states])).sum()
+        if len(of_states):  # else a gradient of zeros would move the weights by their momentum
+            states = (losses * losses.new_tensor(weights[of_states])).sum()
     known = int((~np.isnan(rewards)).sum())
     return StepLoss(feedback + states, feedback.item(), states.item(), rewards.size, known)
 

@@ -61,7 +61,7 @@ def write_model(
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
     np.save(folder / "queries.npy", np.unique(hash_texts(inputs.split.query_texts)))
-    is_refit = run.folder != folder
+    is_refit = run.folder != folder and chosen is not None and chosen.step > 0  # the start is no training
     card = model_card(
         config,
         run.index,

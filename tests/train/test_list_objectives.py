@@ -106,7 +106,10 @@ def plug_in(baseline):
         top = torch.topk(queries.detach(), K, dim=1).indices
         is_top = drawn.rows[:, :, None] == top[:, None, :]
         best, rest = queries.gather(1, top), rest_of(queries, top)
-        return ca_pg.plug_in(logits, rest, ADDITIVE[drawn.rows], best, is_top, baseline=baseline)
+        credit = ADDITIVE[drawn.rows]
+        if baseline:
+            credit = credit - ca_pg.leave_one_out(credit, torch.ones_like(credit, dtype=torch.bool))
+        return ca_pg.plug_in(logits, rest, credit, best, is_top)
 
     return estimator
 
@@ -355,7 +358,7 @@ def test_extreme_scores_stay_finite(size, k):
         losses = [
             reinforce.top_k(logits, rest, reward.sum(dim=1)),
             reinforce.item_wise(logits, log_z, reward[:, :k]),
-            ca_pg.plug_in(logits, best_rest, reward[:, :k], queries.gather(1, top), is_top, baseline=True),
+            ca_pg.plug_in(logits, best_rest, reward[:, :k], queries.gather(1, top), is_top),
             ca_pg.with_replacement(logits, log_z, reward[:, :k]),
             gumbel_threshold.pathwise(logits, every[:, k], drawn.perturbed[:, k], reward[:, :k]),
             swap.swap(logits, drawn.perturbed[:, k], swap.additive_gain(reward[:, :k], reward[:, k])),
@@ -416,6 +419,60 @@ def test_gradients_of_a_peaked_policy_are_right_in_single_precision(name):
     assert torch.linalg.norm(single - double, dim=1) == pytest.approx(
         0, abs=1e-3 * double.norm(dim=1).max().item()
     )
+
+
+def test_padding_of_what_is_rewarded_earns_nothing():
+    """Row 0 stands for padding, and was drawn long before what is left."""
+    items = torch.tensor([[1.0], [0.05], [0.04], [0.03], [0.02]])
+    material = types.SimpleNamespace(
+        split=types.SimpleNamespace(excluded=np.full((1, 1), -1)),
+        rewards=lambda _, rows: (rows == 1).astype(np.float32),
+        trust_of=lambda _, rows: np.ones(len(rows), np.float32),
+        rewarded_of=lambda queries: (np.array([[1, -1]]), np.array([[1.0, 0.0]], np.float32)),
+    )
+    embeddings = torch.ones(1, 1, requires_grad=True)
+    config = TrainConfig("d", "i", objective="pl-rank", temperature=0.005, list_size=2)
+    key = Key(0, 0, torch.arange(1))
+    losses, _ = list_losses(embeddings, np.arange(1), material, ItemMatrix(items, items), config, key)
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(torch.autograd.grad(losses.sum(), embeddings)[0]).all()
+
+
+@pytest.mark.parametrize("name", ["ca-pg", "ca-pg-loo", "swap"])
+def test_items_without_a_label_get_no_credit(name, monkeypatch):
+    """Only item 3 has a label: whatever else the list holds, the loss is of its inclusion alone."""
+    items = torch.eye(6)
+    material = types.SimpleNamespace(
+        split=types.SimpleNamespace(excluded=np.full((1, 1), -1)),
+        rewards=lambda _, rows: np.where(rows == 3, 1.0, np.nan).astype(np.float32),
+        trust_of=lambda _, rows: np.ones(len(rows), np.float32),
+    )
+    seen = []
+    real = ca_pg.plug_in
+    monkeypatch.setattr(
+        ca_pg,
+        "plug_in",
+        lambda logits, rest, credit, *more: seen.append(credit) or real(logits, rest, credit, *more),
+    )
+    monkeypatch.setattr(
+        swap, "swap", lambda logits, kappa, gain: seen.append(gain) or (gain * logits).sum(dim=1)
+    )
+    embeddings = torch.tensor([[0.1, 0.0, 0.0, 0.5, 0.0, 0.2]], requires_grad=True)
+    config = TrainConfig("d", "i", objective=name, temperature=1.0, list_size=4)
+    for step in range(20):
+        key = Key(0, step, torch.arange(1))
+        losses, rewards = list_losses(
+            embeddings, np.arange(1), material, ItemMatrix(items, items), config, key
+        )
+        assert torch.isfinite(losses).all()
+        assert seen[-1].numpy() == pytest.approx(np.nan_to_num(rewards))
+
+
+def test_the_baseline_is_of_the_others_that_are_known():
+    reward, known = torch.tensor([[1.0, 0.0, 0.0, 0.5]]), torch.tensor([[True, False, True, True]])
+    found = ca_pg.leave_one_out(reward, known)
+    assert found[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 0.5])
+    assert ca_pg.leave_one_out(reward[:, :1], known[:, :1]).tolist() == [[0.0]]
 
 
 def test_a_list_of_all_items_but_one_leaves_that_one():

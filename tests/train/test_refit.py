@@ -74,6 +74,11 @@ def test_nothing_is_trained_anew_where_the_start_is_kept(command, capsys, tmp_pa
     _, err = train(capsys, command, tmp_path / "model", "--tune", "adapter", "--learning-rate", 1e-9)
     assert facts_of(tmp_path / "model")["chosen"]["step"] == 0, err
     assert not facts_of(tmp_path / "model")["refit"]
+    # Nor are these weights, where only others that are kept were trained.
+    train(capsys, command, tmp_path / "kept", "--tune", "adapter", "--learning-rate", 1e-9, "--keep", 2)
+    assert facts_of(tmp_path / "kept")["chosen"]["step"] == 0
+    assert not facts_of(tmp_path / "kept")["refit"]
+    assert "trained anew" not in (tmp_path / "kept" / "README.md").read_text()
 
 
 def test_broken_off_it_goes_on_without_choosing_again(command, capsys, tmp_path, monkeypatch):

@@ -55,6 +55,8 @@ CASES = {
         "ca-pg-loo",
         "--list-size",
         "20",
+        "--micro-batch",  # the first of which hold no list
+        "5",
         "--learning-rate",
         "0.01",
     ],
@@ -84,11 +86,28 @@ CASES = {
         "--learning-rate",
         "0.01",
     ],
+    # The same where all processes compute losses together: a step with a reward, then four without any.
+    "rewardless-together": [
+        "--tune",
+        "adapter",
+        "--loss",
+        "inclusion",
+        "--gamma",
+        "0",
+        "--draw",
+        "plain",
+        "--batch-size",
+        "2",
+        "--seed",
+        "4",
+        "--learning-rate",
+        "0.01",
+    ],
     "full": ["--tune", "full", "--loss", "inclusion", "--micro-batch", "5", "--learning-rate", "1e-3"],
 }
 
 
-LABELS = {"rewardless": "yeses"}  # most of what is drawn has no label
+LABELS = {"rewardless": "yeses", "rewardless-together": "yeses"}  # most of what is drawn has no label
 
 
 @pytest.mark.parametrize("case", CASES)

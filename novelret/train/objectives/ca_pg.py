@@ -15,11 +15,9 @@ from novelret.train.objectives.lists import log_remaining
 def plug_in(
     logits: Tensor,
     log_rest: Tensor,
-    reward: Tensor,
+    credit: Tensor,
     top_logits: Tensor,
     is_top: Tensor,
-    *,
-    baseline: bool,
 ) -> Tensor:
     """CA-PG: Σ_{a ∈ S} r(a) ∇ log π_K(a).
 
@@ -29,15 +27,13 @@ def plug_in(
     Args:
         logits: (B, K) of items drawn without replacement, with gradient.
         log_rest: (B,) log-partition of all items but the K highest, with gradient.
-        reward: (B, K), 0 where unknown.
+        credit: (B, K) rewards, with or without a baseline taken away; 0 where unknown.
         top_logits: (B, K) the K highest logits of the catalog, descending, with gradient.
         is_top: (B, K, K) bool, whether drawn item i is the catalog's j-th best.
-        baseline: take the mean reward of the other candidates away from each one's.
 
     Returns:
         (B,) surrogate losses.
     """
-    credit = reward - (leave_one_out(reward) if baseline else 0.0)
     return -(credit * log_inclusion(logits, log_rest, top_logits, is_top)).sum(dim=1)
 
 
@@ -63,7 +59,12 @@ def with_replacement(logits: Tensor, log_partition: Tensor, reward: Tensor) -> T
     return -(reward * (logits - log_partition[:, None])).sum(dim=1)
 
 
-def leave_one_out(reward: Tensor) -> Tensor:
-    """Mean reward of the other candidates of the list, (B, K); 0 for lists of one."""
-    others = max(1, reward.shape[1] - 1)
-    return (reward.sum(dim=1, keepdim=True) - reward) / others
+def leave_one_out(reward: Tensor, known: Tensor) -> Tensor:
+    """Mean known reward of the other candidates of the list, (B, K); 0 where no other is known.
+
+    Args:
+        reward: (B, K), 0 where unknown.
+        known: (B, K) bool.
+    """
+    others = known.sum(dim=1, keepdim=True) - known.to(torch.int64)
+    return (reward.sum(dim=1, keepdim=True) - reward) / others.clamp_min(1)

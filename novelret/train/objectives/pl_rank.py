@@ -29,7 +29,7 @@ def pl_rank_3(
         reward: (B, K) of the drawn items, 0 where unknown.
         rewarded_logits: (B, M) of all items known to have a reward other than 0, with gradient.
         rewarded: (B, M) their rewards, 0 for padding.
-        place: (B, M) int64, where each of them was drawn, K where it was not.
+        place: (B, M) int64, where each of them was drawn, K where it was not, −1 for padding.
 
     Returns:
         (B,) surrogate losses, unbiased.
