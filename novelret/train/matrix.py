@@ -53,7 +53,16 @@ class ItemMatrix:
         draw = sampler.draw_with_replacement if replacement else sampler.draw_without_replacement
         asked = self._gather(queries.detach(), excluded, key.places)
         key = replace(key, places=asked.places)
-        drawn = draw(asked.queries, self.held, n, key, temperature, asked.excluded, shard=self.shard)
+        drawn = draw(
+            asked.queries,
+            self.held,
+            n,
+            key,
+            temperature,
+            asked.excluded,
+            shard=self.shard,
+            block=_block(queries),
+        )
         perturbed = None if drawn.perturbed is None else drawn.perturbed[asked.mine]
         return Draw(
             drawn.rows[asked.mine],
@@ -75,12 +84,16 @@ class ItemMatrix:
     def top_k(self, queries: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
         """(b, k) catalog rows with the highest scores, and these; all processes have to call it."""
         asked = self._gather(queries.detach(), excluded)
-        rows, scores = policy.top_k(asked.queries, self.held, k, asked.excluded, shard=self.shard)
+        rows, scores = policy.top_k(
+            asked.queries, self.held, k, asked.excluded, block=_block(queries), shard=self.shard
+        )
         return rows[asked.mine], scores[asked.mine]
 
     def _moments(self, queries: Tensor, temperature: float, excluded: Tensor) -> tuple[Tensor, Tensor]:
         asked = self._gather(queries.detach(), excluded)
-        log_z, mean = policy.moments(asked.queries, self.held, temperature, asked.excluded, shard=self.shard)
+        log_z, mean = policy.moments(
+            asked.queries, self.held, temperature, asked.excluded, block=_block(queries), shard=self.shard
+        )
         return log_z[asked.mine], mean[asked.mine]
 
     def _gather(self, queries: Tensor, excluded: Tensor, places: Tensor | None = None) -> _Asked:
@@ -100,6 +113,11 @@ class ItemMatrix:
         first = dist.get_rank(self.shard.group) * int(most)
         asked, left_out, at = (from_all(part, self.shard).flatten(0, 1) for part in padded)
         return _Asked(asked, left_out, at, slice(first, first + len(queries)))
+
+
+def _block(queries: Tensor) -> int:
+    """Items at a time: on a GPU more, since each block costs it a hundred calls or two, whatever its size."""
+    return policy.BLOCK * (4 if queries.is_cuda else 1)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,20 @@ only the numbers that are needed are ever made.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
+_ALL = (1 << 64) - 1
 
 
 def uniform(seed: int, stream: int, step: int, places: Tensor, rows: Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float64, in the broadcast shape of `places` and `rows` (int64)."""
-    key = _mix(_mix(_mix(torch.tensor(seed % (1 << 62)) + _GOLDEN) ^ stream) ^ step).to(places.device)
-    bits = _mix(_mix(key ^ (places + 1) * _GOLDEN) + (rows + 1) * _GOLDEN)
+    bits = _mix(_mix((places + 1) * _GOLDEN ^ _key(seed, stream, step)) + (rows + 1) * _GOLDEN)
     # 53 bits, centred: never 0 and never 1.
     return (_shift(bits, 11).double() + 0.5) * 2.0**-53
 
@@ -26,6 +28,18 @@ def uniform(seed: int, stream: int, step: int, places: Tensor, rows: Tensor) -> 
 def gumbel(seed: int, stream: int, step: int, places: Tensor, rows: Tensor) -> Tensor:
     """Standard Gumbel numbers, float64."""
     return -torch.log(-torch.log(uniform(seed, stream, step, places, rows)))
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, stream: int, step: int) -> int:
+    """A signed 64-bit integer; in Python, since of a pass over a catalog each block asks for it."""
+    x = seed % (1 << 62) + _GOLDEN
+    for more in (stream, step, 0):
+        x &= _ALL
+        x = (x ^ x >> 30) * _FIRST & _ALL
+        x = (x ^ x >> 27) * _SECOND & _ALL
+        x = x ^ x >> 31 ^ more
+    return x - (x >> 63 << 64)
 
 
 def _mix(x: Tensor) -> Tensor:

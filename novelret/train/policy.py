@@ -54,8 +54,9 @@ def block_logits(
     logits = torch.mm(queries / temperature, block.T, out=out)
     if excluded is not None:
         inside = (excluded >= start) & (excluded < start + len(block))
-        query, column = inside.nonzero(as_tuple=True)
-        logits[query, excluded[query, column] - start] = -torch.inf
+        least = torch.where(inside, -torch.inf, torch.inf).to(logits.dtype)
+        # Without asking how many are inside, for which a GPU would have to be waited for at every block.
+        logits.scatter_reduce_(1, (excluded - start).clamp(0, len(block) - 1), least, "amin")
     return logits
 
 

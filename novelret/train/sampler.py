@@ -293,6 +293,7 @@ def _scan(
     block = min(-(-block // CELL) * CELL, max(1, -(-len(items) // width) * width))
     logits, weights = (queries.new_empty(len(queries) * block) for _ in range(2))
     shift = torch.zeros((len(queries), 1), dtype=torch.float64, device=queries.device)
+    is_shifted = False
     seen = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     for start in range(0, len(items), block):
         part = rows_to_tensor(items[start : start + block], queries)
@@ -301,7 +302,7 @@ def _scan(
         of_block = logits[: len(queries) * padded].view(shape)
         block_logits(queries, part, first + start, temperature, excluded, out=of_block[:, : len(part)])
         of_block[:, len(part) :] = -torch.inf
-        if bool(shift.any()):
+        if is_shifted:
             of_block -= shift
         exponentials = weights[: len(queries) * padded].view(len(queries), padded // width, width)
         in_parts = of_block.view_as(exponentials)
@@ -314,6 +315,7 @@ def _scan(
             change = torch.where(off[:, None] & torch.isfinite(highest), highest, 0.0)
             of_block -= change
             shift += change
+            is_shifted = True
             masses = torch.exp(in_parts, out=exponentials).sum(dim=2)
         seen |= masses.amax(dim=1) > 0
         yield _Block(first + start, shift, in_parts, exponentials, masses)
