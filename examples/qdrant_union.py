@@ -18,17 +18,24 @@ from qdrant_client import QdrantClient, models
 from novelret import encode
 from novelret.index import Index, load_finetuned, open_index
 
-COLLECTION, BATCH = "items", 1_000
+BATCH = 1_000
 
 
-def fill(client: QdrantClient, index: Index) -> None:
-    """Copy ids, texts and embeddings of all items into a collection, unless it is there."""
-    if client.collection_exists(COLLECTION):
-        return
-    distance = models.Distance.COSINE if index.normalized else models.Distance.DOT
-    client.create_collection(
-        COLLECTION, vectors_config=models.VectorParams(size=index.dimension, distance=distance)
-    )
+def fill(client: QdrantClient, index: Index) -> str:
+    """Copy ids, texts and embeddings of all items into the index's own collection, unless they are there.
+
+    Returns:
+        the collection's name.
+    """
+    # By the fingerprint, since another index on the same server, or this one once it grew, holds other items.
+    collection = f"items-{index.manifest.fingerprint}"
+    if not client.collection_exists(collection):
+        distance = models.Distance.COSINE if index.normalized else models.Distance.DOT
+        client.create_collection(
+            collection, vectors_config=models.VectorParams(size=index.dimension, distance=distance)
+        )
+    elif client.count(collection, exact=True).count == len(index):
+        return collection
     for start in range(0, len(index), BATCH):
         rows = range(start, min(start + BATCH, len(index)))
         payloads = [
@@ -36,16 +43,17 @@ def fill(client: QdrantClient, index: Index) -> None:
             for item, text in zip(index.catalog.ids_at(rows), index.catalog.texts_at(rows), strict=True)
         ]
         client.upsert(
-            COLLECTION,
+            collection,
             models.Batch(
                 ids=list(rows), vectors=index.embeddings[start : rows.stop].tolist(), payloads=payloads
             ),
         )
+    return collection
 
 
-def search(client: QdrantClient, embedding, k: int) -> list[tuple[str, str]]:
+def search(client: QdrantClient, collection: str, embedding, k: int) -> list[tuple[str, str]]:
     """(id, text) of the k nearest items."""
-    points = client.query_points(COLLECTION, query=embedding.tolist(), limit=k).points
+    points = client.query_points(collection, query=embedding.tolist(), limit=k).points
     return [(point.payload["id"], point.payload["text"]) for point in points]
 
 
@@ -66,13 +74,13 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, str, bool]]:
     given = parser.parse_args(arguments)
     index = open_index(given.index)
     client = QdrantClient(url=given.url) if given.url else QdrantClient(":memory:")
-    fill(client, index)
+    collection = fill(client, index)
     lists = []
     for encoder, k in (
         (index.query_encoder(), given.base_depth),
         (load_finetuned(given.model, index), given.k),
     ):
-        lists.append(search(client, encode.encode_queries(encoder, [given.query])[0], k))
+        lists.append(search(client, collection, encode.encode_queries(encoder, [given.query])[0], k))
     merged = union(*lists)
     for item, text, novel in merged:
         print(f"{'+' if novel else ' '} {item}\t{text}")

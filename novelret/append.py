@@ -29,7 +29,7 @@ from novelret.artifacts import (
     write_json,
     write_manifest,
 )
-from novelret.build import add_to_faiss, encode_catalog, make_matrix
+from novelret.build import add_to_faiss, encode_catalog, make_matrix, measure_recall
 from novelret.data.catalog import SCHEMA, Catalog, id_ranks, open_catalog, take_rows, write_catalog
 from novelret.data.source import fingerprint_part
 from novelret.errors import UserError
@@ -97,20 +97,23 @@ def append_items(
         _copy_embeddings(old, len(catalog), folder, report)
         # Where the deployed sides are two models, items have their own.
         own_side = old.folder / "item_encoder"
-        model = encode.load_encoder(
-            own_side if own_side.is_dir() else old.folder / "query_encoder", encode.pick_device(config.device)
-        )
+        device = encode.pick_device(config.device)
+        model = encode.load_encoder(own_side if own_side.is_dir() else old.folder / "query_encoder", device)
         dtype = old.embeddings.dtype.name
         encode_catalog(model, catalog, folder, dtype, config.batch_size, report, len(old))
         for side in ("query_encoder", "item_encoder"):
             if (old.folder / side).is_dir():
                 shutil.copytree(old.folder / side, folder / side, dirs_exist_ok=True)
+        facts = {name: fact for name, fact in old.manifest.facts.items() if name != "recall"}
         if old.faiss_index is not None:
             index = faiss.read_index(str(old.folder / "items.faiss"))
             added = np.load(folder / "embeddings.npy", mmap_mode="r")[len(old) :]
             add_to_faiss(index, added, folder / "items.faiss", report)
+            queries = old.query_encoder(device) if own_side.is_dir() else model
+            what = str(old.manifest.config.get("factory", "faiss"))
+            facts |= measure_recall(what, config.data, queries, catalog, folder, report)
         ancestors = [old.manifest.fingerprint, *old.manifest.facts.get("ancestors", ())]
-        facts = {**old.manifest.facts, "items": len(catalog), "ancestors": ancestors}
+        facts |= {"items": len(catalog), "ancestors": ancestors}
         write_config(folder, config)
         # The encoder's settings stay those of the first index: they still hold.
         settings = {**old.manifest.config, **asdict(config)}

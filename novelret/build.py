@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,8 @@ def build_index(
     query_model = encode.load_encoder(config.query_model or config.model, device)
     items_model = encode.load_encoder(config.model, device) if config.query_model else query_model
     _check_same_space(config, items_model, query_model, source)
+    if source and source.scaled and not encode.is_normalized(query_model):
+        source = replace(source, lossy="gives its vectors unit length")
     inputs = {
         "corpus": corpus,
         "item_encoder": source.fingerprint() if source else encode.fingerprint_encoder(items_model),
@@ -139,8 +141,8 @@ def build_index(
         elif source and source.faiss is not None:
             _copy_faiss(source, folder)
         if (folder / "items.faiss").is_file():
-            recall = _measure_recall(config, query_model, catalog, folder, report)
-            facts |= {} if recall is None else {"recall": recall}
+            what = config.faiss or config.factory
+            facts |= measure_recall(what, config.data, query_model, catalog, folder, report)
         if source:
             facts["imported"] = {"from": source.name, "lossy": source.lossy}
         write_config(folder, config)
@@ -395,20 +397,31 @@ def _copy_faiss(source: Source, folder: Path) -> None:
     faiss.write_index(whole.index, str(folder / "items.faiss"))
 
 
-def _measure_recall(
-    config: IndexConfig, model: SentenceTransformer, catalog: Catalog, folder: Path, report: Reporter
-) -> dict[str, Any] | None:
-    """How much of the exact top lists the faiss index finds, for the first queries; None without any."""
-    what = config.faiss or config.factory
+def measure_recall(
+    what: str, data: str, model: SentenceTransformer, catalog: Catalog, folder: Path, report: Reporter
+) -> dict[str, Any]:
+    """How much of the exact top lists the faiss index finds, for the first queries.
+
+    Args:
+        what: the faiss index's name, for messages.
+        data: where the queries are.
+        model: the deployed query encoder.
+        catalog: the items.
+        folder: holds embeddings.npy, id_rank.npy and items.faiss.
+        report: told the figure, and warned where it is low.
+
+    Returns:
+        {"recall": its depth, the share found and the number of queries}; nothing where there are no queries.
+    """
     try:
-        rows = islice(read_part(config.data, "queries"), _RECALL_QUERIES)
+        rows = islice(read_part(data, "queries"), _RECALL_QUERIES)
         texts = [text for text in (str(row.get("text") or "").strip() for _, row in rows) if text]
     except UserError as error:  # a catalog can be indexed before there are queries
         report.note(f"{what}: what it misses of the exact top lists is not measured ({error})")
-        return None
+        return {}
     if not texts:
         report.note(f"{what}: what it misses of the exact top lists is not measured, there are no queries")
-        return None
+        return {}
     queries = encode.encode_queries(model, texts)
     embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
     ranks = np.load(folder / "id_rank.npy", mmap_mode="r")
@@ -423,4 +436,4 @@ def _measure_recall(
         report.warn(f"{said}; novelty will count what the deployed lists miss. Raise nprobe or efSearch")
     else:
         report.note(said)
-    return {"k": k, "recall": recall, "queries": len(queries)}
+    return {"recall": {"k": k, "recall": recall, "queries": len(queries)}}

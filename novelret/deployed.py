@@ -6,8 +6,9 @@ All of them become a `Source`, which is read block by block; nothing is held in 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from novelret.data.source import read_lines
 from novelret.errors import UserError
 
 _IDS_AT_ONCE = 65_536
+_ROUNDING = 1e-4  # of a transform of single precision and its reverse; one dimension less is far more
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Source:
         read: (start, stop) → (stop − start, d) embeddings.
         labelled: rows have labels of their own, 0 … N − 1 or `ids` (a faiss index).
         lossy: why the embeddings are not those that were indexed, or None.
+        scaled: they are, but for their length, which the source made 1.
         ids: ids that the source itself carries (a faiss IDMap), in row order.
         faiss: the index that is searched, labels 0 … N − 1; None where search is exact over the embeddings.
     """
@@ -49,6 +52,7 @@ class Source:
     lossy: str | None = None
     ids: np.ndarray | None = None
     faiss: Any = None
+    scaled: bool = False
 
     def fingerprint(self) -> str:
         """Hash of all files' bytes."""
@@ -149,8 +153,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def open_faiss(path: Path) -> Source:
     """Open a faiss index and make its vectors readable by label.
 
-    Flat and IVFFlat, and HNSW over Flat, give back exactly what was indexed; compressed ones give
-    reconstructions.
+    Flat and IVFFlat, HNSW over Flat, codes refined by Flat, and what stands behind a transform that can be
+    undone, give back what was indexed; compressed ones give reconstructions.
 
     Raises:
         UserError: unreadable, not an inner-product index, cannot give vectors back, or labels that are not
@@ -181,9 +185,10 @@ def open_faiss(path: Path) -> Source:
         vectors: np.ndarray = index.reconstruct_batch(np.arange(start, stop))
         return vectors
 
-    lossy = None if _is_exact(index) else f"{_name(index)} stores codes"
+    lossy = None if _is_exact(index, 1.0) else f"{_name(index)} stores codes"
+    scaled = lossy is None and not _is_exact(index, 2.0)
     searched = None if isinstance(index, faiss.IndexFlat) else index
-    return Source(str(path), (path,), index.ntotal, index.d, read, True, lossy, ids, searched)
+    return Source(str(path), (path,), index.ntotal, index.d, read, True, lossy, ids, searched, scaled)
 
 
 def _make_direct(index: Any, path: Path) -> None:
@@ -227,10 +232,31 @@ def _check_reconstructs(index: Any, path: Path) -> None:
         ) from None
 
 
-def _is_exact(index: Any) -> bool:
+def _is_exact(index: Any, length: float) -> bool:
+    """Whether vectors of that length come back as they were indexed."""
     if isinstance(index, faiss.IndexHNSW):
         return isinstance(faiss.downcast_index(index.storage), faiss.IndexFlat)
+    if isinstance(index, faiss.IndexRefine):
+        return isinstance(faiss.downcast_index(index.refine_index), faiss.IndexFlat)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _is_undone(index, length) and _is_exact(faiss.downcast_index(index.index), length)
     return isinstance(index, faiss.IndexFlat | faiss.IndexIVFFlat)
+
+
+def _is_undone(index: Any, length: float) -> bool:
+    """Whether an index's transforms and their reverses give back vectors of that length, up to rounding.
+
+    A rotation or padding does, fewer dimensions do not, and what normalises does where the length is 1.
+    """
+    chain = [faiss.downcast_VectorTransform(index.chain.at(place)) for place in range(index.chain.size())]
+    vectors = np.random.default_rng(0).normal(size=(8, index.d)).astype(np.float32)
+    vectors *= length / np.linalg.norm(vectors, axis=1, keepdims=True)
+    back = vectors
+    for transform in chain:
+        back = transform.apply(back)
+    for transform in reversed(chain):
+        back = transform.reverse_transform(back)
+    return bool(np.linalg.norm(back - vectors, axis=1).max() < _ROUNDING * length)
 
 
 def _name(index: Any) -> str:
@@ -242,19 +268,22 @@ def _metric(metric: int) -> str:
 
 
 def read_ids(path: Path) -> pa.ChunkedArray:
-    """Item ids, one per line, in the order of the embeddings.
+    """Item ids, one per line, in the order of the embeddings; null where a line before the last id is blank.
 
     Raises:
         UserError: missing or not UTF-8.
     """
-    chunks, ids = [], []
-    for _, line in read_lines(path):
-        ids.append(line.rstrip("\r\n"))
-        if len(ids) == _IDS_AT_ONCE:
-            chunks.append(pa.array(ids, pa.large_string()))
-            ids = []
-    if ids:
-        chunks.append(pa.array(ids, pa.large_string()))
+
+    def names() -> Iterator[str | None]:
+        expected = 1
+        for number, line in read_lines(path):
+            yield from repeat(None, number - expected)  # blank lines, which are passed over
+            yield line.rstrip("\r\n")
+            expected = number + 1
+
+    chunks, ids = [], names()
+    while part := list(islice(ids, _IDS_AT_ONCE)):
+        chunks.append(pa.array(part, pa.large_string()))
     return pa.chunked_array(chunks, pa.large_string())
 
 
@@ -265,7 +294,8 @@ def ids_of(source: Source, path: Path | None) -> tuple[pa.ChunkedArray, str]:
     are the ids.
 
     Raises:
-        UserError: the file's length does not fit, or there are no ids at all.
+        UserError: the file's length does not fit, a line that has to name an item is blank, or there are no
+            ids at all.
     """
     if path is None:
         if not source.labelled:
@@ -275,15 +305,29 @@ def ids_of(source: Source, path: Path | None) -> tuple[pa.ChunkedArray, str]:
         return pa.chunked_array([strings]), f"the labels of {source.name} (no --ids given)"
     lines = read_ids(path)
     if source.ids is None:
+        _check_named(lines.slice(0, source.rows), np.arange(source.rows), source, path)
         if len(lines) != source.rows:
-            raise UserError(f"{path}: {len(lines)} ids, but {source.name} holds {source.rows} embeddings")
+            named = len(lines) - lines.null_count
+            raise UserError(f"{path}: {named} ids, but {source.name} holds {source.rows} embeddings")
         return lines, str(path)
     if source.ids.min() < 0 or source.ids.max() >= len(lines):
         raise UserError(
-            f"{path}: {len(lines)} ids, but {source.name} has labels up to {int(source.ids.max())}; "
-            "line n + 1 names the item with label n"
+            f"{path}: its last id is in line {len(lines)}, but {source.name} has labels from "
+            f"{int(source.ids.min())} to {int(source.ids.max())}; line n + 1 names the item with label n"
         )
-    return pa.chunked_array([take_rows(lines, source.ids)]), str(path)
+    ids = pa.chunked_array([take_rows(lines, source.ids)])
+    _check_named(ids, source.ids, source, path)
+    return ids, str(path)
+
+
+def _check_named(ids: pa.ChunkedArray, labels: np.ndarray, source: Source, path: Path) -> None:
+    """Refuse a blank line whose number is that of an item; `labels` are the ids' row numbers or labels."""
+    if ids.null_count:
+        label = int(labels[int(pc.index(pc.is_null(ids), True).as_py())])
+        raise UserError(
+            f"{path}:{label + 1}: is blank, but has to name vector {label} of {source.name}; write its id "
+            "there, or remove the line if it is one too many"
+        )
 
 
 def rows_in_order(catalog: Catalog, ids: pa.ChunkedArray, named_in: str, data: str) -> np.ndarray | None:

@@ -48,7 +48,7 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     """Load a sentence-transformers model from a folder or by its hub id, or make one for `openai:MODEL`.
 
     Raises:
-        UserError: it cannot be read, or the embedding API refuses.
+        UserError: it cannot be read, compares embeddings by a distance, or the embedding API refuses.
     """
     if str(path).startswith(PREFIX):
         return SentenceTransformer(modules=[make_module(str(path))], device=device)
@@ -67,6 +67,11 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: the model cannot be read ({reason})") from None
+    if str(model.similarity_fn_name) not in ("cosine", "dot"):
+        raise UserError(
+            f"{path}: compares by {model.similarity_fn_name} distance, novelret by cosine or dot product; if "
+            "the deployed system does so, set similarity_fn_name in its config_sentence_transformers.json"
+        )
     name_softmax_dimension([*model])
     _truncate_by_modules(model)
     return model
@@ -174,13 +179,15 @@ def encode_queries(model: SentenceTransformer, texts: list[str], batch_size: int
 
 def query_features(model: SentenceTransformer, texts: list[str]) -> dict[str, Any]:
     """Tokenised queries as the model's forward pass takes them, prompt included."""
-    prompt = (
-        model.prompts.get("query")
-        if "query" in model.prompts
-        else model.prompts.get(model.default_prompt_name)
-    )
-    features: dict[str, Any] = model.preprocess(texts, prompt=prompt, task="query")
+    features: dict[str, Any] = model.preprocess(texts, prompt=query_prompt(model), task="query")
     return features
+
+
+def query_prompt(model: SentenceTransformer) -> str | None:
+    """The prompt that `encode_query` takes: the query prompt, though it be empty, before the default one."""
+    name = "query" if "query" in model.prompts else model.default_prompt_name
+    prompt: str | None = model.prompts.get(name)
+    return prompt
 
 
 def check_finite(embeddings: np.ndarray, what: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from novelret import encode
 from novelret.artifacts import (
@@ -30,6 +31,7 @@ from novelret.artifacts import (
     check_output,
     fingerprint_of,
     open_output,
+    read_json,
     writable,
     write_json,
     write_manifest,
@@ -43,6 +45,9 @@ from novelret.trained import training_of
 FORMATS = ("st", "onnx", "npz")
 TOLERANCE = 1e-4
 _SAMPLES = ("a", "grey settee", "What is the best " + "very " * 40 + "long question?", "007 ünïcödé 家具")
+# Batches of other sizes and lengths than the traced one; the last text is longer than most encoders take.
+_BATCHES = ([_SAMPLES[1]], list(_SAMPLES), [_SAMPLES[0]] * 17, ["grey settee " * 300])
+_NO_LIMIT = 2**31  # tokenizers without a longest input say 10³⁰, which none takes
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,14 @@ def _write_onnx(encoder: SentenceTransformer, model: Path, folder: Path) -> floa
         raise UserError(
             f"{model}: begins with {type(encoder[0]).__name__}, ONNX takes transformers; use another --format"
         )
+    prompt = encode.query_prompt(encoder) or ""
+    if prompt and not all(getattr(module, "include_prompt", True) for module in encoder.modules()):
+        raise UserError(
+            f"{model}: its pooling leaves the query prompt's tokens out, which an ONNX graph cannot tell "
+            "apart; use --format st"
+        )
+    # By the encoder as it is served today, before anything is changed for the tracing.
+    expected = [encode.encode_queries(encoder, texts) for texts in _BATCHES]
     encoder[0].auto_model.set_attn_implementation("eager")  # fused attention cannot be traced
     whole = _Whole(encoder, names)
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
@@ -180,34 +193,56 @@ def _write_onnx(encoder: SentenceTransformer, model: Path, folder: Path) -> floa
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{model}: cannot be exported to ONNX ({reason})") from None
     encoder.tokenizer.save_pretrained(str(folder))
-    prompt = encoder.prompts.get("query") or encoder.prompts.get(encoder.default_prompt_name or "") or ""
+    longest = encoder.max_seq_length
     write_json(
         folder / "novelret.json",
         {
             "inputs": names,
             "output": "sentence_embedding",
             "prompt": prompt,
-            "max_length": encoder.max_seq_length,
+            "max_length": longest if longest is not None and longest < _NO_LIMIT else None,
         },
     )
-    difference = _compare_onnx(onnxruntime.InferenceSession(str(path)), whole, encoder, names)
-    if difference > TOLERANCE:
+    difference = _compare_onnx(model, folder, onnxruntime.InferenceSession(str(path)), expected)
+    if not difference <= TOLERANCE:  # not a number is no agreement
         raise UserError(
-            f"{model}: the ONNX embeddings differ from torch's by {difference:.1e}, more than {TOLERANCE:g}"
+            f"{model}: the ONNX embeddings differ from the encoder's by {difference:.1e}, more than "
+            f"{TOLERANCE:g}; use --format st"
         )
     return difference
 
 
-def _compare_onnx(session: Any, whole: _Whole, encoder: SentenceTransformer, names: list[str]) -> float:
-    """The largest difference over batches of another size and length than the traced one."""
-    worst = 0.0
-    for texts in ([_SAMPLES[1]], list(_SAMPLES), [_SAMPLES[0]] * 17):
-        features = encode.query_features(encoder, texts)
-        (found,) = session.run(None, {name: features[name].numpy() for name in names})
-        with torch.no_grad():
-            expected = whole(*(features[name] for name in names)).numpy()
-        worst = max(worst, _difference(found, expected))
-    return worst
+def _compare_onnx(model: Path, folder: Path, session: Any, expected: list[np.ndarray]) -> float:
+    """The largest difference to the encoder, by nothing but the files that are served.
+
+    Args:
+        model: what is exported, for messages.
+        folder: holds the tokenizer and novelret.json.
+        session: of its model.onnx.
+        expected: (n, d) query embeddings of each of `_BATCHES`.
+
+    Raises:
+        UserError: the tokenizer does not give what the graph takes.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    how = read_json(folder / "novelret.json")
+    worst = []
+    for texts, original in zip(_BATCHES, expected, strict=True):
+        tokens = tokenizer(
+            [how["prompt"] + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=how["max_length"],
+            return_tensors="np",
+        )
+        lacking = [name for name in how["inputs"] if name not in tokens]
+        if lacking:
+            raise UserError(
+                f"{model}: takes {lacking[0]}, which its tokenizer does not give; use --format st"
+            )
+        (found,) = session.run(None, {name: tokens[name].astype(np.int64) for name in how["inputs"]})
+        worst.append(_difference(found, original))
+    return float(np.max(worst))
 
 
 def _write_arrays(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from novelret import encode
 from novelret.append import AppendConfig, append_items
 from novelret.build import IndexConfig, build_index
 from novelret.data.split import load_split
+from novelret.evaluate.config import EvalConfig
+from novelret.evaluate.provenance import commands
 from novelret.index import base_lists, open_index
+from novelret.progress import Reporter
 from tests.cli.test_chain import fails, result, run
 from tests.conftest import make_encoder, write_jsonl, write_qrels
 
@@ -217,6 +221,45 @@ def test_faiss_indexes_grow_too(world, start, encoder, tmp_path, factory):
     assert (index.faiss_index.ntotal, index.embeddings.dtype) == (40, np.float16)
     new = np.asarray(index.embeddings[32:], dtype=np.float32)
     assert (index.search(new, 1)[0][:, 0] >= 32).mean() > 0.5
+
+
+def test_what_a_grown_faiss_index_misses_is_measured_anew(world, start, encoder, tmp_path):
+    _, data = start
+    old = build_index(
+        IndexConfig(str(data), str(encoder), factory="IVF4,Flat", device="cpu"), tmp_path / "index"
+    )
+    report = Reporter()
+    config = AppendConfig(str(world), str(tmp_path / "index"), device="cpu")
+    index = append_items(config, tmp_path / "grown", report=report)
+    texts = [json.loads(line)["text"] for line in (world / "queries.jsonl").read_text().splitlines()]
+    found = index.search(encode.encode_queries(index.query_encoder(), texts), 40)[0]
+    recall = round(float((found >= 0).mean()), 4)  # of all 40 items
+    assert index.manifest.facts["recall"] == {"k": 40, "recall": recall, "queries": 40}
+    assert old.manifest.facts["recall"]["k"] == 32
+    assert any(f"IVF4,Flat: finds {recall:.1%} of the exact top 40" in line for line in report.warnings)
+    # Where it cannot be measured, the old figure does not stand for it.
+    shutil.copytree(world, tmp_path / "data")
+    (tmp_path / "data" / "queries.jsonl").unlink()
+    assert "recall" not in append(tmp_path / "data", tmp_path, tmp_path / "none").manifest.facts
+
+
+def test_a_report_names_the_commands_of_the_indexes_before(world, start, encoder, tmp_path):
+    folder, data = start
+
+    def index_lines(index):
+        config = EvalConfig(str(world), str(index.folder))
+        made = SimpleNamespace(config=config, index=index, models={}, out=tmp_path / "report")
+        return [line for line in commands(made) if line.startswith("novelret index ")]
+
+    index = append(world, folder, tmp_path / "grown")
+    first, then = index_lines(index)
+    assert f"--data {data} --model {encoder} " in first
+    assert first.endswith(f" --out {folder / 'index'}")
+    assert f"--append {folder / 'index'} " in then
+    # In place there is nothing left to go back to.
+    shutil.copytree(folder / "index", tmp_path / "index")
+    in_place = AppendConfig(str(world), str(tmp_path / "index"), device="cpu")
+    assert len(index_lines(append_items(in_place, tmp_path / "index", force=True))) == 1
 
 
 def test_items_are_encoded_by_the_item_side(world, start, encoder, tmp_path):

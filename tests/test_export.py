@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from qdrant_client import QdrantClient
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from novelret import encode
+from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.index import open_index
+from tests.conftest import make_encoder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "qdrant_union.py"
 TEXTS = ["buy red sofa", "lamp", "buy grey desk unknown words here", "chair " * 40]
@@ -155,10 +158,62 @@ def test_bad_arguments_are_one_line(models, tmp_path, capsys):
         export(capsys, "--model", model, "--format", form, "--out", tmp_path / name, "--force")
 
 
-def test_a_vector_database_serves_both_encoders_over_one_collection(models, index_folder, capsys):
+def test_onnx_takes_the_prompt_that_queries_take(encoder, tmp_path, capsys):
+    prompts = {"query": "", "document": "buy "}
+    model = SentenceTransformer(str(encoder), device="cpu", prompts=prompts, default_prompt_name="document")
+    model.save(str(tmp_path / "model"))
+    made = export(capsys, "--model", tmp_path / "model", "--format", "onnx", "--out", tmp_path / "onnx")
+    assert json.loads((tmp_path / "onnx" / "novelret.json").read_text())["prompt"] == ""
+    assert made["difference"] < 1e-4
+
+
+def test_what_onnx_would_serve_otherwise_than_the_encoder_is_refused(encoder, tmp_path, capsys):
+    def refused(name, model) -> str:
+        model.save(str(tmp_path / name))
+        out = tmp_path / "onnx"
+        line = fails(capsys, "--model", tmp_path / name, "--format", "onnx", "--out", out)
+        assert not out.exists()
+        return line
+
+    model = SentenceTransformer(str(encoder), device="cpu", prompts={"query": "red lamp "})
+    model.set_pooling_include_prompt(False)
+    assert "its pooling leaves the query prompt's tokens out" in refused("prompt", model)
+    # Longer queries are cut, unlike what the files beside model.onnx say: only `encode_queries` knows.
+    model = SentenceTransformer(str(encoder), device="cpu")
+    model[0].query_length = 4
+    assert "the ONNX embeddings differ from the encoder's by" in refused("short", model)
+
+
+@pytest.fixture
+def example():
+    """The example that serves from Qdrant, as a module."""
     spec = importlib.util.spec_from_file_location("qdrant_union", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_index_has_its_own_collection_however_far_it_was_filled(
+    example, world, index_folder, tmp_path, monkeypatch
+):
+    index = open_index(index_folder)
+    config = IndexConfig(str(world), str(make_encoder(tmp_path / "other", 8, seed=5)), device="cpu")
+    other = build_index(config, tmp_path / "index")
+    client = QdrantClient(":memory:")
+    monkeypatch.setattr(example, "BATCH", 7)
+    collections = [example.fill(client, each) for each in (index, other)]
+    client.delete(collections[1], points_selector=[3, 39])  # as a kill would leave it
+    assert example.fill(client, other) == collections[1]
+    for each, collection in zip((index, other), collections, strict=True):
+        assert client.count(collection).count == len(each)
+        found = example.search(client, collection, each.embeddings[3], 3)
+        assert each.catalog.ids_at([3])[0] in [item for item, _ in found]
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "upsert", lambda *_: pytest.fail("filled again"))
+        example.fill(client, index)
+
+
+def test_a_vector_database_serves_both_encoders_over_one_collection(models, index_folder, example, capsys):
     text = "buy grey sofa"
     merged = example.main(
         [

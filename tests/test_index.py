@@ -8,6 +8,7 @@ from threading import Event
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from novelret import encode
 from novelret import index as index_module
@@ -109,6 +110,15 @@ def test_another_factory_takes_what_is_encoded(world, encoder, tmp_path, monkeyp
     monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded again"))
     index = build(world, encoder, tmp_path / "index", factory="IVF2,Flat")
     assert index.manifest.fingerprint == real.manifest.fingerprint
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "manhattan"])
+def test_what_compares_by_a_distance_is_refused(world, encoder, tmp_path, distance):
+    other = tmp_path / "other"
+    SentenceTransformer(str(encoder), device="cpu", similarity_fn_name=distance).save(str(other))
+    for model, query_model in ((other, None), (encoder, str(other))):
+        with pytest.raises(UserError, match=f"other: compares by {distance} distance"):
+            build(world, model, tmp_path / "index", query_model=query_model)
 
 
 def test_another_query_side_is_kept(world, encoder, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from novelret.artifacts import MANIFEST, is_kind, read_manifest
+from novelret.artifacts import MANIFEST, Manifest, is_kind, read_manifest
+from novelret.errors import UserError
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
@@ -21,11 +23,8 @@ _FIXED_BY_APPEND = ("model", "query_model", "factory", "search_params", "dtype")
 
 def commands(evaluation: Evaluation) -> list[str]:
     """Shell lines that make the index, each model and this report again, in that order."""
-    config, index = evaluation.config, evaluation.index
-    made = dict(index.manifest.config)
-    if made.get("append"):
-        made = {name: value for name, value in made.items() if name not in _FIXED_BY_APPEND}
-    lines = [f"{_line('index', made, _index_defaults())} --out {shlex.quote(str(index.folder))}"]
+    config = evaluation.config
+    lines = _index_lines(evaluation.index.manifest, evaluation.index.folder)
     labels: dict[str, None] = {}
     trained = []
     for path in evaluation.models.values():
@@ -41,6 +40,20 @@ def commands(evaluation: Evaluation) -> list[str]:
             lines.append(f"{_line('label', settings, _label_defaults())} --out {shlex.quote(folder)}")
     last = _line("eval", asdict(config), _defaults(type(config)))
     return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
+
+
+def _index_lines(manifest: Manifest, folder: Path) -> list[str]:
+    """The line that makes an index, behind those of the indexes it was appended to that still lie there."""
+    made, before = dict(manifest.config), []
+    if made.get("append"):
+        made = {name: value for name, value in made.items() if name not in _FIXED_BY_APPEND}
+        old = Path(made["append"])
+        with contextlib.suppress(UserError):  # it is gone, or cannot be read any more
+            its = read_manifest(old, "index")
+            # Where an index was appended to in place, or made anew since, another one lies there.
+            if its.fingerprint == manifest.inputs.get("appended_to"):
+                before = _index_lines(its, old)
+    return [*before, f"{_line('index', made, _index_defaults())} --out {shlex.quote(str(folder))}"]
 
 
 def _line(verb: str, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
