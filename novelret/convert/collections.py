@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from novelret.convert.writer import Hashes, Writer
+from novelret.convert.writer import Hashes, Texts, Writer
 from novelret.data.source import read_qrels_file
 from novelret.errors import UserError
 from novelret.progress import Reporter
@@ -28,16 +28,14 @@ def parse_parts(given: list[str]) -> list[Part]:
     """Splits from NAME=QUERIES,QRELS.
 
     Raises:
-        UserError: another form, or a name that repeats.
+        UserError: another form.
     """
     parts: list[Part] = []
     for text in given:
         name, _, files = text.partition("=")
         queries, _, qrels = files.partition(",")
-        if not (name and queries and qrels):
+        if not (queries and qrels):
             raise UserError(f"--split {text}: expected NAME=QUERIES,QRELS")
-        if name in [part.name for part in parts]:
-            raise UserError(f"--split {text}: the name {name!r} repeats")
         parts.append(Part(name, Path(queries), Path(qrels)))
     if not parts:
         raise UserError("--split: give at least one, as NAME=QUERIES,QRELS")
@@ -45,21 +43,35 @@ def parse_parts(given: list[str]) -> list[Part]:
 
 
 def write_collection(
-    items: Rows, parts: list[Part], read_queries: Callable[[Path], Rows], writer: Writer, report: Reporter
+    items: Rows,
+    parts: list[Part],
+    read_queries: Callable[[Path], Rows],
+    writer: Writer,
+    report: Reporter,
+    *,
+    qrels_id: Callable[[str], str] = str,
 ) -> None:
     """Write all items, the queries that have pairs, and the pairs whose query and item exist.
 
+    Args:
+        items: the collection.
+        parts: the splits.
+        read_queries: reads a split's queries.
+        writer: where to write.
+        report: for bars.
+        qrels_id: how qrels may write the id of a query that they do not hold as its file writes it.
+
     Raises:
-        UserError: an item's id repeats.
+        UserError: an item's id repeats, or a query's does with another text.
     """
     kept = writer.kept_items()
     if kept is None:
         kept = _write_items(items, writer, report), Hashes()
         writer.keep_items(*kept)
     documents, _ = kept
-    written = Hashes()
+    written = Texts()
     for part in parts:
-        _write_part(part, documents, written, read_queries, writer, report)
+        _write_part(part, documents, written, read_queries, qrels_id, writer, report)
 
 
 def _write_items(items: Rows, writer: Writer, report: Reporter) -> Hashes:
@@ -81,8 +93,9 @@ def _write_items(items: Rows, writer: Writer, report: Reporter) -> Hashes:
 def _write_part(
     part: Part,
     documents: Hashes,
-    written: Hashes,
+    written: Texts,
     read_queries: Callable[[Path], Rows],
+    qrels_id: Callable[[str], str],
     writer: Writer,
     report: Reporter,
 ) -> None:
@@ -93,13 +106,16 @@ def _write_part(
             wanted.add(query_id)
     known = Hashes()
     with report.bar(f"writing queries of {part.name}") as advance:
-        for where, query_id, _, text in read_queries(part.queries):
+        for where, own_id, _, text in read_queries(part.queries):
+            query_id = own_id if own_id in wanted else qrels_id(own_id)
             if not text:
                 writer.drop(f"{part.name}: queries without a text")
             elif query_id not in wanted:
                 writer.drop(f"{part.name}: queries without pairs")
-            elif known.add(query_id) and written.add(query_id):
-                writer.query(where, query_id, text)
+            else:
+                known.add(query_id)
+                if written.add(where, "query", query_id, text):
+                    writer.query(where, query_id, text)
             advance(1)
     with report.bar(f"writing pairs of {part.name}") as advance:
         for _, query_id, item_id, score in read_qrels_file(part.qrels):

@@ -5,10 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from novelret.convert.writer import hash64
+from novelret.errors import UserError
 from novelret.progress import Reporter
 
 SPLITS = ("base", "train", "test")
 _SPARE = 1_000_000
+
+
+def check_sizes(train: int, test: int) -> None:
+    """Refuse sizes that no split can have, before the source is read.
+
+    Raises:
+        UserError: one is below 0.
+    """
+    if train < 0 or test < 0:
+        raise UserError(f"--train {train} --test {test}: must not be below 0")
 
 
 class Draw:

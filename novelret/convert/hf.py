@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
-from novelret.convert.writer import Converted, Writer, converted, open_writer
+from novelret.convert.writer import Converted, Writer, check_splits, converted, open_writer
 from novelret.errors import UserError
 from novelret.progress import Reporter
 
@@ -61,9 +62,11 @@ def convert_hf(
         report: for bars.
 
     Raises:
-        UserError: the data set cannot be loaded, has other splits or columns, or an existing output.
+        UserError: a split's name is unusable, the data set cannot be loaded, has other splits or columns, one
+            id comes with two texts, or an existing output.
     """
     report = report or Reporter()
+    check_splits([text.partition("=")[0] for text in splits or []])
     streams = _load(dataset, config)
     chosen = _choose(dataset, splits, list(streams))
     for theirs in chosen.values():
@@ -111,9 +114,12 @@ def _write_row(
 
 def _score(where: str, value: Any) -> float:
     try:
-        return float(value)
+        score = float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: the score {value!r} is not a number") from None
+    if not math.isfinite(score):
+        raise UserError(f"{where}: the score {value!r} is not finite; correct the row or leave it out")
+    return score
 
 
 def _load(dataset: str, config: str | None) -> Any:

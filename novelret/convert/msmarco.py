@@ -18,7 +18,8 @@ def convert_msmarco(
     """Write passages, queries and qrels.
 
     Raises:
-        UserError: a missing, broken or malformed file, a passage id that repeats, or an existing output.
+        UserError: a split's name is unusable, a missing, broken or malformed file, a passage id that repeats,
+            a query id with two texts, or an existing output.
     """
     files = [collection, *(file for part in parts for file in (part.queries, part.qrels))]
     names = tuple(part.name for part in parts)

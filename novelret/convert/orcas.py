@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from novelret.convert.draw import SPLITS, Draw
+from novelret.convert.draw import SPLITS, Draw, check_sizes
 from novelret.convert.writer import Converted, Hashes, Writer, columns_of, converted, open_writer
 from novelret.data.source import read_lines
 from novelret.errors import UserError
@@ -49,11 +49,11 @@ def convert_orcas(
         report: for bars and warnings.
 
     Raises:
-        UserError: a missing, broken or malformed file, a document id that repeats, or an existing output.
+        UserError: a size below 0, a missing, broken or malformed file, a document id that repeats, or an
+            existing output.
     """
     report = report or Reporter()
-    if train < 0 or test < 0:
-        raise UserError(f"--train {train} --test {test}: must not be below 0")
+    check_sizes(train, test)
     settings = {"train": train, "test": test, "seed": seed}
     with open_writer(out, "orcas", settings, [orcas, documents], SPLITS, force=force) as writer:
         kept = writer.kept_items()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from novelret.convert.draw import SPLITS, Draw
+from novelret.convert.draw import SPLITS, Draw, check_sizes
 from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
 from novelret.convert.writer import Converted, columns_of, converted, open_writer
 from novelret.data.source import read_lines
@@ -42,9 +43,10 @@ def convert_query_keyword(
         report: for bars and warnings.
 
     Raises:
-        UserError: a missing, broken or malformed file, or an existing output.
+        UserError: a size below 0, a missing, broken or malformed file, or an existing output.
     """
     report = report or Reporter()
+    check_sizes(train, test)
     settings = {"min_count": min_count, "train": train, "test": test, "seed": seed}
     files = [pairs, *([keywords] if keywords else [])]
     with open_writer(out, "query-keyword", settings, files, SPLITS, force=force) as writer:
@@ -82,7 +84,11 @@ def _rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, str
         where = f"{path}:{number}"
         query, keyword, count = columns_of(where, line, _COLUMNS)
         try:
-            yield where, query, keyword, float(count)
+            value = float(count)
         except ValueError:
-            if number > 1:
-                raise UserError(f"{where}: the count {count!r} is not a number") from None
+            if number == 1:
+                continue
+            raise UserError(f"{where}: the count {count!r} is not a number") from None
+        if not math.isfinite(value):
+            raise UserError(f"{where}: the count {count!r} is not finite; correct the line or leave it out")
+        yield where, query, keyword, value

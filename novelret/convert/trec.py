@@ -31,13 +31,14 @@ def convert_trec(
     """Write documents, topics and qrels, judgements of 0 and below included.
 
     Raises:
-        UserError: a missing, broken or malformed file, a document id that repeats, or an existing output.
+        UserError: a split's name is unusable, a missing, broken or malformed file, a document id that
+            repeats, a topic id with two texts, or an existing output.
     """
     files = [*corpus, *(file for part in parts for file in (part.queries, part.qrels))]
     names = tuple(part.name for part in parts)
     with open_writer(out, "trec", {"splits": names}, files, names, force=force) as writer:
         rows = (row for path in corpus for row in read_documents(path))
-        write_collection(rows, parts, read_topics, writer, report or Reporter())
+        write_collection(rows, parts, read_topics, writer, report or Reporter(), qrels_id=_unpadded)
     return converted(out, writer)
 
 
@@ -72,9 +73,7 @@ def read_topics(path: Path) -> Rows:
     if "\t" in first and not first.lstrip().startswith("<"):
         yield from read_two_columns(path)
         return
-    tag = (
-        "top" if any(re.match(r"\s*<top>", line, re.IGNORECASE) for _, line in read_lines(path)) else "topic"
-    )
+    tag = "top" if any(re.search(r"<top>", line, re.IGNORECASE) for _, line in read_lines(path)) else "topic"
     for where, block in _blocks(path, tag):
         number = _ATTRIBUTE.search(block) or _NUMBER.search(block)
         title = _TOPIC_TITLE.search(block)
@@ -84,7 +83,7 @@ def read_topics(path: Path) -> Rows:
 
 
 def _blocks(path: Path, tag: str) -> Iterator[tuple[str, str]]:
-    """What stands between <tag …> and </tag>, with the line it begins on.
+    """Each <tag …> up to its </tag>, with the line it begins on; a line may hold several.
 
     Raises:
         UserError: there is none, or one is not closed.
@@ -94,14 +93,20 @@ def _blocks(path: Path, tag: str) -> Iterator[tuple[str, str]]:
     block: list[str] = []
     where, found = "", False
     for number, line in read_lines(path):
-        if not block and begin.search(line):
-            where, found = f"{path}:{number}", True
-        elif not block:
-            continue
-        block.append(line)
-        if end.search(line):
-            yield where, "".join(block)
-            block = []
+        at = 0
+        while at < len(line):
+            if not block:
+                opened = begin.search(line, at)
+                if opened is None:
+                    break
+                where, found, at = f"{path}:{number}", True, opened.start()
+            closed = end.search(line, at)
+            stop = closed.end() if closed else len(line)
+            block.append(line[at:stop])
+            if closed:
+                yield where, "".join(block)
+                block = []
+            at = stop
     if block:
         raise UserError(f"{where}: <{tag}> is not closed; the file is cut off")
     if not found:
@@ -116,6 +121,11 @@ def _read_json(path: Path) -> Rows:
             raise UserError(f"{where}: no id, _id, docno or docid")
         text = next((row[name] for name in ("text", "contents", "body") if row.get(name)), "")
         yield where, str(identity), str(row.get("title") or ""), str(text)
+
+
+def _unpadded(topic: str) -> str:
+    """A topic's number as TREC's qrels write it: where a topic says `Number: 051`, they say 51."""
+    return (topic.lstrip("0") or "0") if topic.isdecimal() else topic
 
 
 def _plain(markup: str) -> str:

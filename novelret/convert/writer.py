@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -96,6 +96,27 @@ class Hashes:
         return place < len(self._sorted) and int(self._sorted[place]) == value
 
 
+class Texts:
+    """Ids with a hash of each one's text, 16 bytes an id: the same id with another text is noticed."""
+
+    def __init__(self) -> None:
+        self._ids, self._pairs = Hashes(), Hashes()
+
+    def add(self, where: str, kind: str, identity: str, text: str) -> bool:
+        """Add the text of a "query" or an "item"; says whether its id is new.
+
+        Raises:
+            UserError: the id came with another text before.
+        """
+        new_id, new_pair = self._ids.add(identity), self._pairs.add(f"{identity}\t{text}")
+        if new_pair and not new_id:
+            raise UserError(
+                f"{where}: {kind} id {identity!r} came with another text before; "
+                "give each text an id of its own, or keep one"
+            )
+        return new_id
+
+
 def hash64(string: str) -> int:
     """The same 64 bits for a string on every machine and in every run."""
     data = string.encode("utf-8", "surrogatepass")
@@ -153,7 +174,9 @@ class Writer:
     def pair(self, split: str, query_id: str, item_id: str, score: float = 1) -> None:
         """Write one line of feedback."""
         self.pairs[split] += 1
-        self._qrels[split].write(f"{query_id}\t{item_id}\t{score:g}\n")
+        # All digits: `g` would keep six of them.
+        number = str(int(score)) if float(score).is_integer() else repr(float(score))
+        self._qrels[split].write(f"{query_id}\t{item_id}\t{number}\n")
 
     def exclude(self, split: str, query_id: str, item_id: str) -> None:
         """Leave an item out of a query's rankings."""
@@ -186,8 +209,9 @@ def open_writer(
     """Give a writer whose folder appears as `out` when the block ends well.
 
     Raises:
-        UserError: a source file is missing, or `out` exists and `force` is off.
+        UserError: a split's name is unusable, a source file is missing, or `out` exists and `force` is off.
     """
+    check_splits(splits)
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -213,6 +237,24 @@ def open_writer(
         }
         config = {"source": source, **{key: str(value) for key, value in settings.items()}}
         write_manifest(folder, Manifest("data", config, inputs, identity, facts))
+
+
+def check_splits(names: Sequence[str]) -> None:
+    """Refuse names that cannot be those of files beside each other, before anything is read or written.
+
+    Raises:
+        UserError: a name is empty, repeats, begins with a dot or holds a path separator.
+    """
+    for place, name in enumerate(names):
+        if not name.strip():
+            raise UserError("--split: a name is empty; write NAME=… with a name such as train")
+        if name.startswith(".") or "/" in name or "\\" in name:
+            raise UserError(
+                f"--split: the name {name!r} begins with a dot or holds a path separator; it names the file "
+                "qrels/NAME.tsv, so choose one such as train"
+            )
+        if name in names[:place]:
+            raise UserError(f"--split: the name {name!r} repeats; give each split a name of its own")
 
 
 def _check_not_empty(writer: Writer, source: Path | str) -> None:

@@ -64,6 +64,38 @@ def test_a_passage_id_that_repeats_is_refused(tmp_path, capsys):
     assert "expected NAME=QUERIES,QRELS" in line
 
 
+def test_a_query_id_with_two_texts_is_refused(tmp_path, capsys):
+    collection = write_lines(tmp_path / "collection.tsv", ["0\ta"])
+    qrels = write_lines(tmp_path / "qrels.tsv", ["1\t0\t0\t1"])
+    first = write_lines(tmp_path / "first.tsv", ["1\tsofa", "1\tsofa"])
+    other = write_lines(tmp_path / "other.tsv", ["2\tunused", "1\tlamp"])
+    both = write_lines(tmp_path / "both.tsv", ["1\tsofa", "1\tlamp"])
+    command = ["msmarco", "--collection", collection, "--out", tmp_path / "out"]
+    train = ["--split", f"train={first},{qrels}"]
+    said = "query id '1' came with another text before; give each text an id of its own, or keep one"
+    assert f"other.tsv:2: {said}" in fails(capsys, *command, *train, "--split", f"test={other},{qrels}")
+    assert f"both.tsv:2: {said}" in fails(capsys, *command, "--split", f"test={both},{qrels}")
+    assert convert(capsys, *command, *train, "--split", f"test={first},{qrels}")["queries"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a/b", "the name 'a/b' begins with a dot or holds a path separator"),
+        (".a", "the name '.a' begins with a dot or holds a path separator"),
+        ("", "a name is empty"),
+        ("train", "the name 'train' repeats"),
+    ],
+)
+def test_split_names_are_checked_before_anything_is_read(tmp_path, capsys, name, said):
+    out, missing = ["--out", tmp_path / "out"], tmp_path / "missing"
+    files = ["--split", f"train={missing},{missing}", "--split", f"{name}={missing},{missing}"]
+    assert said in fails(capsys, "msmarco", "--collection", missing, *files, *out)
+    assert said in fails(capsys, "trec", "--corpus", missing, *files, *out)
+    theirs = ["--split", "train=x", "--split", f"{name}=y"]
+    assert said in fails(capsys, "hf", "--dataset", missing, *theirs, *out)
+
+
 SGML = """<DOC>
 <DOCNO> FBIS3-1 </DOCNO>
 <HEADLINE> Sofa &amp; chairs </HEADLINE>
@@ -160,6 +192,48 @@ def test_trec_files_cut_off_are_named(tmp_path, capsys):
     assert "docs:9: <doc> is not closed" in line
 
 
+def test_trec_documents_and_topics_may_share_lines(tmp_path, capsys):
+    docs = write_lines(
+        tmp_path / "docs",
+        [
+            "<DOC><DOCNO>A</DOCNO>a</DOC><DOC><DOCNO>B</DOCNO>b</DOC> <DOC>",
+            "<DOCNO>C</DOCNO>c</DOC> <DOC><DOCNO>D</DOCNO>",
+            "d</DOC>",
+        ],
+    )
+    topics = write_lines(
+        tmp_path / "topics.xml",
+        [
+            '<topics><topic number="1"><query>x</query></topic><topic number="2"><query>y</query></topic></topics>'
+        ],
+    )
+    tops = write_lines(
+        tmp_path / "tops", ["<xml><top><num>3<title>z</top><top>", "<num>4", "<title>w", "</top></xml>"]
+    )
+    qrels = write_lines(tmp_path / "qrels", [f"{number} 0 A 1" for number in range(1, 5)])
+    convert(
+        capsys, "trec", "--corpus", docs, "--split", f"a={topics},{qrels}", "--split", f"b={tops},{qrels}",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    found = [(row["_id"], row["text"]) for row in rows_of(tmp_path / "out" / "corpus.jsonl")]
+    assert found == [("A", "a"), ("B", "b"), ("C", "c"), ("D", "d")]
+    found = [(row["_id"], row["text"]) for row in rows_of(tmp_path / "out" / "queries.jsonl")]
+    assert found == [("1", "x"), ("2", "y"), ("3", "z"), ("4", "w")]
+
+
+@pytest.mark.parametrize("judged", ["51", "051"])
+def test_topic_numbers_match_whatever_their_leading_zeros(tmp_path, capsys, judged):
+    (tmp_path / "docs").write_text(SGML)
+    topics = write_lines(tmp_path / "topics", ["<top>", "<num> Number: 051", "<title> Airbus", "</top>"])
+    qrels = write_lines(tmp_path / "qrels", [f"{judged} 0 FBIS3-1 1"])
+    made = convert(
+        capsys, "trec", "--corpus", tmp_path / "docs", "--split", f"test={topics},{qrels}", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert made["dropped"] == {}
+    assert rows_of(tmp_path / "out" / "queries.jsonl") == [{"_id": judged, "text": "Airbus"}]
+    assert pairs_of(tmp_path / "out" / "qrels" / "test.tsv") == [(judged, "FBIS3-1", 1)]
+
+
 def test_query_keyword_logs(tmp_path, capsys):
     log = write_lines(
         tmp_path / "log.tsv",
@@ -219,6 +293,30 @@ def test_a_count_that_is_no_number_is_named(tmp_path, capsys):
     assert "log.tsv:2: the count 'many' is not a number" in line
 
 
+@pytest.mark.parametrize("count", ["inf", "nan"])
+def test_a_count_that_is_not_finite_is_named(tmp_path, capsys, count):
+    log = write_lines(tmp_path / "log.tsv", ["a\tb\t1", f"c\td\t{count}"])
+    line = fails(capsys, "query-keyword", "--pairs", log, "--out", tmp_path / "out")
+    assert f"log.tsv:2: the count '{count}' is not finite" in line
+
+
+def test_counts_keep_their_digits(tmp_path, capsys):
+    counts = ["1234567", "0.12345678", "20000000000000000"]
+    log = write_lines(tmp_path / "log.tsv", [f"a{count}\tb\t{count}" for count in counts])
+    options = ["--min-count", 0, "--train", 0, "--test", 3]
+    convert(capsys, "query-keyword", "--pairs", log, *options, "--out", tmp_path / "out")
+    lines = (tmp_path / "out" / "qrels" / "test.tsv").read_text().splitlines()
+    assert [line.split("\t")[2] for line in lines[1:]] == counts
+
+
+@pytest.mark.parametrize("size", ["--train", "--test"])
+def test_sizes_below_zero_are_refused(tmp_path, capsys, size):
+    log = write_lines(tmp_path / "log.tsv", ["a\tb\t1"])
+    line = fails(capsys, "query-keyword", "--pairs", log, f"{size}=-5", "--out", tmp_path / "out")
+    assert f"{size} -5" in line
+    assert "must not be below 0" in line
+
+
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -264,6 +362,25 @@ def test_hugging_face_rows_without_an_id_are_dropped_and_counted(dataset, tmp_pa
     )  # fmt: skip
     assert [p[:2] for p in pairs_of(tmp_path / "out" / "qrels" / "train.tsv")] == [("0", "x"), ("3", "z")]
     assert made["dropped"] == {"train: rows without a query id": 1, "train: rows without an item id": 1}
+
+
+@pytest.mark.parametrize(("column", "kind"), [("query", "query"), ("document", "item"), ("title", "item")])
+def test_hugging_face_ids_with_two_texts_are_refused(dataset, tmp_path, capsys, column, kind):
+    (dataset / "test-00000.parquet").unlink()
+    table = {"query": list("aaa"), "document": list("bbb"), "title": list("ccc"), "n": [7, 7, 7]}
+    table[column][2] = "other"
+    pq.write_table(pa.table(table), dataset / "train-00000.parquet")
+    common = ["hf", "--dataset", dataset, "--title-column", "title", "--out", tmp_path / "out"]
+    said = fails(capsys, *common, f"--{kind}-id-column", "n")
+    assert f"(train): row 3: {kind} id '7' came with another text before" in said
+
+
+def test_hugging_face_scores_that_are_not_finite_are_named(dataset, tmp_path, capsys):
+    table = {"query": ["a"], "document": ["b"], "n": [float("nan")]}
+    for name in ("train", "test"):
+        pq.write_table(pa.table(table), dataset / f"{name}-00000.parquet")
+    said = fails(capsys, "hf", "--dataset", dataset, "--score-column", "n", "--out", tmp_path / "out")
+    assert "row 1: the score nan is not finite" in said
 
 
 def test_ids_that_index_would_refuse_are_refused(dataset, tmp_path, capsys):
