@@ -246,9 +246,9 @@ def test_what_a_grown_faiss_index_misses_is_measured_anew(world, start, encoder,
 def test_a_report_names_the_commands_of_the_indexes_before(world, start, encoder, tmp_path):
     folder, data = start
 
-    def index_lines(index):
-        config = EvalConfig(str(world), str(index.folder))
-        made = SimpleNamespace(config=config, index=index, models={}, out=tmp_path / "report")
+    def index_lines(*indexes):
+        config = EvalConfig(str(world), tuple(str(index.folder) for index in indexes))
+        made = SimpleNamespace(config=config, models={}, out=tmp_path / "report")
         return [line for line in commands(made) if line.startswith("novelret index ")]
 
     index = append(world, folder, tmp_path / "grown")
@@ -256,6 +256,11 @@ def test_a_report_names_the_commands_of_the_indexes_before(world, start, encoder
     assert f"--data {data} --model {encoder} " in first
     assert first.endswith(f" --out {folder / 'index'}")
     assert f"--append {folder / 'index'} " in then
+    # Where several are pooled, all of them; what two come from, once.
+    again = append(world, folder, tmp_path / "again")
+    assert [line.split()[-1] for line in index_lines(index, again)] == [
+        str(folder / "index"), str(tmp_path / "grown"), str(tmp_path / "again")
+    ]  # fmt: skip
     # In place there is nothing left to go back to.
     shutil.copytree(folder / "index", tmp_path / "index")
     in_place = AppendConfig(str(world), str(tmp_path / "index"), device="cpu")

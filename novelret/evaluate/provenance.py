@@ -22,9 +22,14 @@ _FIXED_BY_APPEND = ("model", "query_model", "factory", "search_params", "dtype")
 
 
 def commands(evaluation: Evaluation) -> list[str]:
-    """Shell lines that make the index, each model and this report again, in that order."""
+    """Shell lines that make the indexes, each model and this report again, in that order."""
     config = evaluation.config
-    lines = _index_lines(evaluation.index.manifest, evaluation.index.folder)
+    indexes = [
+        line
+        for folder in config.indexes
+        for line in _index_lines(read_manifest(Path(folder), "index"), folder)
+    ]
+    lines = list(dict.fromkeys(indexes))
     labels: dict[str, None] = {}
     trained = []
     for path in evaluation.models.values():
@@ -42,18 +47,18 @@ def commands(evaluation: Evaluation) -> list[str]:
     return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
 
 
-def _index_lines(manifest: Manifest, folder: Path) -> list[str]:
+def _index_lines(manifest: Manifest, folder: str) -> list[str]:
     """The line that makes an index, behind those of the indexes it was appended to that still lie there."""
     made, before = dict(manifest.config), []
     if made.get("append"):
         made = {name: value for name, value in made.items() if name not in _FIXED_BY_APPEND}
-        old = Path(made["append"])
+        old = made["append"]
         with contextlib.suppress(UserError):  # it is gone, or cannot be read any more
-            its = read_manifest(old, "index")
+            its = read_manifest(Path(old), "index")
             # Where an index was appended to in place, or made anew since, another one lies there.
             if its.fingerprint == manifest.inputs.get("appended_to"):
                 before = _index_lines(its, old)
-    return [*before, f"{_line('index', made, _index_defaults())} --out {shlex.quote(str(folder))}"]
+    return [*before, f"{_line('index', made, _index_defaults())} --out {shlex.quote(folder)}"]
 
 
 def _line(verb: str, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
