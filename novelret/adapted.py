@@ -16,7 +16,8 @@ from torch import nn
 from novelret import encode
 
 _AT_ONCE = 65_536  # queries
-_NUMBERS = 1 << 25  # between two modules, at a time: a memory's are wide
+NUMBERS = 1 << 25
+"""Between two modules, at a time: a memory's are wide."""
 
 
 def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) -> list[nn.Module] | None:
@@ -55,7 +56,7 @@ def embed_behind(
     # The modules of an encoder that is stored in half precision are, too.
     dtype = next((weights.dtype for module in modules for weights in module.parameters()), torch.float32)
     widest = max((module.out_features for module in modules if isinstance(module, Dense)), default=1)
-    at_once = min(_AT_ONCE, max(1, _NUMBERS // widest))
+    at_once = min(_AT_ONCE, max(1, NUMBERS // widest))
     with torch.inference_mode():
         for start in range(0, len(embeddings), at_once):
             part = torch.from_numpy(np.array(embeddings[start : start + at_once])).to(device, dtype)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 TEMPERATURE = 0.06
 _SCALE = 10.0  # s = 10 · `scale`, so that one learning rate does for a residual map, values and scale
-_SAME = 1 - 1e-5  # cosine from which on two queries are the same one
+_SAME = 1 - 1e-4  # cosine from which on two queries are the same one; encoders in bfloat16 differ by 3e-5
 _NEVER = -1e4  # a logit whose share is 0, in float16 too
 
 

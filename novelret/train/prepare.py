@@ -115,11 +115,11 @@ def prepare(
     labelled = train_rows[:0] if config.objective == "supervised" else train_rows
     material = gather_material(
         whole.subset(train_rows),
-        lists[train_rows],
+        _some(lists, train_rows),
         config.base_depth,
         _rows_of(inputs.labels, labelled, len(whole)),
         load_reward(config.reward),
-        pool[train_rows],
+        _some(pool, train_rows),
     )
     _check_rewards(config, material)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
@@ -127,8 +127,10 @@ def prepare(
     if processes.is_first:
         processes.wait()
     if config.trust and not config.objective.startswith("supervised") and len(material.labels):
-        embeddings = base_query_embeddings(index, whole, device=device, report=report)[train_rows]
-        material = weigh_labels(material, embeddings, index.embeddings, config.seed, processes, report)
+        embeddings = base_query_embeddings(index, whole, device=device, report=report)
+        material = weigh_labels(
+            material, _some(embeddings, train_rows), index.embeddings, config.seed, processes, report
+        )
     validation = None
     if len(validation_rows):
         table = _rows_of(inputs.labels, mine, len(whole))
@@ -231,11 +233,12 @@ def _make_tower(
         embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
     else:
         embeddings = base_query_embeddings(index, whole, device=device, report=report)
-    memory = None
+    memory, of_train = None, _some(embeddings, train_rows)
     if config.tune == "memory":
-        memory = make_memory(
-            material, embeddings[train_rows], index.embeddings, config.memory_size, config.seed
-        )
-    return adapter_tower(
-        model, embeddings[train_rows], embeddings[validation_rows], device, memory, config.seed
-    )
+        memory = make_memory(material, of_train, index.embeddings, config.memory_size, config.seed)
+    return adapter_tower(model, of_train, embeddings[validation_rows], device, memory, config.seed)
+
+
+def _some(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array, or the array itself where they are all: it may be mapped, and large."""
+    return array if len(rows) == len(array) else array[rows]

@@ -7,11 +7,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from novelret.errors import UserError
+
+_START = timedelta(minutes=10)
+# The others wait while the first encodes and searches, or a judge answers: hours, with a large catalog.
+_LONGEST_WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,18 @@ class Processes:
         return tensor.cpu().numpy()
 
 
+def _meet(rank: int, size: int) -> dist.Store:
+    """Where processes find each other; without this, those whose `torchrun` is gone would wait for days."""
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=_START))
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"torchrun at {where} did not answer in {_START} ({str(error).splitlines()[0]}); start it again"
+        ) from None
+    return cast(dist.Store, store)
+
+
 @contextlib.contextmanager
 def join(device: str) -> Iterator[Processes]:
     """Join the processes that `torchrun` started; without it, be the only one.
@@ -100,7 +120,9 @@ def join(device: str) -> Iterator[Processes]:
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # The others wait while the first encodes and searches, or a judge answers: hours, with a large catalog.
-    dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=timedelta(days=7))
+    backend = "nccl" if device != "cpu" else "gloo"
+    dist.init_process_group(
+        backend, store=_meet(rank, size), rank=rank, world_size=size, timeout=_LONGEST_WAIT
+    )
     yield Processes(rank, size, device)
     dist.destroy_process_group()

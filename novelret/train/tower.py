@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from novelret import encode
+from novelret.adapted import NUMBERS
 from novelret.errors import UserError
 from novelret.memory import Memory, memory_modules
 from novelret.train.noise import uniform
@@ -161,15 +162,27 @@ def lora_tower(
 
 
 def _checkpoint_layers(model: SentenceTransformer) -> None:
-    """Let each layer forget its activations; only layers themselves go into training mode, not dropout."""
+    """Let each layer forget its activations; only layers themselves go into training mode, not dropout.
+
+    Raises:
+        UserError: the encoder cannot do that.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    transformer = model[0].model
+    transformer = getattr(model[0], "model", None)
+    if transformer is None or not getattr(transformer, "supports_gradient_checkpointing", False):
+        kind = type(model[0] if transformer is None else transformer).__name__
+        raise UserError(
+            f"--gradient-checkpointing: {kind} does not support it; leave it out, or lower --micro-batch"
+        )
     enable = getattr(transformer, "activation_checkpointing_enable", None)  # the newer name
     (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            for name, value in vars(module).items():  # some layers call dropout themselves
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
 
 def adapter_tower(
@@ -220,9 +233,13 @@ def adapter_tower(
         shares = uniform(seed, _SHARES, step, places, torch.zeros_like(places))
         return apply(train[rows], shares.float().to(device))
 
+    # A query takes a number for each key.
+    at_once = NUMBERS // max(1, dimension if memory is None else len(memory.keys))
+
     def embed_validation() -> np.ndarray:
+        parts = np.array_split(validation, -(-len(validation) // max(1, at_once)) or 1)
         with torch.no_grad():
-            return apply(validation).cpu().numpy()
+            return np.concatenate([apply(part).cpu().numpy() for part in parts])
 
     # A memory adds to embeddings of the length that it was trained with.
     shortened = memory is not None and normalized and not isinstance(model[-1], Normalize)

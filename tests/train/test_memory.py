@@ -353,11 +353,42 @@ def test_a_trained_model_is_loaded_by_sentence_transformers_and_evaluated_from_d
     assert np.abs(found - embeddings).max() > 0.01
     # In small parts too.
     parts = pytest.MonkeyPatch()
-    parts.setattr(adapted, "_NUMBERS", 30)
+    parts.setattr(adapted, "NUMBERS", 30)
     again = adapted.embed_behind(behind, embeddings, normalized=True, device="cpu")
     parts.undo()
     np.testing.assert_allclose(again, expected, atol=1e-6)
     assert "trust_remote_code" not in (model / "README.md").read_text()
+
+
+def test_validation_in_parts_is_the_same(encoder, monkeypatch):
+    deployed = encode.load_encoder(encoder)
+    queries = encode.encode_queries(deployed, TEXTS)
+    tower = adapter_tower(deployed, queries, queries, "cpu", random_memory(dimension=16))
+    whole = tower.embed_validation()
+    monkeypatch.setattr("novelret.train.tower.NUMBERS", 2 * len(tower.memory.keys))
+    real, sizes = Memory.forward, []
+    monkeypatch.setattr(
+        Memory, "forward", lambda self, x, *more: sizes.append(len(x)) or real(self, x, *more)
+    )
+    parts = adapter_tower(deployed, queries, queries, "cpu", tower.memory).embed_validation()
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    assert max(sizes) <= 2 < len(TEXTS)
+
+
+def test_a_query_in_bfloat16_is_the_same_though_it_came_in_other_company():
+    """The embedding of one text differs from batch to batch by the rounding of its encoder."""
+    draw = torch.Generator().manual_seed(0)
+    queries = torch.nn.functional.normalize(torch.randn(50, 384, generator=draw), dim=1)
+    noise = torch.nn.functional.normalize(torch.randn(50, 384, generator=draw), dim=1)
+    rounded = torch.nn.functional.normalize(queries + 0.008 * noise, dim=1)
+    assert (queries * rounded).sum(dim=1).min() < 1 - 2e-5
+    memory = Memory(384, 50)
+    with torch.no_grad():
+        memory.keys.copy_(queries)
+        memory.values.copy_(100 * torch.eye(50, 384))
+        memory.scale.fill_(0.1)
+    moved = memory(rounded, torch.ones(50)) - rounded
+    assert moved.diagonal().abs().max() < 1e-5  # its own value is the only one in its own direction
 
 
 def test_a_memory_of_an_encoder_that_does_not_normalise_itself(encoder, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,31 @@ import pytest
 from safetensors.torch import load_file
 
 from novelret.cli import main
+from novelret.errors import UserError
+from novelret.train import processes
 from novelret.train.sampler import CELL
 from tests.conftest import COLOURS, THINGS, write_jsonl, write_qrels
+
+
+def test_processes_whose_torchrun_is_gone_do_not_wait_for_days(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "WORLD_SIZE": 2,
+        "RANK": 1,
+        "LOCAL_RANK": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "_START", timedelta(seconds=1))
+    with (
+        pytest.raises(UserError, match=f"torchrun at 127.0.0.1:{port} did not answer"),
+        processes.join("cpu"),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from novelret.cli import main
 from novelret.data.split import make_split
+from novelret.errors import UserError
 from novelret.index import base_lists, open_index, pooled_lists
 from novelret.label.judges import openai as openai_judge
 from novelret.label.table import make_table
 from novelret.progress import Reporter
-from novelret.train import checkpoint, judging, loop, trainer, write
+from novelret.train import checkpoint, judging, loop, tower, trainer, write
 from novelret.train.config import TrainConfig
 from novelret.train.log import Log, read_log
 from novelret.train.matrix import ItemMatrix
@@ -183,6 +185,41 @@ def test_gradient_checkpointing_changes_memory_only(command, capsys, tmp_path):
     assert calls
     for one, two in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "saving"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+def behind(transformer):
+    module = torch.nn.Module()
+    module.model = transformer
+    return torch.nn.ModuleList([module]).eval()
+
+
+def test_gradient_checkpointing_leaves_dropout_off():
+    """OPT's layers call dropout themselves, by the same flag that checkpointing needs."""
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 2,
+    }
+    opt = transformers.OPTModel(transformers.OPTConfig(**sizes, num_attention_heads=2, dropout=0.5))
+    model, tokens = behind(opt), torch.arange(5)[None] + 3
+    plain = opt(tokens).last_hidden_state
+    tower._checkpoint_layers(model)
+    assert any(layer.training for layer in model.modules())
+    saving = opt(tokens).last_hidden_state
+    assert torch.equal(plain, saving)
+    saving.sum().backward()
+
+
+def test_gradient_checkpointing_is_refused_where_it_cannot_be():
+    config = transformers.MPNetConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(UserError, match="--gradient-checkpointing: MPNetModel does not support it"):
+        tower._checkpoint_layers(behind(transformers.MPNetModel(config)))
+    with pytest.raises(UserError, match="--gradient-checkpointing: Linear does not support it"):
+        tower._checkpoint_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
