@@ -121,8 +121,9 @@ def join(device: str) -> Iterator[Processes]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     backend = "nccl" if device != "cpu" else "gloo"
-    dist.init_process_group(
-        backend, store=_meet(rank, size), rank=rank, world_size=size, timeout=_LONGEST_WAIT
-    )
+    store = _meet(rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
+    # By it NCCL connects processes at their first message: where they wait for what the first one builds.
+    store.set_timeout(_LONGEST_WAIT)
     yield Processes(rank, size, device)
     dist.destroy_process_group()

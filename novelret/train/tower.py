@@ -61,7 +61,8 @@ def full_tower(
     and saved in single precision, which small updates need; `precision` is of the forward pass alone.
 
     Raises:
-        UserError: the encoder is an embedding API, whose weights are out of reach.
+        UserError: the encoder is an embedding API, whose weights are out of reach, or does not support
+            gradient checkpointing.
     """
     if encode.is_api(model):
         raise UserError("--tune full: the query encoder is an embedding API; use --tune adapter or memory")

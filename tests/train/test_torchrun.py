@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from novelret.cli import main
@@ -40,6 +41,20 @@ def test_processes_whose_torchrun_is_gone_do_not_wait_for_days(monkeypatch):
         processes.join("cpu"),
     ):
         pass
+
+
+def test_who_has_joined_waits_for_what_the_first_builds(monkeypatch):
+    """NCCL takes the address of the first from the store, which comes with its first message: after hours."""
+    store = dist.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "rendezvous", lambda *_, timeout: iter([(store, 1, 2)]))
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **given: joined.append(given))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with processes.join("cpu"):
+        assert joined[0]["store"] is store
+        assert store.timeout == joined[0]["timeout"] == timedelta(days=7)
 
 
 @pytest.fixture(scope="module")
