@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from novelret.convert.draw import SPLITS, Draw, check_sizes
-from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
-from novelret.convert.writer import Converted, columns_of, converted, open_writer
+from novelret.convert.pairs import item_id_of, query_id_of
+from novelret.convert.writer import Converted, Hashes, columns_of, converted, open_writer
 from novelret.data.source import read_lines
 from novelret.errors import UserError
 from novelret.progress import Reporter
@@ -62,18 +62,21 @@ def convert_query_keyword(
         if draw.total == 0:
             raise UserError(f"{pairs}: no pair is left ({dict(writer.dropped) or 'the file is empty'})")
         draw.close(report)
-        texts = PairWriter(writer)
+        queries, items = Hashes(), Hashes()  # an id is its text's hash here: none has two texts
         with report.bar("writing pairs") as advance:
             for where, query, keyword, count in _rows(pairs, advance):
                 if query and keyword and count >= min_count:
                     query_id, item_id = query_id_of(query), item_id_of(keyword)
-                    texts.query(where, query_id, query)
-                    texts.item(where, item_id, "", keyword)
+                    if queries.add(query_id):
+                        writer.query(where, query_id, query)
+                    if items.add(item_id):
+                        writer.item(where, item_id, "", keyword)
                     writer.pair(draw.split_of(query, keyword), query_id, item_id, count)
         if keywords:
             for number, line in read_lines(keywords):
                 keyword = line.strip()
-                texts.item(f"{keywords}:{number}", item_id_of(keyword), "", keyword)
+                if items.add(item_id_of(keyword)):
+                    writer.item(f"{keywords}:{number}", item_id_of(keyword), "", keyword)
     return converted(out, writer)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from novelret import encode
-from novelret.artifacts import MANIFEST, read_json, read_manifest
+from novelret.artifacts import MANIFEST, is_kind, read_manifest
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
@@ -191,9 +191,7 @@ def _judgements(config: CompareConfig, split: Split, index: Index) -> LabelTable
         return file_table(path, split.query_ids, index.catalog, config.missing)
     found, verdicts = path / "judgements.parquet", path / "qrels" / "judged.trec"
     if (path / MANIFEST).is_file() and found.is_file():
-        if (
-            read_json(path / MANIFEST).get("kind") == "labels"
-        ):  # a query may have had another text when it was judged
+        if is_kind(path, "labels"):  # which know what text each query had when it was judged
             table = Labels(path, read_manifest(path, "labels")).table(split, index.catalog)
         else:
             table = read_table(found, split.query_ids, index.catalog)

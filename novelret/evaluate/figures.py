@@ -180,11 +180,7 @@ def human_corrections(
     # Novel items are rare at shallow cuts; what matters is that the deepest one has its labels.
     main = [f"Precision@{min(config.k)}", f"RelevantNovel@{max(config.k)}"]
     counts = [
-        (
-            of[metric].pairs if metric in of else 0,
-            of[metric].relevant if metric in of else 0,
-            f"{metric} of {name}",
-        )
+        (*((of[metric].pairs, of[metric].relevant) if metric in of else (0, 0)), f"{metric} of {name}")
         for name, of in found.items()
         for metric in main
         if name != BASE or metric == main[0]

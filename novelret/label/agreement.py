@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -169,11 +170,15 @@ def agreement_figures(counts: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         total = both + judge_alone + people_alone + neither
         accuracy = (both + neither) / total
-        judge_yes, people_yes = (both + judge_alone) / total, (both + people_alone) / total
-        chance = judge_yes * people_yes + (1 - judge_yes) * (1 - people_yes)
+        chance = _chance((both + judge_alone) / total, (both + people_alone) / total)
         kappa = np.where(chance < 1, (accuracy - chance) / (1 - chance), np.nan)
         precision, recall = both / (both + judge_alone), both / (both + people_alone)
     return np.stack([accuracy, precision, recall, kappa], axis=1)
+
+
+def _chance(judge_yes: Any, people_yes: Any) -> Any:
+    """How often two agree who say yes as often as that, independently of each other."""
+    return judge_yes * people_yes + (1 - judge_yes) * (1 - people_yes)
 
 
 def bootstrap_by_query(
@@ -225,8 +230,7 @@ def _opened(counts: np.ndarray, ends: np.ndarray, tail: float) -> tuple[np.ndarr
         elif figures[n] == 0:
             high[n] = 1 - tail ** (1 / size)
     if figures[3] == 1:
-        judge_yes, people_yes = pairs[1] / pairs[0], pairs[2] / pairs[0]
-        chance = judge_yes * people_yes + (1 - judge_yes) * (1 - people_yes)
+        chance = _chance(pairs[1] / pairs[0], pairs[2] / pairs[0])
         low[3] = (low[0] - chance) / (1 - chance)
     return low, high
 

@@ -47,12 +47,11 @@ def list_losses(
     logits = _logits(embeddings, items, drawn.rows, tau)
     rewards, trust = _rewards(material, queries, drawn.rows)
     credit = torch.from_numpy(np.nan_to_num(rewards) * trust).to(embeddings.device)
-    known = torch.from_numpy(~np.isnan(rewards)).to(embeddings.device)
     if threshold_based:
         assert drawn.perturbed is not None
         kappa = drawn.perturbed[:, k]
         if config.objective == "swap":
-            gain = swap.additive_gain(credit[:, :k], credit[:, k]) * known[:, :k]
+            gain = swap.additive_gain(credit[:, :k], credit[:, k]) * _known(rewards, credit)[:, :k]
             losses = swap.swap(logits[:, :k], kappa, gain)
         else:
             losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])
@@ -66,6 +65,7 @@ def list_losses(
         best_logits = _logits(embeddings, items, best, tau)
         log_rest = _log_rest(embeddings, items, excluded, best, tau)
         if config.objective == "ca-pg-loo":
+            known = _known(rewards, credit)
             credit = (credit - ca_pg.leave_one_out(credit, known)) * known
         losses = ca_pg.plug_in(logits, log_rest, credit, best_logits, is_best)
     elif config.objective in ("v-pg", "pl-rank"):
@@ -94,6 +94,10 @@ def _rewards(material: Material, queries: np.ndarray, rows: Tensor) -> tuple[np.
     drawn = rows.cpu().numpy()
     pairs = np.repeat(queries, drawn.shape[1]), drawn.ravel()
     return material.rewards(*pairs).reshape(drawn.shape), material.trust_of(*pairs).reshape(drawn.shape)
+
+
+def _known(rewards: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(~np.isnan(rewards)).to(like.device)
 
 
 def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:

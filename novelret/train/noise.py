@@ -15,7 +15,6 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
-_ALL = (1 << 64) - 1
 
 
 def uniform(seed: int, stream: int, step: int, places: Tensor, rows: Tensor) -> Tensor:
@@ -32,14 +31,8 @@ def gumbel(seed: int, stream: int, step: int, places: Tensor, rows: Tensor) -> T
 
 @lru_cache(maxsize=64)
 def _key(seed: int, stream: int, step: int) -> int:
-    """A signed 64-bit integer; in Python, since of a pass over a catalog each block asks for it."""
-    x = seed % (1 << 62) + _GOLDEN
-    for more in (stream, step, 0):
-        x &= _ALL
-        x = (x ^ x >> 30) * _FIRST & _ALL
-        x = (x ^ x >> 27) * _SECOND & _ALL
-        x = x ^ x >> 31 ^ more
-    return x - (x >> 63 << 64)
+    """A signed 64-bit integer, kept, since each block of a pass over a catalog asks for it."""
+    return int(_mix(_mix(_mix(torch.tensor(seed % (1 << 62)) + _GOLDEN) ^ stream) ^ step))
 
 
 def _mix(x: Tensor) -> Tensor:

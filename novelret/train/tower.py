@@ -235,10 +235,10 @@ def adapter_tower(
         return apply(train[rows], shares.float().to(device))
 
     # A query takes a number for each key.
-    at_once = NUMBERS // max(1, dimension if memory is None else len(memory.keys))
+    at_once = max(1, NUMBERS // (dimension if memory is None else len(memory.keys)))
 
     def embed_validation() -> np.ndarray:
-        parts = np.array_split(validation, -(-len(validation) // max(1, at_once)) or 1)
+        parts = np.split(validation, range(at_once, len(validation), at_once))
         with torch.no_grad():
             return np.concatenate([apply(part).cpu().numpy() for part in parts])
 

@@ -85,6 +85,18 @@ def wide(encoder, tmp_path_factory):
     return folder
 
 
+REWARDLESS = [
+    "--tune",
+    "adapter",
+    "--gamma",
+    "0",
+    "--draw",
+    "plain",
+    "--batch-size",
+    "2",
+    "--learning-rate",
+    "0.01",
+]
 CASES = {
     "policy-states": ["--tune", "adapter", "--alpha", "0.25", "--gamma", "0.5", "--learning-rate", "0.01"],
     "memory": ["--tune", "memory", "--memory-size", "15", "--learning-rate", "0.01"],
@@ -114,35 +126,9 @@ CASES = {
         "100",
     ],
     # Steps without any reward, which leave the weights where they are.
-    "rewardless": [
-        "--tune",
-        "adapter",
-        "--gamma",
-        "0",
-        "--draw",
-        "plain",
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "0.01",
-    ],
+    "rewardless": REWARDLESS,
     # The same where all processes compute losses together: a step with a reward, then four without any.
-    "rewardless-together": [
-        "--tune",
-        "adapter",
-        "--loss",
-        "inclusion",
-        "--gamma",
-        "0",
-        "--draw",
-        "plain",
-        "--batch-size",
-        "2",
-        "--seed",
-        "4",
-        "--learning-rate",
-        "0.01",
-    ],
+    "rewardless-together": [*REWARDLESS, "--loss", "inclusion", "--seed", "4"],
     "full": ["--tune", "full", "--loss", "inclusion", "--micro-batch", "5", "--learning-rate", "1e-3"],
 }
 
