@@ -80,9 +80,11 @@ def train(
     loss: Annotated[
         str,
         typer.Option(
-            help="pg-ret's form: conservative, aggressive, boundary or inclusion.", rich_help_panel=STATES
+            help="pg-ret's form: conservative, aggressive, boundary or inclusion. inclusion searches the "
+            "catalog in each step; boundary does not, and brings less.",
+            rich_help_panel=STATES,
         ),
-    ] = "boundary",
+    ] = "inclusion",
     reward: Annotated[
         str, typer.Option(help="eq6, eq7, graded, or your own as module:function.", rich_help_panel=STATES)
     ] = "eq7",
@@ -153,7 +155,7 @@ def train(
             help="Share of feedback pairs; the rest comes from the base model's novel ranks.",
             rich_help_panel=STATES,
         ),
-    ] = 0.5,
+    ] = 0.25,
     draw: Annotated[
         str,
         typer.Option(
@@ -193,11 +195,13 @@ def train(
         int, typer.Option(help="K: items that a list objective draws per query.", rich_help_panel=STATES)
     ] = 50,
     window: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="boundary contrasts with base ranks between these multiples of L.", rich_help_panel=STATES
+            help="Contrast with ranks between these multiples of L, of the base list or, for inclusion, of "
+            "the policy's own. (default: 1,2 boundary, 0.7,1.3 inclusion)",
+            rich_help_panel=STATES,
         ),
-    ] = "1,2",
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the loss.", rich_help_panel=STATES)
     ] = 0.03,

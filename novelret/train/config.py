@@ -81,7 +81,8 @@ class TrainConfig(Asking):
             with the other items of the batch, as published.
         hard_negatives: the base model's top items added to the negatives of "supervised-judged".
         list_size: K, items that a list objective draws per query.
-        window: "boundary" contrasts with base ranks between two multiples of L; "1,2": ranks L + 1 to 2L.
+        window: two multiples of L; ranks between them are contrasted with. "boundary" means ranks of the base
+            model's list, by default "1,2" (L + 1 to 2L); "inclusion" the policy's own, by default "0.7,1.3".
         temperature: τ of the loss.
         sampling_temperature: τ of the policy that states are drawn from.
         support: draw policy states from the index's top items only, so many for a query; by default exactly,
@@ -115,7 +116,7 @@ class TrainConfig(Asking):
     split: str = "train"
     labels: str | tuple[str, ...] | None = None
     objective: str = "pg-ret"
-    loss: str = "boundary"
+    loss: str = "inclusion"
     reward: str = "eq7"
     trust: bool = True
     tune: str = "memory"
@@ -131,7 +132,7 @@ class TrainConfig(Asking):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     alpha: float = 0.0
-    gamma: float = 0.5
+    gamma: float = 0.25
     draw: str = "queries"
     per_query: int = 32
     negative_share: float = 0.0
@@ -141,7 +142,7 @@ class TrainConfig(Asking):
     catalog_negatives: int = 0
     hard_negatives: int = 0
     list_size: int = 50
-    window: str = "1,2"
+    window: str | None = None
     temperature: float = 0.03
     sampling_temperature: float = 0.05
     support: int | None = None
@@ -260,15 +261,18 @@ def _check_numbers(config: TrainConfig) -> None:
         raise UserError(
             f"--alpha {config.alpha} --gamma {config.gamma}: neither may be below 0, nor their sum above 1"
         )
-    window_multiples(config.window)
+    window_multiples(config)
 
 
-def window_multiples(window: str) -> tuple[float, float]:
-    """The two multiples of L that `window` names.
+def window_multiples(config: TrainConfig) -> tuple[float, float]:
+    """The two multiples of L that `window` names, or the loss's own.
 
     Raises:
         UserError: it names something else.
     """
+    window = config.window
+    if window is None:
+        return (0.7, 1.3) if config.loss == "inclusion" else (1.0, 2.0)
     try:
         first, last = (float(part) for part in window.split(","))
     except ValueError:

@@ -141,7 +141,7 @@ def prepare(
 
 
 def _warn_of_window(config: TrainConfig, report: Reporter) -> None:
-    last = round(window_multiples(config.window)[1] * config.base_depth)
+    last = round(window_multiples(config)[1] * config.base_depth)
     if config.objective == "pg-ret" and config.loss == "boundary" and last > config.depth:
         first, end = negative_ranks(config)
         report.warn(

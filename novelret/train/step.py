@@ -130,54 +130,43 @@ def _state_losses(
     reward = torch.from_numpy(batch.rewards[states]).to(embeddings.device)
     # States of one query share its list and its negatives: searched, gathered and scored once.
     _, leader, group = np.unique(batch.passes[states], return_index=True, return_inverse=True)
-    if config.loss == "inclusion":
-        return _inclusion_losses(embeddings, queries, leader, group, chosen, reward, material, config, items)
-    first, last = negative_ranks(config)
-    negatives = material.base_rows[queries[leader], first:last].astype(np.int64)
-    negative_vectors = items.rows(torch.from_numpy(np.maximum(negatives, 0)), embeddings)
     of_leader = embeddings[torch.from_numpy(leader)]
+    negatives = _negatives(of_leader, queries[leader], material, config, items)
+    negative_vectors = items.rows(torch.from_numpy(np.maximum(negatives, 0)), embeddings)
     negative_scores = torch.einsum("sd,snd->sn", of_leader, negative_vectors)[torch.from_numpy(group)]
     score = (embeddings * items.rows(torch.from_numpy(chosen), embeddings)).sum(dim=1)
     if config.loss == "conservative":
         return pg_ret.conservative(score, negative_scores, reward)
     mask = negatives >= 0
-    if config.loss == "boundary":
+    if config.loss in ("boundary", "inclusion"):
         # What is known to be relevant is no item to be displaced.
         mask &= ~material.known_relevant(queries[leader][:, None], negatives)
-    mask = mask[group] & (negatives[group] != chosen[:, None])
-    return pg_ret.contrastive(
-        score, negative_scores, torch.from_numpy(mask).to(score.device), reward, config.temperature
-    )
+    counts = torch.from_numpy(mask[group] & (negatives[group] != chosen[:, None])).to(score.device)
+    form = pg_ret.inclusion if config.loss == "inclusion" else pg_ret.contrastive
+    return form(score, negative_scores, counts, reward, config.temperature)
 
 
-def _inclusion_losses(
-    embeddings: Tensor,
-    queries: np.ndarray,
-    leader: np.ndarray,
-    group: np.ndarray,
-    chosen: np.ndarray,
-    reward: Tensor,
-    material: Material,
-    config: TrainConfig,
-    items: ItemMatrix,
-) -> Tensor:
-    """Against the current policy's K-th item other than z, whose score moves too: the list's boundary."""
-    k = config.base_depth
-    excluded = torch.from_numpy(material.split.excluded[queries[leader]]).to(embeddings.device)
-    best = items.top_k(embeddings[torch.from_numpy(leader)], k + 1, excluded)[0][torch.from_numpy(group)]
-    own = torch.from_numpy(chosen).to(best.device)
-    inside = (best[:, :k] == own[:, None]).any(dim=1)
-    threshold_rows = torch.where(inside, best[:, k], best[:, k - 1])
-    pair = items.rows(torch.stack([own, threshold_rows], dim=1), embeddings)
-    scores = torch.einsum("sd,snd->sn", embeddings, pair)
-    return pg_ret.inclusion(scores[:, 0], scores[:, 1], reward, config.temperature)
+def _negatives(
+    embeddings: Tensor, queries: np.ndarray, material: Material, config: TrainConfig, items: ItemMatrix
+) -> np.ndarray:
+    """(b, M) catalog rows that the items of a query are contrasted with, −1 padded.
+
+    Of the deployed model's list, or for "inclusion" of the current policy's own, which all processes search
+    together.
+    """
+    first, last = negative_ranks(config)
+    if config.loss == "inclusion":
+        excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
+        last = min(last, max(first + 1, len(items) - excluded.shape[1]))  # of a tiny catalog all there is
+        return items.top_k(embeddings, last, excluded)[0][:, first:].cpu().numpy()
+    return material.base_rows[queries, first:last].astype(np.int64)
 
 
 def negative_ranks(config: TrainConfig) -> tuple[int, int]:
-    """Base ranks that a loss contrasts with, from the first to below the last (ranks count from 0)."""
+    """Ranks that a loss contrasts with, from the first to below the last (ranks count from 0)."""
     if config.loss == "conservative":
         return 0, 1
     if config.loss == "aggressive":
         return 0, config.negatives
-    first, last = (round(multiple * config.base_depth) for multiple in window_multiples(config.window))
+    first, last = (round(multiple * config.base_depth) for multiple in window_multiples(config))
     return min(first, config.depth - 1), min(max(last, first + 1), config.depth)

@@ -34,15 +34,25 @@ def test_conservative_is_a_triplet_loss_with_margin_zero():
     assert pg_ret.conservative(score, top, reward).tolist() == pytest.approx([0.3, 0.0, 0.0, 0.8])
 
 
-def test_inclusion_is_the_gumbel_formula():
-    kappa = torch.linspace(-1, 1, 6, dtype=torch.float64)
-    loss = pg_ret.inclusion(SCORE, kappa, REWARD, TAU).numpy()
+def test_inclusion_is_the_gumbel_formula_around_the_mean_of_the_window():
+    loss = pg_ret.inclusion(SCORE, NEGATIVES, MASK, REWARD, TAU).numpy()
     for s in range(6):
-        rate = np.exp((SCORE[s].item() - kappa[s].item()) / TAU)
+        kappa = NEGATIVES[s][MASK[s]].mean().item()
+        rate = np.exp((SCORE[s].item() - kappa) / TAU)
         inside = 1 - np.exp(-rate)
         reward = REWARD[s].item()
         expected = -reward * np.log(inside) if reward > 0 else abs(reward) * rate
         assert loss[s] == pytest.approx(expected, rel=1e-9)
+
+
+def test_inclusion_is_the_chance_of_clearing_the_threshold_by_gumbel_noise():
+    rewards = torch.ones(6, dtype=torch.float64)
+    kappa = (NEGATIVES * MASK).sum(dim=1) / MASK.sum(dim=1)
+    inside = np.exp(-pg_ret.inclusion(SCORE, NEGATIVES, MASK, rewards, TAU).numpy())
+    noise = np.random.default_rng(0).gumbel(size=(200_000, 6))
+    assert inside == pytest.approx(
+        (SCORE.numpy() / TAU + noise > kappa.numpy() / TAU).mean(axis=0), abs=0.005
+    )
 
 
 def test_infonce_leaves_known_positives_out_of_the_negatives():
@@ -63,7 +73,7 @@ def test_infonce_is_cross_entropy_without_known_positives():
 LOSSES = [
     lambda s, n: pg_ret.contrastive(s, n, MASK, REWARD, TAU),
     lambda s, n: pg_ret.conservative(s, n[:, :1], REWARD),
-    lambda s, n: pg_ret.inclusion(s, n[:, 0], REWARD, TAU),
+    lambda s, n: pg_ret.inclusion(s, n, MASK, REWARD, TAU),
 ]
 
 
@@ -86,11 +96,12 @@ def test_extreme_scores_stay_finite(loss, size, dtype):
         assert torch.isfinite(negatives.grad).all()
 
 
-def test_a_state_without_negatives_has_no_loss():
+@pytest.mark.parametrize("form", [pg_ret.contrastive, pg_ret.inclusion])
+@pytest.mark.parametrize("reward", [1.0, -1.0])
+def test_a_state_without_negatives_has_no_loss(form, reward):
     score = torch.tensor([0.5], requires_grad=True)
-    loss = pg_ret.contrastive(
-        score, torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool), torch.ones(1), TAU
-    )
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    loss = form(score, torch.zeros(1, 2), nothing, torch.tensor([reward]), TAU)
     loss.sum().backward()
     assert loss.item() == 0
     assert score.grad.item() == 0

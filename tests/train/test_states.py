@@ -227,11 +227,12 @@ def test_every_item_is_sampled_alike_and_anew_in_each_step(material):
 @pytest.mark.parametrize(
     ("changes", "ranks"),
     [
-        ({}, range(5, 10)),
-        ({"window": "0.4,1.2"}, range(2, 6)),
+        ({"loss": "boundary"}, range(5, 10)),
+        ({"loss": "boundary", "window": "0.4,1.2"}, range(2, 6)),
         ({"loss": "aggressive"}, range(3)),
         ({"loss": "conservative"}, range(1)),
-        ({"loss": "inclusion"}, None),
+        ({}, range(4, 6)),
+        ({"window": "0,2"}, range(10)),
     ],
     ids=str,
 )
@@ -242,9 +243,11 @@ def test_losses_of_states_are_written_out(material, changes, ranks):
     losses = []
     for query, item in zip(batch.queries, batch.items, strict=True):
         scores = (QUERIES[query].numpy() @ ITEMS.T).astype(np.float64)
-        if ranks is None:  # Gumbel: the L-th best of the other items is the threshold
-            threshold = np.sort(np.delete(scores, item))[-L]
-            rate = np.exp((scores[item] - threshold) / settings.temperature)
+        if settings.loss == "inclusion":  # Gumbel: the mean around rank L of the policy's own list
+            order = [row for row in np.argsort(-scores) if row not in material.split.excluded[query]]
+            near = [row for row in np.array(order)[list(ranks)] if row != item]
+            near = [row for row in near if not material.known_relevant(query, np.array(row))]
+            rate = np.exp((scores[item] - scores[near].mean()) / settings.temperature) if near else np.inf
             losses.append(-np.log(-np.expm1(-rate)))
             continue
         others = [other for other in material.base_rows[query, list(ranks)] if other != item]
@@ -336,7 +339,7 @@ def test_bad_settings_each_have_their_line():
             "--negatives 41: more than --depth 40; raise that",
         ),
         ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
-        ({"alpha": 0.6}, "--alpha 0.6 --gamma 0.5: neither may be below 0, nor their sum above 1"),
+        ({"alpha": 0.8}, "--alpha 0.8 --gamma 0.25: neither may be below 0, nor their sum above 1"),
         ({"window": "1"}, "--window 1: expected two multiples of L"),
         ({"window": "2,1"}, "--window 2,1: the first must be at least 0 and below the second"),
         ({"per_query": 0}, "--per-query 0: must be at least 1"),

@@ -57,19 +57,30 @@ def contrastive(
     return loss.masked_fill(empty, 0.0)
 
 
-def inclusion(score: Tensor, threshold: Tensor, reward: Tensor, temperature: float) -> Tensor:
-    """π̂ = 1 − exp(−exp((s(q,z) − κ)/τ)): z is selected when it enters the top K (CA-PG's inclusion).
+def inclusion(
+    score: Tensor, near_scores: Tensor, near_mask: Tensor, reward: Tensor, temperature: float
+) -> Tensor:
+    """π̂ = 1 − exp(−exp((s(q,z) − κ)/τ)): z is selected when it enters the top L (CA-PG's inclusion).
+
+    The threshold κ is where the current policy's own list ends: the mean score of items around its rank L.
+    It moves with the policy and carries gradient, so a query need not come nearer to z than it has to leave
+    what competes for z's place; a mean over ranks spreads that over many items instead of blaming one.
 
     Args:
         score: (S,) s(q,z).
-        threshold: (S,) κ, the score of the current policy's K-th item; may carry gradient.
+        near_scores: (S, M) scores of items around the policy's rank L, with gradient.
+        near_mask: (S, M) bool, which of them count.
         reward: (S,) finite rewards.
         temperature: τ.
 
     Returns:
-        (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) = |R| exp((s − κ)/τ) for R < 0.
+        (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) = |R| exp((s − κ)/τ) for R < 0; 0 where no item
+        counts.
     """
+    counted = near_mask.sum(dim=1)
+    threshold = (near_scores * near_mask).sum(dim=1) / counted.clamp_min(1)
     logit = (score - threshold) / temperature
     # Beyond 30 the loss of a bad item is clamped, so that one of them cannot overflow the batch.
     rate = torch.exp(logit.clamp(max=30.0))
-    return torch.where(reward > 0, -reward * log_included(logit), -reward * rate)
+    loss = torch.where(reward > 0, -reward * log_included(logit), -reward * rate)
+    return loss.masked_fill(counted == 0, 0.0)
