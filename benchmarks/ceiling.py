@@ -28,7 +28,6 @@ from novelret.evaluate.config import BASE
 from novelret.evaluate.gather import gather
 from novelret.index import base_query_embeddings
 from novelret.progress import Reporter
-from novelret.train.objectives import pg_ret
 
 AT_ONCE = 64  # queries
 TEMPERATURES = (0.1, 0.02)  # from the first to the last step
@@ -63,9 +62,8 @@ def fit(
         found[:, step] = torch.bincount(group, weights=inside.float(), minlength=len(start))
         threshold = torch.where(inside, best[group, k], best[group, k - 1])
         temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** (step / steps)
-        loss = pg_ret.inclusion(
-            scores[group, rows], scores[group, threshold], torch.ones(len(rows)), temperature
-        )
+        margin = (scores[group, rows] - scores[group, threshold]) / temperature
+        loss = torch.expm1(-torch.exp(margin.clamp(max=30.0)))  # minus the chance of being within the top k
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

@@ -26,7 +26,7 @@ def test_label_train_label_train(world, index_folder, capsys, tmp_path):
     novelret(capsys, *label, "--out", tmp_path / "labels1")
     novelret(
         capsys, *train, "--labels", tmp_path / "labels1", "--tune", "adapter", "--learning-rate", 0.05,
-        "--out", tmp_path / "model1",
+        "--no-refit", "--out", tmp_path / "model1",
     )  # fmt: skip
     counts = novelret(
         capsys, *label, "--from", "base-novel", "--from", f"model:{tmp_path / 'model1'}", "--out", tmp_path / "labels2"

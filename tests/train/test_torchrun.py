@@ -64,7 +64,8 @@ def wide(encoder, tmp_path_factory):
     n = 2 * CELL + 100
     words = [f"{c} {t}" for c in COLOURS for t in THINGS]
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(words, 3)) for _ in range(n)]
+    # So long that no two are alike: what ties falls into either order, and one of the two may be relevant.
+    texts = [" ".join(rng.choice(words, 9)) for _ in range(n)]
     write_jsonl(folder / "corpus.jsonl", [{"_id": f"i{k:05d}", "text": text} for k, text in enumerate(texts)])
     write_jsonl(
         folder / "queries.jsonl", [{"_id": f"q{k:02d}", "text": f"buy {words[k]}"} for k in range(40)]
