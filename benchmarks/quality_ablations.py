@@ -44,7 +44,7 @@ CORRECTED = {"reward": "eq6", "draw": "states", "trust": False}
 FALSE_POSITIVES, MISSES = (0.0, 0.02, 0.05, 0.2), (0.0, 0.4)
 BOUGHT = (1_000, 3_000, 10_000, 30_000, 100_000)
 # α and γ; β is the rest.
-MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0.1), (0, 0), (0.25, 0.25))
+MIXTURES = ((0, 0.75), (0, 0.5), (0, 0.25), (0, 0.1), (0, 0), (0.25, 0.5))
 TUNED = ("supervised", "conservative")
 WHOLE_RATES = (2e-5, 1e-4)  # the program's own for whole encoders, and five times that
 ALL_STATES = {"draw": "queries", "blends": 10}
@@ -57,9 +57,8 @@ PARTS: list[tuple[str, dict[str, Any]]] = [
     ("loss temperature 0.05", {"temperature": 0.05}),
     ("the list's top 5 as negatives", {"loss": "aggressive"}),
     ("the top item alone, no margin", {"loss": "conservative"}),
-    ("ranks beyond L of the deployed list", {"loss": "boundary"}),
-    ("feedback pairs are half of a batch", {"gamma": 0.5}),
-    ("ranks beyond L of the deployed list, half pairs", {"loss": "boundary", "gamma": 0.5}),
+    ("the policy's own ranks around L", {"loss": "inclusion"}),
+    ("the same, a quarter of feedback pairs", {"loss": "inclusion", "gamma": 0.25}),
     ("supervised-judged, all states, blends", METHODS["supervised-judged"] | ALL_STATES),
     ("supervised, blends", METHODS["supervised"] | {"blends": 10}),
     ("conservative as published, blends", METHODS["conservative"] | {"blends": 10}),
@@ -137,16 +136,16 @@ def negatives() -> Iterator[Variant]:
 
 def window() -> Iterator[Variant]:
     for multiples in ("0,1", "0.5,1.5", "0.7,1.3", "0.98,1.02", "1,2"):
-        yield Variant("the policy's own list", multiples, {"window": multiples})
+        yield Variant("the policy's own list", multiples, {"loss": "inclusion", "window": multiples})
     for multiples in ("0,1", "0.2,1.8", "0.8,1.2", "1,2", "1,4", "2,4"):
-        yield Variant("the deployed list", multiples, {"loss": "boundary", "window": multiples})
+        yield Variant("the deployed list", multiples, {"window": multiples})
 
 
 def temperature() -> Iterator[Variant]:
     for tau in (0.02, 0.03, 0.05, 0.1):
         yield Variant("of the loss", f"{tau:g}", {"temperature": tau})
     for tau in (0.03, 0.1):
-        mixture = {"alpha": 0.25, "gamma": 0.25}
+        mixture = {"alpha": 0.25, "gamma": 0.5}
         yield Variant("of the draw, α = 0.25", f"{tau:g}", mixture | {"sampling_temperature": tau})
 
 

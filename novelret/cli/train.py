@@ -81,10 +81,10 @@ def train(
         str,
         typer.Option(
             help="pg-ret's form: conservative, aggressive, boundary or inclusion. inclusion searches the "
-            "catalog in each step; boundary does not, and brings less.",
+            "catalog in each step; boundary does not.",
             rich_help_panel=STATES,
         ),
-    ] = "inclusion",
+    ] = "boundary",
     reward: Annotated[
         str, typer.Option(help="eq6, eq7, graded, or your own as module:function.", rich_help_panel=STATES)
     ] = "eq7",
@@ -155,7 +155,7 @@ def train(
             help="Share of feedback pairs; the rest comes from the base model's novel ranks.",
             rich_help_panel=STATES,
         ),
-    ] = 0.25,
+    ] = 0.5,
     draw: Annotated[
         str,
         typer.Option(

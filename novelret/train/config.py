@@ -116,7 +116,7 @@ class TrainConfig(Asking):
     split: str = "train"
     labels: str | tuple[str, ...] | None = None
     objective: str = "pg-ret"
-    loss: str = "inclusion"
+    loss: str = "boundary"
     reward: str = "eq7"
     trust: bool = True
     tune: str = "memory"
@@ -132,7 +132,7 @@ class TrainConfig(Asking):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     alpha: float = 0.0
-    gamma: float = 0.25
+    gamma: float = 0.5
     draw: str = "queries"
     per_query: int = 32
     negative_share: float = 0.0

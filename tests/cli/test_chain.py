@@ -335,7 +335,7 @@ def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_pat
         "--objective best: unknown": [*train, "--objective", "best"],
         "--loss huge: unknown": [*train, "--loss", "huge"],
         "--reward eq9: expected": [*train, *TRAIN, "--reward", "eq9"],
-        "nor their sum above 1": [*train, *TRAIN, "--alpha", "0.8"],
+        "nor their sum above 1": [*train, *TRAIN, "--alpha", "0.6"],
         "needs --labels": ["train", *common, *TRAIN, *out],
         "holds no sentence-transformers model": ["index", "--data", world, "--model", world, *out],
         "no such model folder": ["index", "--data", world, "--model", "/no/such/model", *out],

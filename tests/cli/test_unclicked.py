@@ -58,18 +58,7 @@ def test_the_chain_serves_them(data, common, judge, index_folder, tmp_path, caps
     assert len(asked & unclicked) == 10
 
     trained = result(
-        capsys,
-        "train",
-        *common,
-        "--labels",
-        labels,
-        "--validation-fraction",
-        0.4,
-        *TRAIN,
-        "--loss",
-        "boundary",
-        "--out",
-        model,
+        capsys, "train", *common, "--labels", labels, "--validation-fraction", 0.4, *TRAIN, "--out", model
     )
     assert trained["chosen"]["relevant_novel"] > 0
     points = json.loads((model / "validation.json").read_text())

@@ -61,18 +61,7 @@ def test_blends_and_kept_checkpoints_are_of_the_second_training(command, capsys,
 
 
 def test_it_ends_at_the_step_that_was_chosen(command, capsys, tmp_path):
-    hot = (
-        "--tune",
-        "adapter",
-        "--loss",
-        "boundary",
-        "--learning-rate",
-        0.5,
-        "--max-recall-drop",
-        0,
-        "--blends",
-        1,
-    )
+    hot = ("--tune", "adapter", "--learning-rate", 0.5, "--max-recall-drop", 0, "--blends", 1)
     found, err = train(capsys, command, tmp_path / "refit", *hot, "--steps", 40, "--eval-every", 4)
     step = found["chosen"]["step"]
     assert 0 < step < 40, err

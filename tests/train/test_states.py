@@ -227,12 +227,12 @@ def test_every_item_is_sampled_alike_and_anew_in_each_step(material):
 @pytest.mark.parametrize(
     ("changes", "ranks"),
     [
-        ({"loss": "boundary"}, range(5, 10)),
-        ({"loss": "boundary", "window": "0.4,1.2"}, range(2, 6)),
+        ({}, range(5, 10)),
+        ({"window": "0.4,1.2"}, range(2, 6)),
         ({"loss": "aggressive"}, range(3)),
         ({"loss": "conservative"}, range(1)),
-        ({}, range(4, 6)),
-        ({"window": "0,2"}, range(10)),
+        ({"loss": "inclusion"}, range(4, 6)),
+        ({"loss": "inclusion", "window": "0,2"}, range(10)),
     ],
     ids=str,
 )
@@ -339,7 +339,7 @@ def test_bad_settings_each_have_their_line():
             "--negatives 41: more than --depth 40; raise that",
         ),
         ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
-        ({"alpha": 0.8}, "--alpha 0.8 --gamma 0.25: neither may be below 0, nor their sum above 1"),
+        ({"alpha": 0.6}, "--alpha 0.6 --gamma 0.5: neither may be below 0, nor their sum above 1"),
         ({"window": "1"}, "--window 1: expected two multiples of L"),
         ({"window": "2,1"}, "--window 2,1: the first must be at least 0 and below the second"),
         ({"per_query": 0}, "--per-query 0: must be at least 1"),

@@ -155,9 +155,7 @@ def test_clipped_gradients_and_decay_change_the_weights(command, capsys, tmp_pat
 
 def test_starting_from_a_model_that_held_back_others_is_said(command, capsys, tmp_path):
     train(capsys, command, tmp_path / "first", *ADAPTER, "--no-refit")
-    # As the first one ends with weights that a start from them can hardly better: some others.
-    boundary = ("--loss", "boundary", "--gamma", 0.5)
-    _, err = train(capsys, command, tmp_path / "same", *ADAPTER, *boundary, "--init", tmp_path / "first")
+    _, err = train(capsys, command, tmp_path / "same", *ADAPTER, "--init", tmp_path / "first")
     assert "looks better on them" not in err
     _, err = train(capsys, command, tmp_path / "again", *ADAPTER, "--init", tmp_path / "same")
     assert "was trained anew on all of these queries in the end" in err
@@ -226,8 +224,7 @@ def test_gradient_checkpointing_is_refused_where_it_cannot_be():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_the_same_way(command, capsys, tmp_path, precision):
-    # Against fixed items: which of a policy's own stand around rank L may hang on the last digits.
-    tune = ("--tune", "full", "--loss", "boundary", "--gamma", 0.5, "--learning-rate", 1e-3, "--log-every", 1)
+    tune = ("--tune", "full", "--learning-rate", 1e-3, "--log-every", 1)
     train(capsys, command, tmp_path / "fp32", *tune)
     train(capsys, command, tmp_path / precision, *tune, "--precision", precision)
     losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("fp32", precision)]
@@ -660,7 +657,7 @@ def test_other_prompts_are_warned_of(world, index_folder, tmp_path, capsys, monk
 
 
 def test_a_window_beyond_the_labels_and_support_without_draws(command, capsys, tmp_path):
-    more = ["--loss", "boundary", "--window", "1,9", "--steps", 1, "--out", tmp_path / "model"]
+    more = ["--window", "1,9", "--steps", 1, "--out", tmp_path / "model"]
     _, _, err = run(capsys, *command, *ADAPTER, *more)
     assert "ends at rank 27, beyond --depth 12; the negatives are ranks 4 to 12" in " ".join(err.split())
     code, _, err = run(capsys, *command, *ADAPTER, "--support", 4, "--out", tmp_path / "none")
