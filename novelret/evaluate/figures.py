@@ -20,9 +20,6 @@ from novelret.evaluate.significance import (
 from novelret.label.table import UNKNOWN, LabelTable
 from novelret.progress import Reporter
 
-_ENOUGH_JUDGED = 0.95
-"""Share of the items counted from which on a count of relevant ones is taken for measured."""
-
 
 @dataclass(frozen=True)
 class Lists:
@@ -123,9 +120,9 @@ def bound_of(metric: str, means: dict[str, float], judged: float | None) -> str:
     if judged is None:
         return ""
     if name == "RelevantNovel":  # without a novel item there is nothing to judge
-        return "≥" if means.get(f"NovelJudged@{cut}", 1.0) < _ENOUGH_JUDGED else ""
+        return "≥" if means.get(f"NovelJudged@{cut}", 1.0) < metrics.ENOUGH_JUDGED else ""
     marks = {"MergedDensity": "≥", "MergedCoverage": "≥", "KnownRecall": "~"}
-    return marks.get(name, "") if judged < _ENOUGH_JUDGED else ""
+    return marks.get(name, "") if judged < metrics.ENOUGH_JUDGED else ""
 
 
 def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from novelret.evaluate.metrics import LOGGED_RECALL
+from novelret.evaluate.metrics import ENOUGH_JUDGED, LOGGED_RECALL
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
 from novelret.train.validation import Point, keeps_budget
@@ -86,8 +86,11 @@ def say_choice(
             f"budget ({drop:.1%}, {drop * base_recall:.4f}): hold back more (--validation-fraction) or allow "
             "for it (--max-recall-drop)"
         )
+    # A method may win among what is labelled, and bring less of what is not.
+    is_bound = 0 < chosen.judged_novel < ENOUGH_JUDGED
+    lack = f" (at least: {chosen.judged_novel:.0%} of the novel items are labelled)" if is_bound else ""
     report.note(
         f"chosen: {chosen.name} of {config.steps}, on the held-back queries: novelty "
-        f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}, recall {chosen.recall:.4f} "
+        f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}{lack}, recall {chosen.recall:.4f} "
         f"(deployed {base_recall:.4f})"
     )

@@ -1,6 +1,9 @@
 """What a training says of its choice: each doubt where it applies, and nowhere else."""
 
+import io
 from dataclasses import replace
+
+from rich.console import Console
 
 from novelret.progress import Reporter
 from novelret.train.choice import say_budget, say_choice
@@ -52,6 +55,19 @@ def test_the_start_chosen_over_labelled_and_unlabelled_points() -> None:
     start = replace(START, novelty=5.0, judged_novel=1.0)
     said = warnings_of(start, start, replace(worse, judged_novel=0.5))
     assert any("favours the start" in text for text in said)
+
+
+def test_a_count_of_what_is_labelled_is_said_to_be_one() -> None:
+    def note_of(judged: float) -> str:
+        console = Console(file=io.StringIO(), width=1_000)
+        chosen = replace(GOOD, judged_novel=judged)
+        say_choice(chosen, [START, chosen], 100, TrainConfig(data="d", index="i"), Reporter(console=console))
+        return console.file.getvalue()
+
+    assert "relevant novel 2.000 (at least: 60% of the novel items are labelled), recall 0.6200" in note_of(
+        0.6
+    )
+    assert "relevant novel 2.000, recall 0.6200" in note_of(0.96)
 
 
 def test_a_choice_by_a_handful_of_labels_is_told() -> None:

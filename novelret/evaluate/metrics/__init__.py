@@ -10,10 +10,11 @@ from novelret.evaluate.metrics.merged import Merged, merge
 from novelret.evaluate.metrics.mrr import reciprocal_rank
 from novelret.evaluate.metrics.ndcg import ndcg
 from novelret.evaluate.metrics.novelty import novel_precision, novelty, relevant_novelty
-from novelret.evaluate.metrics.precision import precision
+from novelret.evaluate.metrics.precision import ENOUGH_JUDGED, precision
 from novelret.evaluate.metrics.recall import LOGGED_RECALL, RECALLS, recall
 
 __all__ = [
+    "ENOUGH_JUDGED",
     "LOGGED_RECALL",
     "RECALLS",
     "Merged",

@@ -6,6 +6,9 @@ import numpy as np
 
 from novelret.label.table import RELEVANT, UNKNOWN
 
+ENOUGH_JUDGED = 0.95
+"""Share of the items counted from which on a count of relevant ones is taken for measured."""
+
 
 def precision(verdicts: np.ndarray, k: int) -> np.ndarray:
     """Share of relevant items among the judged ones of the top k, per query; NaN where none is judged.
