@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from novelret import EvalConfig
-from novelret.evaluate.config import BASE
 from novelret.evaluate.gather import gather
+from novelret.evaluate.metrics.novelty import novel
 from novelret.index import base_query_embeddings
 from novelret.progress import Reporter
+from novelret.train.policy import rows_to_tensor, top_k
 
 AT_ONCE = 64  # queries
 TEMPERATURES = (0.1, 0.02)  # from the first to the last step
@@ -54,15 +55,12 @@ def fit(
     found = torch.zeros(len(start), steps + 1)
     for step in range(steps + 1):
         unit = normalize(vectors, dim=1)
-        scores = unit @ items.T
-        left_out = torch.zeros_like(scores, dtype=torch.bool)
-        left_out.scatter_(1, excluded.clamp_min(0), excluded >= 0)
-        best = torch.topk(scores.detach().masked_fill(left_out, -torch.inf), k + 1, dim=1).indices
+        best, _ = top_k(unit, items, k + 1, excluded)
         inside = (best[group, :k] == rows[:, None]).any(dim=1)
         found[:, step] = torch.bincount(group, weights=inside.float(), minlength=len(start))
         threshold = torch.where(inside, best[group, k], best[group, k - 1])
         temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** (step / steps)
-        margin = (scores[group, rows] - scores[group, threshold]) / temperature
+        margin = (unit[group] * (items[rows] - items[threshold])).sum(dim=1) / temperature
         loss = torch.expm1(-torch.exp(margin.clamp(max=30.0)))  # minus the chance of being within the top k
         optimizer.zero_grad()
         loss.sum().backward()
@@ -91,15 +89,14 @@ def main() -> None:
     assert gathered.known is not None
     nobody = np.empty(0, dtype=np.int64)
     query, item = gathered.known.without(split.excluded).relevant_and(nobody, nobody)
-    listed = gathered.found[BASE][0][:, :k]
-    novel = ~(listed[query] == item[:, None]).any(axis=1)
+    is_novel = novel(item[:, None], gathered.pool[query], 1)[:, 0]
     relevant, wanted = (
         np.split(item[kept], np.searchsorted(query[kept], np.arange(1, len(split))))
-        for kept in (np.ones_like(novel), novel)
+        for kept in (np.ones_like(is_novel), is_novel)
     )
     drawn = np.random.default_rng(0).permutation(len(split))[: options.queries]
     fitted = [row for row in drawn if len(wanted[row])]
-    items = torch.from_numpy(np.asarray(gathered.index.embeddings, dtype=np.float32))
+    items = rows_to_tensor(gathered.index.embeddings, torch.zeros(1))
     deployed = torch.from_numpy(np.array(base_query_embeddings(gathered.index, split)))
     found = {"the deployed vector": 0.0, "mean of the relevant items": 0.0, "fitted vector": 0.0}
     for first in range(0, len(fitted), AT_ONCE):
