@@ -157,7 +157,8 @@ def _negatives(
     first, last = negative_ranks(config)
     if config.loss == "inclusion":
         excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
-        last = min(last, max(first + 1, len(items) - excluded.shape[1]))  # of a tiny catalog all there is
+        last = min(last, max(1, len(items) - excluded.shape[1]))  # of a tiny catalog all there is
+        first = min(first, last - 1)
         return items.top_k(embeddings, last, excluded)[0][:, first:].cpu().numpy()
     return material.base_rows[queries, first:last].astype(np.int64)
 
@@ -169,4 +170,7 @@ def negative_ranks(config: TrainConfig) -> tuple[int, int]:
     if config.loss == "aggressive":
         return 0, config.negatives
     first, last = (round(multiple * config.base_depth) for multiple in window_multiples(config))
-    return min(first, config.depth - 1), min(max(last, first + 1), config.depth)
+    last = max(last, first + 1)
+    if config.loss == "inclusion":  # the policy's own list is searched as deep as it takes
+        return first, last
+    return min(first, config.depth - 1), min(last, config.depth)

@@ -233,6 +233,7 @@ def test_every_item_is_sampled_alike_and_anew_in_each_step(material):
         ({"loss": "conservative"}, range(1)),
         ({"loss": "inclusion"}, range(4, 6)),
         ({"loss": "inclusion", "window": "0,2"}, range(10)),
+        ({"loss": "inclusion", "window": "5,8"}, range(25, 40)),  # beyond base lists
     ],
     ids=str,
 )
