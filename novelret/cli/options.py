@@ -241,6 +241,9 @@ IgnoreIdenticalOption = Annotated[
     bool,
     typer.Option(
         "--ignore-identical-ids/--no-ignore-identical-ids",
-        help="Leave the item whose id is the query's own out of rankings and feedback, as BEIR does.",
+        help="Leave the item whose id is the query's own out of rankings and feedback, as BEIR does "
+        "(the default); with --no- in front, keep it.",
+        rich_help_panel="Queries that are items",  # in a panel with others its length would squeeze them
+        show_default=False,
     ),
 ]
