@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from novelret import EvalConfig
+from novelret.blocks import rows_to_tensor, top_k
 from novelret.evaluate.gather import gather
 from novelret.evaluate.metrics.novelty import novel
 from novelret.index import base_query_embeddings
 from novelret.progress import Reporter
-from novelret.train.policy import rows_to_tensor, top_k
 
 AT_ONCE = 64  # queries
 TEMPERATURES = (0.1, 0.02)  # from the first to the last step

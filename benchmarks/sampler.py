@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from novelret.train.policy import BLOCK, item_blocks, moments
+from novelret.blocks import BLOCK, item_blocks
+from novelret.train.policy import moments
 from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
 
 

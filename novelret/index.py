@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from novelret import adapted, encode
 from novelret.artifacts import MANIFEST, Manifest, fingerprint_of, is_kind, read_manifest
+from novelret.blocks import Items
 from novelret.cache import keep_lists, kept_lists, new_file
 from novelret.data.catalog import Catalog, open_catalog
 from novelret.data.source import fingerprint_part
@@ -30,7 +31,6 @@ from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
-from novelret.train.policy import Items
 from novelret.trained import training_of
 
 _QUERIES = 32_768  # whose lists are held in memory at a time

@@ -14,8 +14,8 @@ import faiss
 import numpy as np
 import torch
 
-from novelret.evaluate.metrics.membership import is_in
-from novelret.train.policy import BLOCK, Items, top_k
+from novelret.blocks import BLOCK, Items, top_k
+from novelret.membership import is_in
 
 DECIMALS = 6
 _SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once

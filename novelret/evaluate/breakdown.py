@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from novelret.evaluate.metrics.membership import is_in
+from novelret.membership import is_in
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation

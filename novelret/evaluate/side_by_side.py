@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from novelret.evaluate.breakdown import gain_metric
-from novelret.evaluate.metrics.membership import is_in
 from novelret.label.table import IRRELEVANT, RELEVANT
+from novelret.membership import is_in
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from novelret.blocks import BLOCK, Items, top_k
 from novelret.progress import Reporter
+from novelret.shard import Shard, from_all
 from novelret.train import policy, sampler
-from novelret.train.policy import Items
 from novelret.train.sampler import Draw, Key
-from novelret.train.shard import Shard, from_all
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ItemMatrix:
     def top_k(self, queries: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
         """(b, k) catalog rows with the highest scores, and these; all processes have to call it."""
         asked = self._gather(queries.detach(), excluded)
-        rows, scores = policy.top_k(
+        rows, scores = top_k(
             asked.queries, self.held, k, asked.excluded, block=_block(queries), shard=self.shard
         )
         return rows[asked.mine], scores[asked.mine]
@@ -117,7 +117,7 @@ class ItemMatrix:
 
 def _block(queries: Tensor) -> int:
     """Items at a time: on a GPU more, since each block costs it a hundred calls or two, whatever its size."""
-    return policy.BLOCK * (4 if queries.is_cuda else 1)
+    return BLOCK * (4 if queries.is_cuda else 1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _on_device(embeddings: np.ndarray, device: str, report: Reporter) -> Items:
             "halves it, torchrun spreads it over several GPUs"
         )
         return embeddings
-    for start in range(0, len(embeddings), policy.BLOCK):  # never twice in the machine's memory
-        part = np.array(embeddings[start : start + policy.BLOCK])
+    for start in range(0, len(embeddings), BLOCK):  # never twice in the machine's memory
+        part = np.array(embeddings[start : start + BLOCK])
         matrix[start : start + len(part)] = torch.from_numpy(part)
     return matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from novelret.blocks import read_rows
 from novelret.errors import UserError
 from novelret.memory import Memory
 from novelret.train.states import Material
@@ -68,7 +69,7 @@ def _items_and_others(
     group: np.ndarray, item: np.ndarray, pairs: np.ndarray, means: np.ndarray, items: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of some of the (P,) pairs: the item's embedding, of unit length, and its group's mean without it."""
-    vectors = _vectors(items, item[pairs])
+    vectors = read_rows(items, item[pairs])
     counts = np.bincount(group)[group[pairs], None].astype(np.float32)
     others = (counts * means[group[pairs]] - vectors) / (counts - 1)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -82,14 +83,8 @@ def _means(group: np.ndarray, item: np.ndarray, items: np.ndarray) -> np.ndarray
     size = max(1, _NUMBERS // items.shape[1])
     for start in range(0, len(group), size):
         part = group[start : start + size]
-        vectors = _vectors(items, item[start : start + size])
+        vectors = read_rows(items, item[start : start + size])
         of_part, first = np.unique(part, return_index=True)
         sums[of_part] += np.add.reduceat(vectors, first, axis=0)
     means: np.ndarray = sums / counts[:, None].astype(np.float32)
     return means
-
-
-def _vectors(items: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Embeddings of (n,) items, (n, d) float32, read in ascending order of a memory map, each row once."""
-    unique, place = np.unique(rows, return_inverse=True)
-    return np.asarray(items[unique], dtype=np.float32)[place]

@@ -9,6 +9,7 @@ import numpy as np
 
 from novelret import encode
 from novelret.artifacts import is_kind, read_manifest
+from novelret.blocks import check_embeddings
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.index import (
@@ -26,7 +27,6 @@ from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config, window_multiples
 from novelret.train.memorise import make_memory
-from novelret.train.policy import check_embeddings
 from novelret.train.processes import Processes
 from novelret.train.rewards import load_reward
 from novelret.train.states import Material, gather_material

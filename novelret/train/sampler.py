@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from novelret.blocks import BLOCK, Items, block_logits, rows_to_tensor
 from novelret.errors import UserError
+from novelret.shard import Shard, from_all
 from novelret.train.noise import gumbel, uniform
-from novelret.train.policy import BLOCK, Items, block_logits, check_temperature, rows_to_tensor
-from novelret.train.shard import Shard, from_all
+from novelret.train.policy import check_temperature
 
 CELL = 4_096
 """Items that race together for draws with replacement. Blocks and shards are whole cells."""

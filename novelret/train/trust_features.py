@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from novelret.blocks import read_rows
 from novelret.label.table import IRRELEVANT, RELEVANT
 from novelret.train.states import Material, items_of
 
@@ -103,7 +104,7 @@ class Pairs:
         parts = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(pairs), size):
             query, item = pairs[start : start + size].T
-            parts.append(np.einsum("nd,nd->n", self.queries[query], _read(self.items, item)))
+            parts.append(np.einsum("nd,nd->n", self.queries[query], read_rows(self.items, item)))
         return np.concatenate(parts)
 
     def _ranks(self, pairs: np.ndarray) -> np.ndarray:
@@ -130,7 +131,7 @@ class Pairs:
                 continue
             rows = np.where(inside, pairs[group, 1], 0)
             items, vectors = (
-                torch.from_numpy(_read(self.items, np.maximum(part, 0))) for part in (rows, references)
+                torch.from_numpy(read_rows(self.items, np.maximum(part, 0))) for part in (rows, references)
             )
             similar = torch.bmm(items, vectors.transpose(1, 2))
             absent = (references < 0)[:, None, :]
@@ -142,13 +143,6 @@ class Pairs:
             mean = best.masked_fill(~there, 0.0).sum(dim=2) / there.sum(dim=2)
             found[group[inside]] = mean.numpy()[inside]
         return found
-
-
-def _read(embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Item rows as float32, in ascending order of a memory map."""
-    unique, place = np.unique(rows, return_inverse=True)
-    read: np.ndarray = np.asarray(embeddings[unique], dtype=np.float32)[place.reshape(rows.shape)]
-    return read
 
 
 def _groups(queries: np.ndarray, dimension: int) -> Iterator[np.ndarray]:

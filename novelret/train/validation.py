@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from novelret.blocks import Items
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.evaluate.metrics import recall
@@ -13,7 +14,6 @@ from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 from novelret.tradeoff import keeps_recall, unbeaten
-from novelret.train.policy import Items
 
 MOST_QUERIES = 2_000
 """A validation search costs one pass over the catalog; more queries than this do not sharpen it much."""

@@ -9,7 +9,7 @@ from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
 
 from novelret.evaluate import metrics
-from novelret.evaluate.metrics.membership import is_in
+from novelret.membership import is_in
 from novelret.search import search_exact
 
 BASE = np.array([[1, 2, 3], [4, 5, 6]])

@@ -8,9 +8,9 @@ from torch.autograd import gradcheck
 
 from novelret.errors import UserError
 from novelret.progress import Reporter
+from novelret.shard import Shard
 from novelret.train import policy, sampler
 from novelret.train.matrix import ItemMatrix, open_matrix
-from novelret.train.shard import Shard
 
 torch.manual_seed(0)
 QUERIES = torch.nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from novelret.blocks import check_embeddings
 from novelret.data.split import make_split
 from novelret.errors import UserError
 from novelret.label.table import make_table
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.matrix import ItemMatrix
-from novelret.train.policy import check_embeddings
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material, shuffled
 from novelret.train.step import batch_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from novelret.evaluate.metrics.membership import feedback_hits
+from novelret.membership import feedback_hits
 
 
 def reciprocal_rank(

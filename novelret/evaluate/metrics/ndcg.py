@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from novelret.evaluate.metrics.membership import feedback_hits
+from novelret.membership import feedback_hits
 
 
 def ndcg(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from novelret.evaluate.metrics.membership import is_in
 from novelret.label.table import RELEVANT, UNKNOWN
+from novelret.membership import is_in
 
 
 def novelty(rows: np.ndarray, base: np.ndarray, k: int) -> np.ndarray:
