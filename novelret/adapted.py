@@ -17,7 +17,7 @@ from novelret import encode
 
 _AT_ONCE = 65_536  # queries
 NUMBERS = 1 << 25
-"""Between two modules, at a time: a memory's are wide."""
+"""Float32 held between two modules at a time, 128 MB: a memory's activations are wide."""
 
 
 def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) -> list[nn.Module] | None:

@@ -118,7 +118,7 @@ def append_items(
         # The encoder's settings stay those of the first index: they still hold.
         settings = {**old.manifest.config, **asdict(config)}
         write_manifest(folder, Manifest("index", settings, inputs, identity, facts))
-    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
+    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves something to resume
     report.note(f"{len(catalog) - len(old):,} new items behind {len(old):,} old ones")
     return open_index(out)
 

@@ -232,7 +232,7 @@ def open_output(
             shutil.rmtree(old, ignore_errors=True)
             out.replace(old)
         partial.replace(out)
-        (out / STATE).unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
+        (out / STATE).unlink(missing_ok=True)  # until here a kill leaves something to resume
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -265,7 +265,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def drop_partial(folder: Path) -> None:
-    """Remove an unfinished output; a kill meanwhile leaves nothing that is gone on from."""
+    """Remove an unfinished output; if killed midway, what is left of it is never resumed."""
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -37,15 +37,9 @@ from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
 
 _TRAIN_ROWS_PER_CENTROID = 64
-
-
-_COPY_ROWS = 65_536
-
-
-_RECALL_QUERIES, _RECALL_DEPTH = 256, 50
-
-
-_LOW_RECALL = 0.9
+_COPY_ROWS = 65_536  # at a time
+_RECALL_QUERIES, _RECALL_DEPTH = 256, 50  # an approximate index is measured on, and in their top
+_LOW_RECALL = 0.9  # below it, of the exact top items, the index is warned of
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ def build_index(
             facts["imported"] = {"from": source.name, "lossy": source.lossy}
         write_config(folder, config)
         write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
-    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves it to be gone on from
+    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves something to resume
     return open_index(out)
 
 

@@ -37,10 +37,10 @@ class Source:
         dimension: d.
         read: (start, stop) → (stop − start, d) embeddings.
         labelled: rows have labels of their own, 0 … N − 1 or `ids` (a faiss index).
-        lossy: why the embeddings are not those that were indexed, or None.
-        scaled: they are, but for their length, which the source made 1.
+        lossy: why the embeddings only approximate what was indexed; None where they do not.
         ids: ids that the source itself carries (a faiss IDMap), in row order.
         faiss: the index that is searched, labels 0 … N − 1; None where search is exact over the embeddings.
+        scaled: the source has made their length 1, which may not have been it.
     """
 
     name: str

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,6 @@ def is_api(model: SentenceTransformer) -> bool:
 
 def fingerprint_weights(model: torch.nn.Module) -> str:
     """Hash of a model's weights."""
-    import hashlib
-
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -159,19 +159,20 @@ def is_normalized(model: SentenceTransformer) -> bool:
 
 def encode_items(model: SentenceTransformer, texts: list[str], batch_size: int) -> np.ndarray:
     """Item embeddings, (n, d) float32, with the model's document prompt."""
-    if is_api(model):
-        batch_size = max(1, len(texts))  # its requests have their own size, and several are under way at once
-    embeddings: np.ndarray = model.encode_document(
-        texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
-    )
-    return embeddings.astype(np.float32, copy=False)
+    return _encoded(model, model.encode_document, texts, batch_size)
 
 
 def encode_queries(model: SentenceTransformer, texts: list[str], batch_size: int = 128) -> np.ndarray:
     """Query embeddings, (n, d) float32, with the model's query prompt."""
+    return _encoded(model, model.encode_query, texts, batch_size)
+
+
+def _encoded(
+    model: SentenceTransformer, encode: Callable[..., np.ndarray], texts: list[str], batch_size: int
+) -> np.ndarray:
     if is_api(model):
         batch_size = max(1, len(texts))  # its requests have their own size, and several are under way at once
-    embeddings: np.ndarray = model.encode_query(
+    embeddings = encode(
         texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
     )
     return embeddings.astype(np.float32, copy=False)

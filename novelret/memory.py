@@ -35,7 +35,7 @@ class Memory(nn.Module):
     Attributes:
         temperature: t · l, what products of queries and keys are divided by.
         keys: (n, d) buffer, of unit length.
-        sources: (n,) int64 buffer, for each key the place of the query it is known from; of a query its own.
+        sources: (n,) int64 buffer, the place of the query that each key comes from, for a query its own.
         values: (n, d) parameter.
         scale: () parameter, a tenth of s.
     """

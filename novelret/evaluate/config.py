@@ -25,7 +25,8 @@ class EvalConfig(Asking):
         models: "NAME=MODEL" for each query encoder to compare; a folder of MODEL folders gives each of them.
         runs: "NAME=FILE" for each TREC run of any other retriever.
         split: the held-out feedback.
-        judge: "file:PATH" or "openai:MODEL" for precision and relevance; better another than the labels'.
+        judge: "file:PATH", "openai:MODEL", "openai-batch:MODEL" or "cross-encoder:MODEL", for precision and
+            relevance; better another than the labels'.
         retry_unusable: ask again where the stored answer cannot be read.
         wait: stay until batches are answered; otherwise leave once they are submitted.
         base_depth: L, the deployed list's length: items beyond it are novel.

@@ -86,7 +86,7 @@ def build_labels(
 ) -> Manifest:
     """Have the candidates judged and write LABELS; answers go to the store as they come.
 
-    LABELS that stopped early, at a cap that was raised since, are gone on from and replaced.
+    LABELS that stopped early, at a cap that was raised since, are resumed and replaced.
 
     Raises:
         UserError: bad settings or data, a refused key or model, an existing output.
@@ -141,7 +141,7 @@ def build_labels(
 
 
 def stopped_early(config: LabelConfig | EvalConfig, out: Path, kind: str) -> Manifest | None:
-    """The manifest of LABELS or of a REPORT that asked the same and stopped early, to be gone on from.
+    """The manifest of LABELS or of a REPORT that asked the same and stopped early, to be resumed.
 
     Its facts are what came of the asking.
 

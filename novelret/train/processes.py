@@ -123,7 +123,7 @@ def join(device: str) -> Iterator[Processes]:
     backend = "nccl" if device != "cpu" else "gloo"
     store = _meet(rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
-    # By it NCCL connects processes at their first message: where they wait for what the first one builds.
+    # NCCL connects at the first message, by the store's own timeout: others wait there for what one builds.
     store.set_timeout(_LONGEST_WAIT)
     yield Processes(rank, size, device)
     dist.destroy_process_group()

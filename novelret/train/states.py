@@ -100,7 +100,7 @@ class Material:
 
         Args:
             queries: (b,) query rows.
-            rows: (n,) ascending catalog rows; as few of many are, nothing is looked up pair by pair.
+            rows: (n,) ascending catalog rows, in which a query's few known items are searched.
         """
         listed = np.concatenate([items_of(self._relevant, queries), self.split.excluded[queries]], axis=1)
         place = np.minimum(np.searchsorted(rows, listed), len(rows) - 1)

@@ -156,7 +156,7 @@ class _Model:
 
 
 def _completed(features: np.ndarray, stand_in: np.ndarray) -> np.ndarray:
-    """(n, 8): nothing lacks, and what the query's other yeses are like counts by how many they are, too."""
+    """(n, 8): gaps filled in, and as an eighth the product of SIMILAR and RATE."""
     whole = np.where(np.isnan(features), stand_in, features)
     return np.column_stack([whole, whole[:, SIMILAR] * whole[:, RATE]])
 

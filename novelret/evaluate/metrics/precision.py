@@ -15,6 +15,13 @@ def precision(verdicts: np.ndarray, k: int) -> np.ndarray:
 
     Where everything is judged this is the usual relevant / k. Items that are not judged are left out
     instead of called irrelevant, which would punish a model for finding what nobody has looked at.
+
+    Args:
+        verdicts: (Q, K) int8, the judge's word on each place of the lists (see `label.table`).
+        k: cut of the lists.
+
+    Returns:
+        (Q,) float64.
     """
     top = verdicts[:, :k]
     judged = (top != UNKNOWN).sum(axis=1)

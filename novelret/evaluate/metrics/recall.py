@@ -13,7 +13,17 @@ LOGGED_RECALL = 0.97
 
 
 def recall(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:
-    """Share of a query's feedback in its top k, per query (trec_eval's recall); NaN without feedback."""
+    """Share of a query's feedback in its top k, per query (trec_eval's recall); NaN without feedback.
+
+    Args:
+        rows: (Q, K) int64 lists of catalog rows, −1 padded.
+        feedback_queries: (P,) int64 ascending query rows.
+        feedback_items: (P,) int64 catalog rows.
+        k: cut of the lists.
+
+    Returns:
+        (Q,) float64.
+    """
     hits = feedback_hits(rows[:, :k], feedback_queries, feedback_items).sum(axis=1)
     with np.errstate(invalid="ignore"):
         return hits / np.bincount(feedback_queries, minlength=len(rows))
