@@ -15,6 +15,7 @@ from novelret.cli import main
 from novelret.data.split import load_split
 from novelret.index import base_lists, open_index
 from novelret.progress import Reporter
+from tests import commands
 from tests.conftest import make_encoder
 
 N, D = 40, 16
@@ -61,25 +62,10 @@ def imported(world, encoder, out, report=None, **settings):
 def fails(capsys, world, encoder, tmp_path, *arguments) -> str:
     """The one line of the error of `novelret index`; no index may have appeared."""
     out = tmp_path / "refused"
-    code = main(
-        [
-            "index",
-            "--data",
-            str(world),
-            "--model",
-            str(encoder),
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-            *map(str, arguments),
-        ]
-    )
-    err = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert len(err) == 1, err
+    given = ("--data", world, "--model", encoder, "--device", "cpu", "--out", out)
+    said = commands.fails(capsys, "index", *given, *arguments)
     assert not out.exists()
-    return err[0]
+    return said
 
 
 def check_same(index, deployed, index_folder, world):

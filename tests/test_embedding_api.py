@@ -17,6 +17,7 @@ from novelret.embedding_api import ApiEmbedding, embed_texts
 from novelret.errors import UserError
 from novelret.index import open_index
 from novelret.memory import TEMPERATURE, read_memory
+from tests import commands
 from tests.loopback import LoopbackJudge, send
 
 D = 24
@@ -74,12 +75,10 @@ def api(monkeypatch, tmp_path):
 
 
 def fails(capsys, *arguments) -> str:
-    code = main([str(argument) for argument in arguments])
-    err = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert len(err) == 1, err
-    assert "sk-secret" not in err[0]
-    return err[0]
+    """The one line of a user's error, which never shows the key."""
+    said = commands.fails(capsys, *arguments)
+    assert "sk-secret" not in said
+    return said
 
 
 def test_texts_are_asked_for_once_in_batches(api, monkeypatch):
@@ -267,21 +266,10 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
 
 
 def test_an_endpoint_that_changed_its_model_is_refused(api, world, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "index",
-                "--data",
-                str(world),
-                "--model",
-                "openai:m",
-                "--out",
-                str(tmp_path / "index"),
-                "--quiet",
-            ]
-        )
-        == 0
+    made = commands.run(
+        capsys, "index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index", "--quiet"
     )
+    assert made[0] == 0
     assert open_index(tmp_path / "index").dimension == D
     api.dimension = 8
     arguments = ["search", "--data", world, "--index", tmp_path / "index", "never asked before"]

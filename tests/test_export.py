@@ -18,6 +18,7 @@ from novelret import encode
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.index import open_index
+from tests.commands import fails
 from tests.conftest import make_encoder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "qdrant_union.py"
@@ -55,14 +56,6 @@ def models(world, index_folder, tmp_path_factory):
 def export(capsys, *arguments) -> dict:
     assert main(["export", *map(str, arguments), "--json", "--quiet"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
-
-
-def fails(capsys, *arguments) -> str:
-    code = main(["export", *map(str, arguments)])
-    err = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert len(err) == 1, err
-    return err[0]
 
 
 def embeddings_of(model) -> np.ndarray:
@@ -120,14 +113,14 @@ def test_any_sentence_transformers_folder_is_exported(encoder, tmp_path, capsys)
     made = export(capsys, "--model", encoder, "--format", "onnx", "--out", tmp_path / "onnx")
     assert (made["dimension"], made["difference"] < 1e-4) == (16, True)
     assert "is no adapter behind a frozen encoder" in fails(
-        capsys, "--model", encoder, "--format", "npz", "--out", tmp_path / "adapter.npz"
+        capsys, "export", "--model", encoder, "--format", "npz", "--out", tmp_path / "adapter.npz"
     )
 
 
 def test_what_is_no_adapter_has_no_matrix(models, tmp_path, capsys):
     out = tmp_path / "adapter.npz"
     assert "is no adapter behind a frozen encoder" in fails(
-        capsys, "--model", models["full"], "--format", "npz", "--out", out
+        capsys, "export", "--model", models["full"], "--format", "npz", "--out", out
     )
     # So too where it lies among the checkpoints, or is exported.
     shutil.copytree(models["behind"], tmp_path / "model")
@@ -136,7 +129,7 @@ def test_what_is_no_adapter_has_no_matrix(models, tmp_path, capsys):
     (checkpoint / "manifest.json").unlink()
     export(capsys, "--model", checkpoint, "--out", tmp_path / "st")
     for model in (models["behind"], checkpoint, tmp_path / "st"):
-        said = fails(capsys, "--model", model, "--format", "npz", "--out", out)
+        said = fails(capsys, "export", "--model", model, "--format", "npz", "--out", out)
         assert "whose weights are not the deployed ones" in said
     assert not out.exists()
 
@@ -144,17 +137,23 @@ def test_what_is_no_adapter_has_no_matrix(models, tmp_path, capsys):
 def test_bad_arguments_are_one_line(models, tmp_path, capsys):
     model = models["adapter"]
     assert "--format pt: unknown" in fails(
-        capsys, "--model", model, "--format", "pt", "--out", tmp_path / "x"
+        capsys, "export", "--model", model, "--format", "pt", "--out", tmp_path / "x"
     )
-    assert "no such model folder" in fails(capsys, "--model", tmp_path / "none", "--out", tmp_path / "x")
+    assert "no such model folder" in fails(
+        capsys, "export", "--model", tmp_path / "none", "--out", tmp_path / "x"
+    )
     # No hub id has two slashes: nothing is looked up.
-    assert "no such model folder" in fails(capsys, "--model", "runs/none/model", "--out", tmp_path / "x")
+    assert "no such model folder" in fails(
+        capsys, "export", "--model", "runs/none/model", "--out", tmp_path / "x"
+    )
     assert "name it like adapter.npz" in fails(
-        capsys, "--model", model, "--format", "npz", "--out", tmp_path / "x"
+        capsys, "export", "--model", model, "--format", "npz", "--out", tmp_path / "x"
     )
     for form, name in (("st", "x"), ("npz", "x.npz")):
         export(capsys, "--model", model, "--format", form, "--out", tmp_path / name)
-        assert "exists already" in fails(capsys, "--model", model, "--format", form, "--out", tmp_path / name)
+        assert "exists already" in fails(
+            capsys, "export", "--model", model, "--format", form, "--out", tmp_path / name
+        )
         export(capsys, "--model", model, "--format", form, "--out", tmp_path / name, "--force")
 
 
@@ -171,7 +170,7 @@ def test_what_onnx_would_serve_otherwise_than_the_encoder_is_refused(encoder, tm
     def refused(name, model) -> str:
         model.save(str(tmp_path / name))
         out = tmp_path / "onnx"
-        line = fails(capsys, "--model", tmp_path / name, "--format", "onnx", "--out", out)
+        line = fails(capsys, "export", "--model", tmp_path / name, "--format", "onnx", "--out", out)
         assert not out.exists()
         return line
 

@@ -19,29 +19,8 @@ from sentence_transformers import SentenceTransformer
 from novelret.cli import main
 from novelret.index import open_index
 from novelret.label.prompts import MAX_TEXT
+from tests.commands import fails, result, run
 from tests.conftest import make_encoder, make_world, write_jsonl
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def result(capsys, *arguments) -> dict:
-    code, out, err = run(capsys, *arguments, "--json", "--quiet")
-    assert code == 0, err
-    return json.loads(out)
-
-
-def fails(capsys, *arguments) -> str:
-    """The one line of a user's error."""
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, ""), err
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    return lines[0]
-
 
 TRAIN = ("--tune", "adapter", "--base-depth", 3, "--depth", 12, "--steps", 20, "--batch-size", 16,
          "--learning-rate", 0.02, "--max-recall-drop", 1)  # fmt: skip

@@ -16,6 +16,7 @@ from novelret.label.cost import find_price
 from novelret.label.prompts import load_prompt, render
 from novelret.label.tokens import token_counter
 from novelret.train.config import TrainConfig, check_config
+from tests.commands import fails
 from tests.loopback import LoopbackJudge
 
 CATALOG = 1_000_000
@@ -28,14 +29,6 @@ def commands() -> dict:
         inner = getattr(command, "commands", None)
         found |= {f"{name} {sub}": c for sub, c in inner.items()} if inner else {name: command}
     return found
-
-
-def fails(capsys, *arguments) -> str:
-    code = main([str(argument) for argument in arguments])
-    err = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert len(err) == 1, err
-    return err[0]
 
 
 def test_all_of_the_papers_settings_are_there(capsys):

@@ -6,26 +6,19 @@ import gzip
 import json
 from pathlib import Path
 
-from novelret.cli import main
+from tests import commands
 
 
 def convert(capsys, *arguments) -> dict:
-    code = main(["convert", *[str(argument) for argument in arguments], "--json", "--quiet"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
+    return commands.result(capsys, "convert", *arguments)
 
 
 def fails(capsys, *arguments) -> str:
     """The one line of a user's error; nothing may have appeared at --out."""
-    code = main(["convert", *[str(argument) for argument in arguments]])
-    captured = capsys.readouterr()
-    assert (code, captured.out) == (2, ""), captured.err
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
+    said = commands.fails(capsys, "convert", *arguments)
     out = Path(arguments[[str(a) for a in arguments].index("--out") + 1])
     assert not list(out.parent.glob(out.name + "*"))
-    return lines[0]
+    return said
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -20,31 +20,12 @@ from novelret.label.candidates import gather_candidates
 from novelret.label.labels import SCHEMA, join_labels, open_labels
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, join_tables, make_table
 from novelret.progress import Reporter
+from tests.commands import fails, result, run
 from tests.conftest import make_encoder, make_world, write_qrels
 from tests.loopback import LoopbackJudge
 
 TRAIN = ("--tune", "adapter", "--base-depth", 3, "--depth", 12, "--steps", 12, "--batch-size", 16,
          "--learning-rate", 0.05, "--max-recall-drop", 1, "--validation-fraction", 0, "--device", "cpu")  # fmt: skip
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, " ".join(captured.err.split())
-
-
-def result(capsys, *arguments) -> dict:
-    code, out, err = run(capsys, *arguments, "--json", "--quiet")
-    assert code == 0, err
-    return json.loads(out)
-
-
-def fails(capsys, *arguments) -> str:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert (code, captured.out, len(lines)) == (2, "", 1), captured.err
-    return lines[0]
 
 
 def verdicts_of(folder) -> dict[tuple[str, str], int]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from novelret.cli import main
 
 SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
          "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All weights of a MODEL and its checkpoints, by file and name."""
+    return {
+        f"{path.relative_to(folder)}/{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.special import softmax
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
@@ -29,9 +28,10 @@ from novelret.train import memorise, prepare
 from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
 from novelret.train.tower import adapter_tower
+from tests.commands import fails, run
 from tests.conftest import make_encoder
 from tests.killing import break_off_at, start
-from tests.train.conftest import SHORT
+from tests.train.conftest import SHORT, weights_of
 
 TUNE = ("--tune", "memory", "--learning-rate", 0.02)
 TEXTS = ["buy red sofa", "lamp", "buy grey desk unknown words here", "chair " * 40]
@@ -46,31 +46,10 @@ def model(command, tmp_path_factory):
     return out
 
 
-def run(capsys, *arguments):
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err.strip()
-
-
 def train(capsys, command, out, *more):
     code, found, err = run(capsys, *command, *more, "--out", out, "--json", "--quiet")
     assert code == 0, err
     return json.loads(found)
-
-
-def fails(capsys, *arguments) -> str:
-    code, _, err = run(capsys, *arguments)
-    assert code == 2
-    assert len(err.splitlines()) == 1, err
-    return err
-
-
-def weights_of(folder):
-    return {
-        f"{path.relative_to(folder)}/{name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
 
 
 def same_weights(one, two) -> bool:

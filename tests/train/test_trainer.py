@@ -45,19 +45,14 @@ from novelret.train.validation import (
     measure,
     pareto,
 )
+from tests.commands import run
 from tests.conftest import make_encoder
 from tests.killing import break_off_at, start
 from tests.loopback import LoopbackJudge
-from tests.train.conftest import SHORT
+from tests.train.conftest import SHORT, weights_of
 
 ADAPTER = ("--tune", "adapter", "--learning-rate", 0.02)
 MIXED = ("--alpha", 0.25, "--gamma", 0.5)
-
-
-def run(capsys, *arguments):
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, " ".join(captured.err.split())
 
 
 def train(capsys, command, out, *more):
@@ -69,14 +64,6 @@ def train(capsys, command, out, *more):
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder):
-    return {
-        f"{path.relative_to(folder)}/{name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
 
 
 # What is tuned
