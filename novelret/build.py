@@ -221,7 +221,10 @@ def encode_catalog(
     report: Reporter,
     first: int = 0,
 ) -> None:
-    """Write embeddings.npy from row `first` on, or from where `progress.json` in the folder says."""
+    """Write embeddings.npy from the row on that progress.json in the folder names, or from the first.
+
+    `first`: so many rows were copied from another index; to begin behind them is no resumption to tell of.
+    """
     if encode.is_api(model):
         report.note(
             f"{len(catalog):,} items will be embedded by an API, which bills them; "

@@ -174,7 +174,12 @@ def train(
         int, typer.Option(help="L: items beyond the deployed top L are novel.", rich_help_panel=STATES)
     ] = 50,
     depth: Annotated[
-        int, typer.Option(help="Deepest base rank that states are drawn from.", rich_help_panel=STATES)
+        int,
+        typer.Option(
+            help="How deep the deployed lists are searched, for negatives and --draw plain; labels count at "
+            "any rank.",
+            rich_help_panel=STATES,
+        ),
     ] = 400,
     negatives: Annotated[
         int, typer.Option(help="M: top base items that aggressive contrasts with.", rich_help_panel=STATES)

@@ -102,7 +102,7 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
         split: name of the qrels file or of the data set's split.
         catalog: the indexed items.
         ignore_identical_ids: leave the item whose id is the query's own out of its rankings and of its
-            feedback, as BEIR does.
+            feedback, as BEIR does. What excluded/SPLIT.tsv lists is left out of both, too.
 
     Raises:
         UserError: a line names an unknown query or item, a query has no text, an id occurs twice,
@@ -132,21 +132,14 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
             f"({lines} such line{'s' if lines > 1 else ''}); leave them out, or index the item"
         )
     query_rows = np.array([row_of[query_id] for query_id in named.queries], dtype=np.int64)
+    queries, items = query_rows[np.asarray(named.query_numbers)], item_rows[np.asarray(named.item_numbers)]
     ids = list(texts)
-    return make_split(
-        split,
-        ids,
-        list(texts.values()),
-        query_rows[np.asarray(named.query_numbers)],
-        item_rows[np.asarray(named.item_numbers)],
-        np.concatenate(
-            [
-                own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids),
-                _excluded_rows(data, split, row_of, catalog),
-            ],
-            axis=1,
-        ),
-    )
+    own = own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids)
+    excluded = np.concatenate([own, _excluded_rows(data, split, row_of, catalog)], axis=1)
+    kept = ~_are_listed(queries, items, excluded, len(catalog))
+    if not kept.any():
+        raise UserError(f"{qrels_name(data, split)}: excluded/{split}.tsv leaves out all pairs of {split!r}")
+    return make_split(split, ids, list(texts.values()), queries[kept], items[kept], excluded)
 
 
 @dataclass
@@ -191,6 +184,22 @@ def _excluded_rows(data: str, split: str, row_of: dict[str, int], catalog: Catal
     excluded = np.full((len(row_of), counts.max(initial=0)), -1, dtype=np.int64)
     excluded[queries[order], column] = rows[order]
     return excluded
+
+
+def plain_texts(texts: list[str]) -> list[str]:
+    """Texts without what makes no other query of them: case and white space."""
+    return [" ".join(text.split()).casefold() for text in texts]
+
+
+def _are_listed(queries: np.ndarray, items: np.ndarray, lists: np.ndarray, catalog_size: int) -> np.ndarray:
+    """Which (P,) pairs are in their query's list, of (Q, E) rows, −1 padded; bool."""
+    query, column = np.nonzero(lists >= 0)
+    listed = np.sort(query * np.int64(catalog_size) + lists[query, column])
+    if not len(listed):
+        return np.zeros(len(queries), dtype=bool)
+    wanted = queries * np.int64(catalog_size) + items
+    found: np.ndarray = listed[np.minimum(np.searchsorted(listed, wanted), len(listed) - 1)] == wanted
+    return found
 
 
 def own_rows(query_ids: list[str], catalog: Catalog, *, ignore_identical_ids: bool) -> np.ndarray:

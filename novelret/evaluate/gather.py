@@ -13,7 +13,7 @@ from novelret.artifacts import (
     fingerprint_file,
     hash_texts,
 )
-from novelret.data.split import Split, load_split
+from novelret.data.split import Split, load_split, plain_texts
 from novelret.evaluate.config import BASE, EvalConfig, check_config
 from novelret.evaluate.human import check_overlap
 from novelret.evaluate.human_sample import read_sample
@@ -175,7 +175,7 @@ def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, re
     if training is None:
         return
     if training.hashes.is_file():
-        seen = int(np.isin(hash_texts(split.query_texts), np.load(training.hashes)).sum())
+        seen = int(np.isin(hash_texts(plain_texts(split.query_texts)), np.load(training.hashes)).sum())
         share = "all" if seen == len(split) else f"{seen:,}"
         if seen:
             report.warn(

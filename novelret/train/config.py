@@ -74,7 +74,8 @@ class TrainConfig(Asking):
         per_query: with draw="queries", most states a query.
         negative_share: but for draw="plain", share of base states with reward < 0 where there are any.
         base_depth: L, the deployed list's length: items beyond it are novel.
-        depth: deepest base rank that states are drawn from.
+        depth: how deep the deployed lists are searched: for negatives, for trust and for --draw plain; labels
+            count at any rank.
         negatives: M, the base model's top items that "aggressive" contrasts with.
         catalog_negatives: pairs are contrasted with so many items, drawn at random in each step, which stand
             for the whole catalog (one of fewer items is taken whole); a few thousand hold recall better. 0:
@@ -216,6 +217,8 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         raise UserError(
             "--support narrows the draw of policy states: it needs --objective pg-ret and --alpha above 0"
         )
+    if config.negative_share > 0 and config.objective != "pg-ret":
+        raise UserError("--negative-share draws states to be pushed away: it needs --objective pg-ret")
     if config.judge is not None and (config.objective != "pg-ret" or not config.alpha > 0):
         raise UserError(
             "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"

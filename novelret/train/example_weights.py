@@ -40,12 +40,12 @@ def example_weights(batch: Batch, infonce: np.ndarray, config: TrainConfig) -> n
 
 
 def _pair_weights(batch: Batch, pairs: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Feedback pairs weigh γ in all and judged pairs the rest; one kind alone weighs 1."""
+    """Feedback pairs weigh γ in all and judged pairs the rest, each as far as it is believed; one alone 1."""
     of_feedback = batch.sources == FEEDBACK
     judged = pairs & ~of_feedback
     gamma = config.gamma if judged.any() else 1.0
     gamma = gamma if of_feedback.any() else 0.0
     weights = np.zeros(len(pairs), dtype=np.float32)
     weights[of_feedback] = gamma / max(1, of_feedback.sum())
-    weights[judged] = (1 - gamma) / max(1, judged.sum())
+    weights[judged] = (1 - gamma) * batch.trust[judged] / max(1.0, float(batch.trust[judged].sum()))
     return weights

@@ -26,7 +26,7 @@ def list_losses(
 ) -> tuple[Tensor, np.ndarray]:
     """Surrogate losses of one drawn list per query, and the lists' rewards.
 
-    Lists are drawn on-policy at the loss's own temperature; items with unknown labels get no credit.
+    Lists are drawn on-policy at the loss's own temperature; items with unknown labels earn nothing.
 
     Args:
         embeddings: (b, d) with gradient.
@@ -51,7 +51,7 @@ def list_losses(
         assert drawn.perturbed is not None
         kappa = drawn.perturbed[:, k]
         if config.objective == "swap":
-            gain = swap.additive_gain(credit[:, :k], credit[:, k]) * _known(rewards, credit)[:, :k]
+            gain = swap.additive_gain(credit[:, :k], credit[:, k])
             losses = swap.swap(logits[:, :k], kappa, gain)
         else:
             losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])

@@ -10,6 +10,7 @@ from novelret.errors import UserError
 from novelret.memory import Memory
 from novelret.train.states import Material
 
+_BELIEVED = 0.5
 _NUMBERS = 1 << 24  # of item embeddings at a time: 64 MB
 
 
@@ -19,9 +20,10 @@ def make_memory(
     """Keys are queries of which something is known, and the items that are known to be relevant to them.
 
     The value of a query is the mean embedding of these items, that of an item the mean of the query's others.
+    A yes that is more likely wrong than right (see `trust`) is no knowledge where no feedback agrees.
 
     Args:
-        material: feedback and labels of Q training queries.
+        material: feedback, labels and their trust, of Q training queries.
         embeddings: (Q, d) float32, of these queries, as the frozen encoder gives them.
         items: (N, d) item embeddings, which may be memory-mapped.
         size: most keys. Where there are more, some are drawn by the seed: queries take up to a half and what
@@ -33,6 +35,8 @@ def make_memory(
     """
     split = material.split
     query, item = material.labels.relevant_and(split.feedback_queries, split.feedback_items)
+    kept = (material.trust_of(query, item) >= _BELIEVED) | material.is_feedback(query, item)
+    query, item = query[kept], item[kept]
     rows = np.unique(query)
     rows = rows[np.linalg.norm(embeddings[rows], axis=1) > 0]  # an encoder may know none of a query's words
     if len(rows) == 0:

@@ -122,15 +122,23 @@ def prepare(
         _some(pool, train_rows),
     )
     _check_rewards(config, material)
-    mine = np.array_split(validation_rows, processes.size)[processes.rank]
-    tower = _make_tower(config, model, whole, train_rows, mine, material, index, device, report)
+    is_weighed = config.trust and config.objective != "supervised" and len(material.labels) > 0
+    is_frozen = config.tune in ("adapter", "memory")
+    deployed = embeddings = None
+    if is_weighed or (is_frozen and not config.init):
+        deployed = base_query_embeddings(index, whole, device=device, report=report)
+    if is_frozen:
+        embeddings = deployed
+        if config.init:
+            embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
     if processes.is_first:
         processes.wait()
-    if config.trust and not config.objective.startswith("supervised") and len(material.labels):
-        embeddings = base_query_embeddings(index, whole, device=device, report=report)
+    if deployed is not None and is_weighed:
         material = weigh_labels(
-            material, _some(embeddings, train_rows), index.embeddings, config.seed, processes, report
+            material, _some(deployed, train_rows), index.embeddings, config.seed, processes, report
         )
+    mine = np.array_split(validation_rows, processes.size)[processes.rank]
+    tower = _make_tower(config, model, whole, embeddings, train_rows, mine, material, index, device)
     validation = None
     if len(validation_rows):
         table = _rows_of(inputs.labels, mine, len(whole))
@@ -206,14 +214,14 @@ def _make_tower(
     config: TrainConfig,
     model: encode.SentenceTransformer,
     whole: Split,
+    embeddings: np.ndarray | None,
     train_rows: np.ndarray,
     validation_rows: np.ndarray,
     material: Material,
     index: Index,
     device: str,
-    report: Reporter,
 ) -> Tower:
-    if config.tune in ("full", "lora"):
+    if embeddings is None:
         texts = (
             [whole.query_texts[row] for row in train_rows],
             [whole.query_texts[row] for row in validation_rows],
@@ -229,10 +237,6 @@ def _make_tower(
             seed=config.seed,
             gradient_checkpointing=saving,
         )
-    if config.init:
-        embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
-    else:
-        embeddings = base_query_embeddings(index, whole, device=device, report=report)
     memory, of_train = None, _some(embeddings, train_rows)
     if config.tune == "memory":
         memory = make_memory(material, of_train, index.embeddings, config.memory_size, config.seed)

@@ -14,7 +14,7 @@ import torch
 
 from novelret.data.split import Split
 from novelret.errors import UserError
-from novelret.label.table import LabelTable, join_tables
+from novelret.label.table import RELEVANT, LabelTable, join_tables
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.rewards import RewardFunction
 
@@ -84,10 +84,16 @@ class Material:
 
     def known_relevant(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether items are feedback of their query or judged relevant to it; bool, broadcast shape."""
-        judged = self.labels.lookup(query_rows, item_rows) == 1
+        judged: np.ndarray = self.labels.lookup(query_rows, item_rows) == RELEVANT
+        return judged | self.is_feedback(query_rows, item_rows)
+
+    def is_feedback(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
+        """Whether items are feedback of their query; bool, broadcast shape."""
         wanted = np.asarray(query_rows) * self.labels.catalog_size + np.asarray(item_rows)
+        if not len(self._feedback_keys):
+            return np.zeros(wanted.shape, dtype=bool)
         place = np.minimum(np.searchsorted(self._feedback_keys, wanted), len(self._feedback_keys) - 1)
-        found: np.ndarray = judged | (self._feedback_keys[place] == wanted)
+        found: np.ndarray = self._feedback_keys[place] == wanted
         return found
 
     @cached_property

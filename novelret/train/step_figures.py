@@ -13,7 +13,7 @@ from novelret.train.config import LIST_OBJECTIVES
 from novelret.train.log import Line
 from novelret.train.panel import peak_memory
 from novelret.train.run import Run
-from novelret.train.states import SOURCES, Batch
+from novelret.train.states import FEEDBACK, SOURCES, Batch
 from novelret.train.step_loss import StepLoss
 
 _ENTROPY_QUERIES = 16
@@ -61,7 +61,7 @@ def log_line(run: Run, batch: Batch, loss: StepLoss, norm: float, step: int, *, 
         order = np.concatenate([np.arange(rank, count, size) for rank in range(size)])
         batch.rewards[order] = run.processes.concatenate(batch.rewards[run.processes.share(count)])
     line = _shares(batch)
-    known = batch.rewards[~np.isnan(batch.rewards)]
+    known = batch.rewards[(batch.sources != FEEDBACK) & ~np.isnan(batch.rewards)]  # pairs are not rewarded
     result: Line = {
         "step": step + 1,
         "loss": round(loss.loss.item(), 6),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from novelret.blocks import Items
-from novelret.data.split import Split
+from novelret.data.split import Split, plain_texts
 from novelret.errors import UserError
 from novelret.evaluate.metrics import recall
 from novelret.evaluate.metrics.novelty import novel
@@ -115,9 +116,8 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
 def _text_groups(split: Split) -> np.ndarray:
     """(Q,) int64, the same number for queries of the same text, from 0 in the order of their first ones."""
     numbers: dict[str, int] = {}
-    return np.array(
-        [numbers.setdefault(" ".join(text.split()).casefold(), len(numbers)) for text in split.query_texts]
-    )
+    texts = plain_texts(split.query_texts)
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
 
 
 def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.ndarray, np.ndarray]:
@@ -207,12 +207,12 @@ def steps_to_keep(points: list[Point], max_recall_drop: float, keep: int) -> set
 
 
 def left_for_good(points: list[Point], max_recall_drop: float, patience: int) -> bool:
-    """Whether the last `patience` points all lie below the recall budget and recall still falls."""
+    """Whether the last `patience` points all lie below the recall budget, and the last below the others."""
     last = points[-patience:]
     return (
         0 < patience == len(last)
         and not any(keeps_budget(point, max_recall_drop) for point in last)
-        and last[-1].recall <= min(point.recall for point in last)
+        and last[-1].recall < min((point.recall for point in points[-patience - 1 : -1]), default=math.inf)
     )
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from novelret import encode
 from novelret.artifacts import Manifest, hash_texts, read_json, write_config, write_json, write_manifest
+from novelret.data.split import plain_texts
 from novelret.evaluate.chart import Mark, scatter
 from novelret.memory import memory_modules
 from novelret.train import checkpoint
@@ -60,7 +61,7 @@ def write_model(
     finished = run.tower.finished()
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
-    np.save(folder / "queries.npy", np.unique(hash_texts(inputs.split.query_texts)))
+    np.save(folder / "queries.npy", np.unique(hash_texts(plain_texts(inputs.split.query_texts))))
     is_refit = run.folder != folder and chosen is not None and chosen.step > 0  # the start is no training
     card = model_card(
         config,

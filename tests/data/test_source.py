@@ -138,6 +138,17 @@ def test_what_is_left_out_is_part_of_the_identity(data, tmp_path):
     assert load_split(str(data), "train", catalog).fingerprint != before
 
 
+def test_what_is_left_out_of_rankings_is_no_feedback_either(data, tmp_path):
+    catalog = catalog_of(data, tmp_path)
+    write_qrels(data / "qrels" / "train.tsv", [("q00", "i07", 1), ("q00", "i30", 1), ("q02", "i30", 1)])
+    write_qrels(data / "excluded" / "train.tsv", [("q00", "i30", 1), ("q00", "i04", 1), ("q02", "i07", 1)])
+    split = load_split(str(data), "train", catalog)
+    assert list(zip(split.feedback_queries, split.feedback_items, strict=True)) == [(0, 7), (1, 30)]
+    write_qrels(data / "qrels" / "train.tsv", [("q00", "i30", 1)])
+    with pytest.raises(UserError, match=r"excluded/train\.tsv leaves out all pairs"):
+        load_split(str(data), "train", catalog)
+
+
 def test_subset_renumbers_queries(data, tmp_path):
     split = load_split(str(data), "train", catalog_of(data, tmp_path))
     part = split.subset(np.array([1, 3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import signal
@@ -207,6 +208,24 @@ def test_values_start_at_the_mean_of_what_is_known(material, monkeypatch, number
         assert memory.sources[row] == list(KNOWN).index(query)
     embeddings = torch.from_numpy(QUERIES)
     assert torch.equal(memory(embeddings), embeddings)
+
+
+def test_a_yes_that_is_hardly_believed_is_not_remembered(material):
+    """Unless there is feedback that says so, too: of query 0 and item 3."""
+    doubted = dataclasses.replace(material, trust=np.full(len(material.positives), 0.4, np.float32))
+    lost = [tuple(pair) for pair in material.positives.tolist() if tuple(pair) != (0, 3)]
+    assert len(lost) >= 2
+    left = {query: {item for item in items if (query, item) not in lost} for query, items in KNOWN.items()}
+    left = {query: items for query, items in left.items() if items}
+    memory = memorise.make_memory(doubted, QUERIES, ITEMS, 100, 0)
+    assert len(memory.keys) == len(left) + sum(len(items) for items in left.values() if len(items) > 1)
+    for row, (query, items) in enumerate(left.items()):
+        assert memory.keys[row].numpy() == pytest.approx(unit(QUERIES[query]), abs=1e-6)
+        assert memory.values[row].detach().numpy() == pytest.approx(mean_of(items), abs=1e-5)
+    believed = dataclasses.replace(material, trust=np.full(len(material.positives), 0.6, np.float32))
+    memory = memorise.make_memory(believed, QUERIES, ITEMS, 100, 0)
+    assert len(memory.keys) == 12  # all, and alike
+    assert memory.values[0].detach().numpy() == pytest.approx(mean_of(KNOWN[0]), abs=1e-5)
 
 
 @pytest.mark.parametrize(("size", "queries"), [(3, 2), (5, 3), (11, 6), (12, 7)])

@@ -41,7 +41,7 @@ def test_inclusion_is_the_gumbel_formula_around_the_mean_of_the_window():
         rate = np.exp((SCORE[s].item() - kappa) / TAU)
         inside = 1 - np.exp(-rate)
         reward = REWARD[s].item()
-        expected = -reward * np.log(inside) if reward > 0 else abs(reward) * rate
+        expected = -reward * np.log(inside) if reward > 0 else abs(reward) * np.log1p(rate)
         assert loss[s] == pytest.approx(expected, rel=1e-9)
 
 
@@ -94,6 +94,15 @@ def test_extreme_scores_stay_finite(loss, size, dtype):
         assert torch.isfinite(value)
         assert torch.isfinite(score.grad).all()
         assert torch.isfinite(negatives.grad).all()
+
+
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[2]])
+def test_no_state_pulls_harder_than_its_reward_over_the_temperature(loss):
+    """Else a single item that is far on the wrong side would decide the step of its whole batch."""
+    for sign in (1, -1):
+        score = (sign * torch.full((6,), 5.0, dtype=torch.float64)).requires_grad_()
+        loss(score, -sign * torch.ones(6, 4, dtype=torch.float64)).sum().backward()
+        assert (score.grad.abs() <= REWARD.abs() / TAU + 1e-9).all()
 
 
 @pytest.mark.parametrize("form", [pg_ret.contrastive, pg_ret.inclusion])

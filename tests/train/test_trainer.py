@@ -329,6 +329,9 @@ def test_early_stop_needs_a_broken_budget_and_a_falling_recall():
     assert not left_for_good([fine, lowest, lower, low], 0.01, 3)  # recovering
     assert not left_for_good([low, fine, lower], 0.01, 3)
     assert not left_for_good([low, lower, lowest], 0.01, 0)
+    assert left_for_good([fine, low, lower], 0.01, 1)
+    assert not left_for_good([lowest, lower], 0.01, 1)  # recovering
+    assert not left_for_good([low, low, low], 0.01, 2)  # no worse
 
 
 def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_path, monkeypatch):

@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from novelret import encode
 from novelret.cli import main
 from novelret.data.split import make_split
 from novelret.label.table import make_table
+from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.train import trust, trust_features
 from novelret.train.config import TrainConfig
-from novelret.train.example_weights import example_weights
+from novelret.train.example_weights import example_weights, is_pair
 from novelret.train.list_step import _rewards
 from novelret.train.matrix import ItemMatrix
 from novelret.train.processes import Processes
 from novelret.train.rewards import load_reward
-from novelret.train.states import BASE, draw_batch, gather_material, with_more_labels
+from novelret.train.states import BASE, FEEDBACK, draw_batch, gather_material, with_more_labels
 from novelret.train.step import batch_loss, negative_ranks
 
 Q, CLUSTERS, SIZE, D, L, DEPTH = 200, 80, 15, 16, 5, 100
@@ -252,6 +254,17 @@ def test_a_step_of_hardly_believed_states_is_not_blown_up(weighed):
     assert example_weights(doubtful, np.zeros(len(batch.queries), dtype=bool), settings).sum() < 1e-3
 
 
+def test_judged_pairs_of_supervised_training_count_as_far_as_they_are_believed(weighed):
+    settings = config(objective="supervised-judged", gamma=0.25)
+    batch = draw_batch(weighed, settings, 0)
+    weights = example_weights(batch, is_pair(batch, settings), settings)
+    is_feedback = batch.sources == FEEDBACK
+    assert weights[is_feedback] == pytest.approx(0.25 / is_feedback.sum())
+    assert weights[~is_feedback].sum() == pytest.approx(0.75)
+    believed = batch.trust[~is_feedback]
+    assert weights[~is_feedback] == pytest.approx(0.75 * believed / believed.sum())
+
+
 def test_list_objectives_credit_items_by_their_trust(weighed):
     rewarded, credit = weighed.rewarded_of(np.array([3, 8]))
     for row, (items, values) in enumerate(zip(rewarded, credit, strict=True)):
@@ -291,7 +304,12 @@ def test_labels_that_come_later_are_believed_and_older_ones_keep_their_trust(wei
     assert grown.floor == weighed.floor
 
 
-def test_train_estimates_trust_unless_told_not_to(world, index_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("tune", "objective"), [("adapter", "pg-ret"), ("memory", "pg-ret"), ("adapter", "supervised-judged")]
+)
+def test_train_estimates_trust_unless_told_not_to(
+    tune, objective, world, index_folder, tmp_path, monkeypatch, capsys
+):
     labels = tmp_path / "labels"
     command = ["--data", world, "--index", index_folder, "--base-depth", 3, "--depth", 12, "--quiet"]
     judge = ["--judge", f"file:{world}/judgements.tsv", "--missing", "irrelevant", "--out", labels]
@@ -305,15 +323,18 @@ def test_train_estimates_trust_unless_told_not_to(world, index_folder, tmp_path,
         return trust.Trust(np.linspace(0, 1, len(material.positives), dtype=np.float32), 0.25)
 
     monkeypatch.setattr(trust, "estimate_trust", half)
-    facts, weights = [], []
+    facts, weights, keys = [], [], []
     for flag in ("--trust", "--no-trust"):
         out = tmp_path / flag
-        more = ["--labels", labels, "--tune", "adapter", "--steps", 4, flag, "--out", out, "--device", "cpu"]
+        how = ["--tune", tune, "--objective", objective, flag]
+        more = ["--labels", labels, *how, "--steps", 4, "--out", out, "--device", "cpu"]
         assert main([str(part) for part in ["train", *command, *more, "--validation-fraction", 0]]) == 0
         manifest = json.loads((out / "manifest.json").read_text())
         facts.append((manifest["facts"]["false_positive_rate"], manifest["facts"]["mean_trust"]))
         weights.append(manifest["fingerprint"])
+        keys.append([len(module.linear.weight) for module in memory_modules([*encode.load_encoder(out)])][:1])
     assert facts == [(0.25, pytest.approx(0.5)), (0.0, 1.0)]
     assert len(asked) == 1
     assert asked[0] > 0.4  # but for queries whose own item, which is left out, is nearest
     assert weights[0] != weights[1]
+    assert (keys[0] < keys[1]) == (tune == "memory")  # what is not believed is not remembered

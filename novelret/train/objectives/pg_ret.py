@@ -66,6 +66,9 @@ def inclusion(
     It moves with the policy and carries gradient, so a query need not come nearer to z than it has to leave
     what competes for z's place; a mean over ranks spreads that over many items instead of blaming one.
 
+    By this π̂ the loss of a bad item, −log(1 − π̂), would be exp((s − κ)/τ): one well inside the list would
+    drown all others of the batch. There the threshold's noise is taken to be logistic, not Gumbel.
+
     Args:
         score: (S,) s(q,z).
         near_scores: (S, M) scores of items around the policy's rank L, with gradient.
@@ -74,13 +77,10 @@ def inclusion(
         temperature: τ.
 
     Returns:
-        (S,) losses, −R log π̂ for R > 0 and −|R| log(1 − π̂) = |R| exp((s − κ)/τ) for R < 0; 0 where no item
-        counts.
+        (S,) losses, −R log π̂ for R > 0 and |R| log(1 + exp((s − κ)/τ)) for R < 0; 0 where no item counts.
     """
     counted = near_mask.sum(dim=1)
     threshold = (near_scores * near_mask).sum(dim=1) / counted.clamp_min(1)
     logit = (score - threshold) / temperature
-    # Beyond 30 the loss of a bad item is clamped, so that one of them cannot overflow the batch.
-    rate = torch.exp(logit.clamp(max=30.0))
-    loss = torch.where(reward > 0, -reward * log_included(logit), -reward * rate)
+    loss = -reward.abs() * torch.where(reward > 0, log_included(logit), logsigmoid(-logit))
     return loss.masked_fill(counted == 0, 0.0)
