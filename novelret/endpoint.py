@@ -22,6 +22,9 @@ PASSING = (
 )
 """Faults that may be gone when the request is repeated."""
 
+_UNSENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")  # what the client's transport says before sending
+_TELLING = 8  # letters from which on a secret is told apart from a word
+
 
 def check_key() -> str:
     """The API key from OPENAI_API_KEY.
@@ -49,15 +52,31 @@ def check_key() -> str:
 
 def hide_secrets(text: str) -> str:
     """A message on one line, without the API key and without anything secret in the endpoint's URL."""
+    return " ".join(_without(text, _secrets()).split())[:300]
+
+
+def without_secrets(text: str) -> str:
+    """An answer, which a gateway may have put the key into, without what is secret of the endpoint.
+
+    Secrets of a few letters, as local endpoints are content with, may be part of any word and stay.
+    """
+    return _without(text, {secret for secret in _secrets() if len(secret) >= _TELLING})
+
+
+def _without(text: str, secrets: set[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets() -> set[str]:
     parts = urlsplit(os.environ.get("OPENAI_BASE_URL", ""))
     secrets = {os.environ.get("OPENAI_API_KEY", "").strip(), parts.username or "", parts.password or ""}
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     # As the header says them.
     secrets |= {user, password} | ({_base64(f"{user}:{password}")} if user or password else set())
     secrets |= {parts.query, *(value for _, value in parse_qsl(parts.query))}
-    for secret in sorted(secrets - {""}, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return " ".join(text.split())[:300]
+    return secrets - {""}
 
 
 def _base64(text: str) -> str:
@@ -68,6 +87,13 @@ def shown_url(url: str) -> str:
     """An endpoint's URL as it may be told: without user, password and query, which may be secret."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hide_secrets(parts.path).rstrip('/')}"
+
+
+def may_be_answered(error: openai.OpenAIError) -> bool:
+    """Whether a request was sent and its answer got lost on the way, so that it may be on the bill."""
+    if not isinstance(error, openai.APIConnectionError):
+        return isinstance(error, openai.APIResponseValidationError)
+    return type(error.__cause__ or error.__context__).__name__ not in _UNSENT
 
 
 def reason_of(error: openai.OpenAIError) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+_BETWEEN_LINES = 60.0  # seconds
 
 
 class Reporter:
@@ -58,10 +62,11 @@ class Reporter:
     ) -> Iterator[Callable[[int], None]]:
         """A progress bar with rate and time left; gives a function to be told of each n done.
 
-        `status` is asked now and then for a few more words to show.
+        `status` is asked now and then for a few more words to show. Where no one watches a terminal, a line a
+        minute says the same, so that a log tells how long work goes.
         """
         if not self.is_live:
-            yield lambda _: None
+            yield self._lines(description, total, status)
             return
         with Progress(
             SpinnerColumn(),
@@ -77,6 +82,31 @@ class Reporter:
             task = progress.add_task(description, total=total)
             yield lambda n: progress.advance(task, n)
 
+    def _lines(self, description: str, total: int | None, status: Callable[[], str]) -> Callable[[int], None]:
+        begun = said = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            now = time.monotonic()
+            if now - said < _BETWEEN_LINES:
+                return
+            said, rate = now, done / (now - begun)
+            of = "" if total is None else f" of {total:,}"
+            left = (
+                ""
+                if total is None or not rate
+                else f", {timedelta(seconds=round((total - done) / rate))} left"
+            )
+            self.note(f"{description}: {done:,}{of}, {_shown(rate)}/s{left} {status()}".rstrip())
+
+        return advance
+
+
+def _shown(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
 
 class RateColumn(ProgressColumn):
     """Things done per second."""
@@ -86,7 +116,7 @@ class RateColumn(ProgressColumn):
         speed = task.finished_speed or task.speed
         if speed is None:
             return Text("")
-        return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s", style="progress.data.speed")
+        return Text(f"{_shown(speed)}/s", style="progress.data.speed")
 
 
 class _Status(ProgressColumn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email
 import json
 import random
@@ -27,7 +28,8 @@ class LoopbackJudge:
     """Answers Yes where query and item share a word; `faults` are used up one per request, in order.
 
     A fault is one of: "408", "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
-    "400", "slow", "429-for-an-hour", "no-usage", "error" (in a reply of status 200), and "filtered" and "length", replies without text. `always` is the fault of every request
+    "400", "slow", "late" (by a second), "trickle" (space by space, without end), "echo" (of the key), "429-for-an-hour",
+    "no-usage", "error" (in a reply of status 200), and "filtered" and "length", replies without text. `always` is the fault of every request
     that has none of its own. `delivered` counts the replies with a usage: what a vendor puts on the bill.
 
     `rpm` is a token bucket that holds `burst` requests; what exceeds it gets 429 with Retry-After, and where it
@@ -124,21 +126,16 @@ class LoopbackJudge:
 
     def answer(self, request: BaseHTTPRequestHandler, body: dict, fault: str | None) -> None:
         user = body["messages"][-1]["content"]
-        if fault == "slow":
-            time.sleep(0.3)
+        if fault in ("slow", "late"):
+            time.sleep(0.3 if fault == "slow" else 1.0)
         if fault in _REFUSALS:
             status, message, headers = _REFUSALS[fault]
             send(request, status, json.dumps({"error": {"message": message}}), headers)
         elif fault == "401":
             key = request.headers["Authorization"].removeprefix("Bearer ")
             send(request, 401, json.dumps({"error": {"message": f"Incorrect API key provided: {key}"}}))
-        elif fault == "cut":
-            request.send_response(200)
-            request.send_header("Content-Type", "application/json")
-            request.send_header("Content-Length", "1000")
-            request.end_headers()
-            request.wfile.write(b'{"choices": [')
-            request.close_connection = True
+        elif fault in ("cut", "trickle"):
+            send_a_part(request, fault)
         elif fault == "malformed":
             send(request, 200, '{"choices": [{"mess')
         elif fault == "html":
@@ -152,6 +149,8 @@ class LoopbackJudge:
                 self.billed[user] += 1
                 self.delivered += 1
             message, reason = {"role": "assistant", "content": verdict(user)}, "stop"
+            if fault == "echo":
+                message["content"] = f"You sent {request.headers['Authorization']}"
             if fault == "refusal":
                 message = {"role": "assistant", "content": None, "refusal": "I would rather not."}
             elif fault in ("filtered", "length"):
@@ -302,3 +301,17 @@ def send(
     request.send_header("Content-Length", str(len(data)))
     request.end_headers()
     request.wfile.write(data)
+
+
+def send_a_part(request: BaseHTTPRequestHandler, fault: str) -> None:
+    """A reply that breaks off, or that comes space by space until the other side has had enough."""
+    request.send_response(200)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", "1000")
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        request.wfile.write(b'{"choices": [')
+        for _ in range(300 if fault == "trickle" else 0):
+            request.wfile.write(b" ")
+            time.sleep(0.1)
+    request.close_connection = True

@@ -158,8 +158,10 @@ def render_plan(console: Console, plan: Any) -> None:
         f"{n:,} from {escape(source)} ({plan.known_by_source[source]:,} already judged)"
         for source, n in plan.pairs.items()
     )
-    cost = "unknown (give --price INPUT,OUTPUT)" if plan.cost is None else f"at most ${plan.cost:,.4f}"
-    how = "counted" if plan.tokens_are == "counted" else "estimated from text lengths"
+    is_counted = plan.tokens_are == "counted"
+    cost = f"{'at most' if is_counted else 'at most about'} ${plan.cost or 0:,.4f}"
+    cost = "unknown (give --price INPUT,OUTPUT)" if plan.cost is None else cost
+    how = "counted" if is_counted else "estimated from text lengths"
     console.print(f"pairs:          {pairs}")
     console.print(f"already known:  {plan.known:,} pairs")
     if plan.in_batches:

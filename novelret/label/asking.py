@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,6 @@ from novelret.progress import Reporter
 _ROWS = 20_000  # judgements written at a time
 _EXAMPLES = 3
 NOTE = "asking.json"  # what was spent on an output that is not whole yet
-_NOTED = 1.0  # seconds between notes of what was spent: what a kill may hide from the caps
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ def plan_asking(
     retry_unusable: bool,
 ) -> Plan:
     """Count what would be asked; sends nothing."""
-    tally, to_ask, in_batches, tokens = Tally(), 0, 0, 0
+    tally, in_batches = Tally(), 0
+    # Equal questions are asked once: by the first bytes of their keys, of which millions fit in memory.
+    keys, tokens = array("Q"), array("L")
     example: Messages = []
     with closing(Store(store_path)) as store, report.bar("planning", len(candidates)) as advance:
         feed = Feed(index, split, candidates, judge.render, key_function(judge.name, judge.parameters))
@@ -86,20 +87,22 @@ def plan_asking(
                 if ledger.state(question.key)[0] is not None:
                     in_batches += 1
                     continue
-                to_ask += 1
-                tokens += judge.tokens.count(question.messages)
+                keys.append(int.from_bytes(question.key[:8], "little"))
+                tokens.append(judge.tokens.count(question.messages))
         if not example:
             example = next(feed.chunks())[0].messages if len(feed) else []
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}
+    _, first = np.unique(np.array(keys, dtype=np.uint64), return_index=True)
+    to_ask, prompt_tokens = len(first), int(np.array(tokens, dtype=np.int64)[first].sum())
     return Plan(
         pairs=candidates.counts(),
         known_by_source=known,
         known=sum(known.values()),
         in_batches=in_batches,
         to_ask=to_ask,
-        prompt_tokens=tokens,
+        prompt_tokens=prompt_tokens,
         tokens_are="counted" if judge.tokens.exact else "estimated",
-        cost=judge.price.of(tokens, to_ask * judge.longest) if judge.price else None,
+        cost=judge.price.of(prompt_tokens, to_ask * judge.longest) if judge.price else None,
         example=example,
     )
 
@@ -144,7 +147,8 @@ def ask_and_write(
         Counts and cost, as they go into the manifest.
 
     Raises:
-        UserError: questions were asked, and all of them failed, and no other is answered.
+        UserError: not one question is answered, as all failed, or a cap or what else stopped the asking came
+            first.
     """
     spent, note = spent_on(earlier), out.with_name(NOTE)
     if note.is_file():
@@ -163,16 +167,17 @@ def ask_and_write(
 
         def status() -> str:
             cost = f"${tally.cost:.2f} " if judge.price and judge.price.of(1, 1) else ""
-            return f"{cost}{tally.retries} retries, {len(tally.failed)} failed {tally.note}"
+            useless = f"{tally.unusable} unusable, " if tally.unusable else ""
+            return f"{cost}{useless}{tally.retries} retries, {len(tally.failed)} failed {tally.note}"
 
         if send:
             again = judge.read if retry_unusable else None
             with (
                 report.bar(f"asking {judge.name}", len(feed), status) as show,
-                _noting(note, tally, spent_on(earlier), show) as advance,
+                _noting(note, tally, spent_on(earlier)),
             ):
-                unanswered = partial(feed.unanswered, store, tally, advance, again)
-                judge.ask(unanswered, store, tally, advance, report.note)
+                unanswered = partial(feed.unanswered, store, tally, show, again)
+                judge.ask(unanswered, store, tally, show, report.note)
         counts, examples, queries_judged = _write(judge, index, split, feed, store, tally, out)
     judged = sum(counts.values())
     if tally.failed and not judged and not may_be_empty:
@@ -181,6 +186,9 @@ def ask_and_write(
             f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: "
             f"{reason}); see to that and run the same command again"
         )
+    if tally.stopped and tally.stopped != tally.hopeless and not judged and not may_be_empty:
+        fault = f" (the last fault: {tally.fault})" if tally.fault else ""
+        raise UserError(f"{judge.name}: nothing is judged, {tally.stopped}{fault}")
     usable = judged - counts[VERDICTS[UNKNOWN]]
     if tally.stopped and tally.stopped == tally.hopeless and not usable and not may_be_empty:
         raise UserError(
@@ -237,35 +245,25 @@ def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _noting(
-    path: Path, tally: Tally, counted: dict[str, Any], advance: Callable[[int], None]
-) -> Iterator[Callable[[int], None]]:
-    """Write down what is spent while it is: a run that is killed goes on from there, and its caps hold.
+def _noting(path: Path, tally: Tally, counted: dict[str, Any]) -> Iterator[None]:
+    """Write down what is spent, before it is: a run that is killed goes on from there, and its caps hold.
 
     Args:
-        path: the note; it holds what was spent on top of `counted`.
-        tally: of this run.
+        path: the note; it holds what was spent on top of `counted`, and what is under way at its worst.
+        tally: of this run; its `save` writes the note.
         counted: requests and dollars that the next run will know of anyway.
-        advance: called as it is.
     """
     before = {"requests": tally.earlier_requests, "cost": tally.earlier_cost}
-    noted = time.monotonic()
 
     def note() -> None:
-        spent = _sum(before, {"requests": tally.requests, "cost": tally.cost})
+        now = {"requests": tally.requests + tally.in_flight, "cost": tally.cost + tally.in_flight_cost}
+        spent = _sum(before, now)
         with suppress(OSError):  # a full disk, which stops the asking when the answers are to be stored
             write_json(path, {name: value - counted[name] for name, value in spent.items()})
 
-    def advance_and_note(count: int) -> None:
-        nonlocal noted
-        advance(count)
-        if time.monotonic() - noted >= _NOTED:
-            note()
-            noted = time.monotonic()
-
     tally.save = note
     try:
-        yield advance_and_note
+        yield
     finally:
         note()
 

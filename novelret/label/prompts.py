@@ -72,9 +72,9 @@ PROMPTS = {
     "user-product": Prompt(
         "user-product",
         _SHOPPING_EXPERT + _GUARD,
-        "A user is browsing Amazon.com for the following products:\n{query}\n"
+        'A user is browsing Amazon.com for the following products:\n"{query}"\n'
         "Is this a relevant product that targets the same scientific interest?\n"
-        'Recommendation: {item}\nProvide a brief reasoning and then the final answer within "Yes/No" tag.',
+        'Recommendation: "{item}"\nProvide a brief reasoning and then the final answer within "Yes/No" tag.',
         answer="tag",
         max_tokens=300,
     ),
@@ -161,7 +161,7 @@ def tame(text: str) -> str:
     return " ".join(visible.translate(_FORGING).split())[:MAX_TEXT]
 
 
-_FORGING = {ord(c): "'" for c in '"“”„‟«»'} | {ord(c): " " for c in "<>[]{}`|"}
+_FORGING = {ord(c): "'" for c in '"“”„‟«»‹›❝❞❮❯〝〞〟「」『』《》′″˝'} | {ord(c): " " for c in "<>[]{}`|"}
 _FORGING_BYTES = bytes.maketrans(b'"<>[]{}`|', b"'        ")
 _tame_query = lru_cache(maxsize=1024)(tame)  # a query's pairs come one after another
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ CHUNK = 2_000
 """Questions rendered in one go: few enough that requests under way do not wait for it."""
 
 _FIRST = 50  # answers of a run in which one that can be read should be found
+_RECENT, _USELESS = 200, 160  # so many of the last answers that cannot be read end the asking, too
 
 Messages = list[dict[str, str]]
 Reader = Callable[[str], tuple[int, float | None]]
@@ -56,6 +58,7 @@ class Tally:
         cost: dollars, 0 where the price is not known.
         retries: requests repeated after a passing fault.
         failed: key of a question → why it got no answer.
+        fault: the last thing that went wrong with a request, in words.
         under_way: keys of questions that are being asked now, or whose answer is not stored yet.
         settled: keys that were answered in this run and are not asked again in it, come what may.
         stopped: why asking stopped early, if it did.
@@ -64,9 +67,12 @@ class Tally:
         earlier_cost: of the same, in dollars.
         caps: how far to go.
         run: identity of the output that is made; what it submits in batches is on its bill.
-        usable: whether an answer could be read in this run.
-        unusable: answers that could not, as long as none could.
-        hopeless: why nothing more is to be asked: none of the first answers could be read.
+        in_flight: requests that are sent and not back; a kill leaves it open whether they are paid for.
+        in_flight_cost: dollars that these may cost at most.
+        usable: answers of this run that could be read.
+        unusable: answers that could not.
+        recent: whether each of the last answers could.
+        hopeless: why nothing more is to be asked: hardly an answer can be read.
         halt: set from another thread to have asking end once the requests under way are back.
         save: writes down what was spent, so that a kill does not hide it from the caps.
     """
@@ -77,6 +83,7 @@ class Tally:
     cost: float = 0.0
     retries: int = 0
     failed: dict[bytes, str] = field(default_factory=dict)
+    fault: str = ""
     under_way: set[bytes] = field(default_factory=set)
     settled: set[bytes] = field(default_factory=set)
     stopped: str | None = None
@@ -85,8 +92,11 @@ class Tally:
     earlier_cost: float = 0.0
     caps: Caps = field(default_factory=Caps)
     run: str = ""
-    usable: bool = False
+    in_flight: int = 0
+    in_flight_cost: float = 0.0
+    usable: int = 0
     unusable: int = 0
+    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT))
     hopeless: str | None = None
     halt: Event = field(default_factory=Event)
     save: Callable[[], None] = lambda: None
@@ -97,19 +107,27 @@ class Tally:
         return self.caps.reached(requests, self.earlier_cost + self.cost + cost)
 
     def look_at(self, text: str, usable: bool, *, cut: bool = False) -> None:
-        """Take note of an answer; where none of the first can be read, asking is hopeless.
+        """Take note of an answer; where none of the first can be read, or few of the last, give up.
 
         Args:
             text: the answer.
             usable: whether it can be read.
             cut: whether the limit on its length ended it.
         """
-        self.usable = self.usable or usable
-        self.unusable += not self.usable
-        if not self.usable and self.unusable == _FIRST:
-            example = f"for instance {text[:120]!r}" if text else "for instance one without any text"
-            remedy = "; give the prompt a higher max_tokens, in a file of your own" if cut or not text else ""
-            self.hopeless = f"none of the first {_FIRST} answers is usable, {example}{remedy}"
+        self.usable += usable
+        self.unusable += not usable
+        self.recent.append(usable)
+        useless = len(self.recent) - sum(self.recent)
+        if usable or self.hopeless or not (useless == len(self.recent) == _FIRST or useless >= _USELESS):
+            return
+        which = (
+            "none of the first"
+            if not self.usable
+            else f"but for {len(self.recent) - useless}, none of the last"
+        )
+        example = f"for instance {text[:120]!r}" if text else "for instance one without any text"
+        remedy = "; give the prompt a higher max_tokens, in a file of your own" if cut or not text else ""
+        self.hopeless = f"{which} {len(self.recent)} answers is usable, {example}{remedy}"
 
     def bill(
         self,

@@ -273,7 +273,10 @@ def test_another_endpoint_does_not_know_the_batch(ask):
     with LoopbackJudge() as server:
         code, _, err = ask(server)
         assert (code, len(err.strip().splitlines())) == (2, 1)
-        assert "does not know batch_0" in err
+        assert "does not know batch_0, submitted before with 120 questions" in err
+        # It is in nobody else's way.
+        code, facts, err = ask(server, "--prompt", "query-document", out="other")
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120), err
 
 
 def test_caps_count_what_is_under_way(ask):

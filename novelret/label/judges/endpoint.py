@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from novelret.endpoint import without_secrets
+
 
 def parameters_for(model: str, max_tokens: int) -> dict[str, Any]:
     """Sampling parameters: greedy and short; reasoning models take neither a temperature nor max_tokens."""
@@ -21,6 +23,8 @@ def longest_answer(parameters: dict[str, Any]) -> int:
 def text_of(response: Any) -> str:
     """A chat completion's text, or the refusal's; empty where a filter or the token limit left none.
 
+    Without anything secret of the endpoint, as it is kept and shown.
+
     Raises:
         ValueError: it holds no message at all.
     """
@@ -29,12 +33,13 @@ def text_of(response: Any) -> str:
         raise ValueError(str(error.get("message", error) if isinstance(error, dict) else error))
     choices = getattr(response, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        raise ValueError(f"no choices in {str(response)[:80]!r}")
+        raise ValueError(f"no choices in {without_secrets(str(response))[:80]!r}")
     message = choices[0].message
     text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
     if isinstance(text, list) and all(isinstance(part, dict) and "text" in part for part in text):
         text = "".join(str(part["text"]) for part in text)  # in parts, as some endpoints send it
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+    text = without_secrets(text)
     return text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be stored nowhere
 
 
@@ -47,5 +52,5 @@ def is_cut(response: Any) -> bool:
 def tokens_of(usage: Any) -> tuple[int | None, int | None]:
     """Prompt and completion tokens of a reply; None where the endpoint does not tell."""
     told = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
-    prompt, completion = (value if isinstance(value, int) else None for value in told)
+    prompt, completion = (value if isinstance(value, int) and value >= 0 else None for value in told)
     return prompt, completion

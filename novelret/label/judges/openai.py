@@ -13,7 +13,15 @@ import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from novelret.artifacts import fsync_file
-from novelret.endpoint import FATAL, PASSING, check_key, hide_secrets, reason_of, shown_url
+from novelret.endpoint import (
+    FATAL,
+    PASSING,
+    check_key,
+    hide_secrets,
+    may_be_answered,
+    reason_of,
+    shown_url,
+)
 from novelret.errors import UserError
 from novelret.label.claims import Claims
 from novelret.label.cost import Price
@@ -25,6 +33,7 @@ from novelret.label.store import Answer, Store
 from novelret.label.table import UNKNOWN
 
 _ATTEMPTS = 8
+_PAID_ATTEMPTS = 4  # of a question whose answers got lost, which may be paid for each time
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
@@ -70,7 +79,7 @@ def ask_all(
 ) -> None:
     """Ask every question and store every answer at once; faults that pass are tried again.
 
-    On Ctrl-C, requests under way are finished and stored, then KeyboardInterrupt is raised.
+    On Ctrl-C or SIGTERM, requests under way are finished and stored, then KeyboardInterrupt is raised.
 
     Args:
         questions: what to ask; read only as far as requests can be sent. None lets others have a turn.
@@ -86,7 +95,7 @@ def ask_all(
 
     Raises:
         UserError: the key, the model or the endpoint is refused, or the endpoint answers nothing at all.
-        KeyboardInterrupt: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     store.relax()
     with Claims(store) as claims:
@@ -116,11 +125,12 @@ async def _ask_all(
         interrupted = asking.ending = True
         asking.say(f"finishing {len(asking.tally.under_way)} requests under way; Ctrl-C again leaves at once")
 
-    handles_signals = True
+    signals = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and how docker, slurm and `timeout` end a process
     try:
-        loop.add_signal_handler(signal.SIGINT, interrupt)
+        for number in signals:
+            loop.add_signal_handler(number, interrupt)
     except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not Unix
-        handles_signals = False
+        signals = []
     try:
         async with _client(asking) as client:
             workers += [
@@ -132,8 +142,8 @@ async def _ask_all(
             done = await asyncio.gather(*workers, return_exceptions=True)
             syncing.cancel()
     finally:
-        if handles_signals:
-            loop.remove_signal_handler(signal.SIGINT)
+        for number in signals:
+            loop.remove_signal_handler(number)
     for result in done:
         if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
             raise result
@@ -161,11 +171,13 @@ class _Fault:
         reason: in words.
         silence: seconds that the endpoint asks for.
         later: whether it comes of an endpoint that works, and only says "later".
+        paid: whether there may have been an answer, which is on the bill.
     """
 
     reason: str
     silence: float | None = None
     later: bool = False
+    paid: bool = False
 
 
 @dataclass
@@ -231,8 +243,11 @@ class _Asking:
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
             self.failed_in_a_row = 0
-            if not self.tally.usable:  # answers are read later; until one could be, it matters now
-                self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
+            self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
+        self.bill(question, prompt, completion)
+
+    def bill(self, question: Question, prompt: int | None = None, completion: int | None = None) -> None:
+        """Count a reply, or one that may have been; it costs the most it can where no tokens are told."""
         price = self.limits.price
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
         self.tally.bill(prompt, completion, price, counted, longest_answer(self.parameters))
@@ -361,7 +376,14 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
             await _sleep_until(asking, asking.pace.silent_until)
             if asking.stopping:
                 return  # it stays unanswered and is asked next time
-            fault = await _send(asking, client, question)
+            asking.tally.in_flight += 1
+            asking.tally.in_flight_cost += worst
+            asking.tally.save()  # before it is spent: a kill does not hide it
+            try:
+                fault = await _send(asking, client, question)
+            finally:
+                asking.tally.in_flight -= 1
+                asking.tally.in_flight_cost -= worst
         finally:
             asking.release(worst)
         if fault is None:
@@ -371,9 +393,11 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
             asking.tally.stopped = f"the endpoint asks to wait {(fault.silence or 0) / 60:.0f} minutes"
             return
         asking.tally.retries += 1
+        asking.tally.fault = fault.reason
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
-        if (fault.silence is None and attempt >= _ATTEMPTS) or clock() - begun > _PATIENCE:
+        most = _PAID_ATTEMPTS if fault.paid else _ATTEMPTS
+        if (fault.silence is None and attempt >= most) or clock() - begun > _PATIENCE:
             asking.fail(question, f"{attempt} attempts, last {fault.reason}")
             return
         await _wait(asking, attempt, fault.silence)
@@ -383,9 +407,14 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
     """One request; None when the question is done with."""
     messages: Any = question.messages  # plain dictionaries, where the client's types want its own
     try:
-        response = await client.chat.completions.create(
-            model=asking.model, messages=messages, **asking.parameters
-        )
+        # The client's own timeout, which may be a little earlier, begins anew with every byte.
+        async with asyncio.timeout(asking.limits.timeout + 1):
+            response = await client.chat.completions.create(
+                model=asking.model, messages=messages, **asking.parameters
+            )
+    except TimeoutError:
+        asking.bill(question)
+        return _Fault(f"no answer within --timeout {asking.limits.timeout:g}", paid=True)
     except FATAL as error:
         raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
     except PASSING as error:
@@ -393,7 +422,10 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
             raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
         silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
         later = silence is not None or isinstance(error, openai.RateLimitError)
-        return _Fault(reason_of(error), silence, later)
+        paid = may_be_answered(error)
+        if paid:
+            asking.bill(question)
+        return _Fault(reason_of(error), silence, later, paid)
     except openai.APIStatusError as error:
         if error.status_code == _TIMED_OUT:
             return _Fault(reason_of(error))
@@ -401,8 +433,8 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         asking.fail(question, hide_secrets(str(error)))
         return None
     except ValueError as error:  # a body that is not JSON
-        asking.tally.bill(None, None, None)  # a reply all the same
-        return _Fault(f"malformed answer: {hide_secrets(str(error))}")
+        asking.bill(question)  # a reply all the same
+        return _Fault(f"malformed answer: {hide_secrets(str(error))}", paid=True)
     usage = getattr(response, "usage", None)
     try:
         text = text_of(response)
@@ -411,7 +443,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
             asking.receive(question, None, usage)
         else:
             asking.tally.bill(None, None, None)
-        return _Fault(f"malformed answer: {hide_secrets(str(error))}")
+        return _Fault(f"malformed answer: {hide_secrets(str(error))}", paid=usage is not None)
     asking.receive(question, text, usage, cut=is_cut(response))
     return None
 

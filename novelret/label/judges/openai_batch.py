@@ -153,7 +153,12 @@ def _collect(run: _Run) -> None:
     settled, refused = 0, ""
     _take_note(run)  # of what others settled
     for submission in submissions:
-        batch = _batch_of(run, submission)
+        try:
+            batch = _batch_of(run, submission)
+        except UserError:
+            if submission.run == run.tally.run or submission.id in run.waiting_for:
+                raise
+            continue  # of another run, which holds none of this one's questions; see `_to_submit`
         if batch is None:
             # The list of batches does not hold it: it never arrived, so it is sent anew.
             run.ledger.drop(submission.id)
@@ -196,7 +201,8 @@ def _batch_of(run: _Run, submission: Submission) -> Batch | None:
         except openai.NotFoundError:
             raise UserError(
                 f"openai-batch:{run.model}: this endpoint does not know {submission.batch}, submitted "
-                "before; use its endpoint and key, or another --store to go on without it"
+                f"before with {submission.requests:,} questions; use its endpoint and key, or another "
+                "--store to go on without it and what else is stored"
             ) from None
     batch = _find(run, submission.id)
     if batch is not None:
