@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -46,7 +47,7 @@ from novelret.train.validation import (
     pareto,
 )
 from tests.commands import run
-from tests.conftest import make_encoder
+from tests.conftest import make_encoder, write_jsonl
 from tests.killing import break_off_at, start
 from tests.loopback import LoopbackJudge
 from tests.train.conftest import SHORT, weights_of
@@ -359,12 +360,17 @@ def test_what_a_checkpoint_or_an_export_was_trained_on_is_known(
     (kept,) = (tmp_path / "model" / "checkpoints").iterdir()
     export = ["export", "--model", kept, "--format", "st", "--out", tmp_path / "served"]
     assert run(capsys, *export)[0] == 0
-    evaluate = ["eval", "--data", world, "--index", index_folder, "--split", "train", "--base-depth", 3, "--k", 3,
-                "--model", f"kept={kept}", "--model", f"served={tmp_path / 'served'}"]  # fmt: skip
-    code, _, err = run(capsys, *evaluate, "--out", tmp_path / "report")
-    assert code == 0, err
-    for name in ("kept", "served"):
-        assert f"{name} was trained on all of these" in err
+    # However they are written.
+    shouted = shutil.copytree(world, tmp_path / "shouted")
+    queries = [json.loads(line) for line in (world / "queries.jsonl").read_text().splitlines()]
+    write_jsonl(shouted / "queries.jsonl", [row | {"text": f" {row['text'].upper()}  "} for row in queries])
+    for data in (world, shouted):
+        evaluate = ["eval", "--data", data, "--index", index_folder, "--split", "train", "--base-depth", 3, "--k", 3,
+                    "--model", f"kept={kept}", "--model", f"served={tmp_path / 'served'}"]  # fmt: skip
+        code, _, err = run(capsys, *evaluate, "--out", tmp_path / f"report-{data.name}")
+        assert code == 0, err
+        for name in ("kept", "served"):
+            assert f"{name} was trained on all of these" in err
     other = [
         "index",
         "--data",
