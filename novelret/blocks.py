@@ -95,7 +95,7 @@ def top_k(
                 torch.nn.functional.pad(rows, (0, short), value=-1),
                 torch.nn.functional.pad(scores, (0, short), value=-torch.inf),
             )
-            rows, scores = (from_all(x, shard).movedim(0, 1).flatten(1) for x in (rows, scores))
+            rows, scores = (from_all(x).movedim(0, 1).flatten(1) for x in (rows, scores))
             top = torch.topk(scores, k, dim=1)
             rows, scores = rows.gather(1, top.indices), top.values
     if scores.shape[1] < k or bool(torch.isneginf(scores[:, -1]).any()):

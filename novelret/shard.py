@@ -15,17 +15,13 @@ class Shard:
 
     Attributes:
         first: catalog row of its first item, a multiple of the sampler's CELL.
-        total: items in the whole catalog.
-        group: the processes that hold the rest; None for the default group.
     """
 
     first: int
-    total: int
-    group: dist.ProcessGroup | None = None
 
 
-def from_all(local: Tensor, shard: Shard) -> Tensor:
+def from_all(local: Tensor) -> Tensor:
     """Tensors of one shape from all processes, stacked in a new first dimension."""
-    parts = [torch.empty_like(local).contiguous() for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, local.contiguous(), shard.group)
+    parts = [torch.empty_like(local).contiguous() for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
     return torch.stack(parts)

@@ -184,9 +184,9 @@ class Writer:
             self._excluded[split] = self._open(f"excluded/{split}.tsv", _HEADER)
         self._excluded[split].write(f"{query_id}\t{item_id}\t1\n")
 
-    def drop(self, reason: str, count: int = 1) -> None:
+    def drop(self, reason: str) -> None:
         """Count what is left out."""
-        self.dropped[reason] += count
+        self.dropped[reason] += 1
 
     def _open(self, name: str, header: str = "") -> TextIO:
         path = self._folder / name

@@ -149,7 +149,7 @@ def evaluate_models(
         per_query = {
             name: per_query_figures(name, of, deployed, split, known, config) for name, of in lists.items()
         }
-        means = {name: mean_figures(name, per_query[name], lists[name], config, len(index)) for name in lists}
+        means = {name: mean_figures(per_query[name], lists[name], config, len(index)) for name in lists}
         judged = None if config.judge is None else judged_share(lists, deployed)
         _warn_of_weak_figures(config, means, report)
         if judged is not None:

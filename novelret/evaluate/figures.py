@@ -84,7 +84,7 @@ def per_query_figures(
 
 
 def mean_figures(
-    name: str, figures: dict[str, np.ndarray], lists: Lists, config: EvalConfig, catalog_size: int
+    figures: dict[str, np.ndarray], lists: Lists, config: EvalConfig, catalog_size: int
 ) -> dict[str, float]:
     """Mean of every metric over queries; what no query has a figure for is left out."""
     means = {metric: _mean(values) for metric, values in figures.items()}

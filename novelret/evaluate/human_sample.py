@@ -19,7 +19,7 @@ from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
 _HEADER = "query-id\tcorpus-id\tscore\tquery\titem\n"
 
 
-def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, catalog: Catalog) -> int:
+def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, catalog: Catalog) -> None:
     """Draw (query, item) pairs from all lists, each as likely as any other, and write them in random order.
 
     Args:
@@ -28,9 +28,6 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
         size: how many pairs; all where there are fewer.
         split: the queries.
         catalog: the items.
-
-    Returns:
-        How many pairs were drawn.
     """
     pairs = np.empty(0, dtype=np.int64)
     for rows in lists:
@@ -45,7 +42,6 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
         ):
             shown = "\t".join(" ".join(words.split()) for words in (split.query_texts[query], text))
             file.write(f"{split.query_ids[query]}\t{item_id}\t\t{shown}\n")
-    return len(drawn)
 
 
 def read_sample(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:

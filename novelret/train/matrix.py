@@ -102,7 +102,7 @@ class ItemMatrix:
         if self.shard is None:
             return _Asked(queries, excluded, places, slice(None))
         most = torch.tensor([len(queries)], device=queries.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, self.shard.group)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
         short = int(most) - len(queries)
         # Padding queries are 0: any draw will do for them, as nobody looks at it.
         padded = (
@@ -110,8 +110,8 @@ class ItemMatrix:
             pad(excluded, (0, 0, 0, short), value=-1),
             pad(places, (0, short)),
         )
-        first = dist.get_rank(self.shard.group) * int(most)
-        asked, left_out, at = (from_all(part, self.shard).flatten(0, 1) for part in padded)
+        first = dist.get_rank() * int(most)
+        asked, left_out, at = (from_all(part).flatten(0, 1) for part in padded)
         return _Asked(asked, left_out, at, slice(first, first + len(queries)))
 
 
@@ -150,7 +150,7 @@ def open_matrix(embeddings: np.ndarray, device: str, report: Reporter | None = N
         for rank in (dist.get_rank(), dist.get_rank() + 1)
     )
     held = _on_device(embeddings[first:last], device, report)
-    return ItemMatrix(embeddings, held, Shard(first, len(embeddings)))
+    return ItemMatrix(embeddings, held, Shard(first))
 
 
 def _on_device(embeddings: np.ndarray, device: str, report: Reporter) -> Items:

@@ -59,9 +59,9 @@ def moments(
         log_z = highest + torch.log(total)
         mean = mean / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
         if shard is not None:
-            everyone = torch.logsumexp(from_all(log_z, shard), dim=0)
+            everyone = torch.logsumexp(from_all(log_z), dim=0)
             mean *= torch.exp(log_z - everyone)[:, None].nan_to_num()
-            dist.all_reduce(mean, group=shard.group)
+            dist.all_reduce(mean)
             log_z = everyone
     empty = torch.isneginf(log_z)
     if bool(empty.any()):

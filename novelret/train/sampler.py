@@ -123,8 +123,8 @@ def draw_with_replacement(
         best.rows[query, place] = part.first + inside * PART + item
         best.logits[query, place] = part.logits[query, inside, item].double() + part.shift[query, 0]
     if shard is not None:
-        log_z = torch.logsumexp(from_all(log_z, shard), dim=0)
-        everyone = _Best(*(from_all(x, shard) for x in (best.values, best.rows, best.logits)))
+        log_z = torch.logsumexp(from_all(log_z), dim=0)
+        everyone = _Best(*(from_all(x) for x in (best.values, best.rows, best.logits)))
         winner = everyone.values.argmax(dim=0, keepdim=True)
         best = _Best(*(x.gather(0, winner)[0] for x in (everyone.values, everyone.rows, everyone.logits)))
     _check_log_partition(log_z)
@@ -173,10 +173,8 @@ def draw_without_replacement(
             query[found], _Best(perturbed[found, column], rows[found, column], logits[found, column])
         )
     if shard is not None:
-        log_z = torch.logsumexp(from_all(log_z, shard), dim=0)
-        everyone = (
-            from_all(x, shard).movedim(0, 1).flatten(1) for x in (best.values, best.rows, best.logits)
-        )
+        log_z = torch.logsumexp(from_all(log_z), dim=0)
+        everyone = (from_all(x).movedim(0, 1).flatten(1) for x in (best.values, best.rows, best.logits))
         best = _Best(*everyone).largest(n)
     _check_log_partition(log_z)
     short = torch.isneginf(best.values[:, -1])

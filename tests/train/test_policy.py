@@ -210,7 +210,7 @@ def _one_of_two(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     sampler.CELL, sampler.PART = 4, 2
     first = rank * 20
-    shard = Shard(first, 37)
+    shard = Shard(first)
     mine = ITEMS[first : first + 20]
     for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
         drawn = draw(QUERIES, mine, 6, key(range(4)), TAU, EXCLUDED, shard=shard)
