@@ -71,7 +71,7 @@ def append_items(
     report = report or Reporter()
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
-    check_output(out, force=force)
+    check_output(out, force=force, kind="index")
     folder = Path(config.append)
     if folder.resolve() == out.resolve() and not folder.exists() and put_aside(folder).is_dir():
         folder = put_aside(folder)  # a kill came while the appended INDEX took its place

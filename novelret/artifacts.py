@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -141,6 +141,14 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     return Manifest(**known)
 
 
+def _kind_of(folder: Path) -> str | None:
+    """The kind of an artifact; None where its manifest is broken, and it may as well be replaced."""
+    with contextlib.suppress(UserError):
+        found = read_json(folder / MANIFEST)
+        return found.get("kind") if isinstance(found, dict) else None
+    return None
+
+
 def is_kind(folder: Path, kind: str) -> bool:
     """Whether a folder holds a finished artifact of a kind."""
     found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
@@ -165,12 +173,20 @@ def writable(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 
 
-def check_output(out: Path, *, force: bool) -> None:
+def check_output(out: Path, *, force: bool, kind: str | None = None, inputs: Iterable[str] = ()) -> None:
     """Refuse an output that exists, before any work is done.
 
+    Args:
+        out: the folder to make.
+        force: replace what is there.
+        kind: of artifact to make; another kind is not replaced.
+        inputs: what the command reads, as its options name it (PATH, NAME=PATH or KIND:PATH); nothing of
+            that is replaced either.
+
     Raises:
-        UserError: `out` exists and `force` is off, `out` is something novelret did not make, or it cannot
-            be looked at; or it is the working folder, which a process cannot replace under itself.
+        UserError: `out` exists and `force` is off, `out` is something novelret did not make, of another kind
+            or an input, or it cannot be looked at; or it is the working folder, which a process cannot
+            replace under itself.
     """
     with writable(out):
         if not out.exists():
@@ -184,6 +200,15 @@ def check_output(out: Path, *, force: bool) -> None:
         raise UserError(
             f"{out}: was not made by novelret, so --force does not replace it; remove it yourself"
         )
+    found = None if empty else _kind_of(out)
+    if kind is not None and found not in (kind, None):
+        raise UserError(
+            f"{out}: is {_named(found)}, which --force does not replace by {_named(kind)}; give another --out"
+        )
+    for given in inputs:
+        paths = (given, given.partition("=")[2], given.partition(":")[2])
+        if any(out.resolve() in (Path(p).resolve(), *Path(p).resolve().parents) for p in paths if p):
+            raise UserError(f"{out}: holds {given}, which this command reads; give another --out")
 
 
 @contextlib.contextmanager

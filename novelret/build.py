@@ -28,6 +28,7 @@ from novelret.artifacts import (
     write_json,
     write_manifest,
 )
+from novelret.blocks import read_rows
 from novelret.data.catalog import Catalog, id_ranks, open_catalog, reorder_catalog, write_catalog
 from novelret.data.source import fingerprint_part, read_part
 from novelret.deployed import Source, ids_of, open_embeddings, open_faiss, rows_in_order
@@ -37,6 +38,8 @@ from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
 
 _TRAIN_ROWS_PER_CENTROID = 64
+_PROBED, _NEIGHBOURS = 256, 16  # imported items whose texts are encoded, and how many of them are consecutive
+_STRANGE = 0.1  # share of these nearest to their own text below which it is told
 _COPY_ROWS = 65_536  # at a time
 _RECALL_QUERIES, _RECALL_DEPTH = 256, 50  # an approximate index is measured on, and in their top
 _LOW_RECALL = 0.9  # below it, of the exact top items, the index is warned of
@@ -86,7 +89,8 @@ def build_index(
     """
     report = report or Reporter()
     _check_options(config)
-    check_output(out, force=force)
+    read = (config.model, config.query_model, config.embeddings, config.faiss, config.ids)
+    check_output(out, force=force, kind="index", inputs=[path for path in read if path])
     corpus = fingerprint_part(config.data, "corpus")
     device = encode.pick_device(config.device)
     if config.ids and not Path(config.ids).is_file():
@@ -118,6 +122,7 @@ def build_index(
         catalog = open_catalog(folder / "items.arrow")
         if source:
             _copy_embeddings(source, config, folder, encode.is_normalized(query_model), report)
+            _warn_of_strangers(source, query_model, catalog, folder, config.batch_size, report)
         else:
             encode_catalog(items_model, catalog, folder, config.dtype, config.batch_size, report)
         query_model.save(str(folder / "query_encoder"), create_model_card=False)
@@ -275,6 +280,35 @@ def _copy_embeddings(
 
     shape = (source.rows, source.dimension)
     _fill_matrix(copied, shape, config.dtype, _COPY_ROWS, folder, report, "copying embeddings")
+
+
+def _warn_of_strangers(
+    source: Source,
+    model: SentenceTransformer,
+    catalog: Catalog,
+    folder: Path,
+    batch_size: int,
+    report: Reporter,
+) -> None:
+    """Say where imported embeddings seem to belong to other items: rows shifted by one, ids of another file.
+
+    Each of some items' texts should be nearest to its own embedding among theirs, also for a query encoder.
+    They are neighbours in groups, so that a shift is seen where neighbours are alike.
+    """
+    if encode.is_api(model) or len(catalog) < _PROBED:
+        return
+    firsts = np.linspace(0, len(catalog) - _NEIGHBOURS, _PROBED // _NEIGHBOURS).astype(np.int64)
+    rows = np.unique(firsts[:, None] + np.arange(_NEIGHBOURS))
+    texts = encode.encode_items(model, list(catalog.texts_at(rows)), batch_size)
+    own = read_rows(np.load(folder / "embeddings.npy", mmap_mode="r"), rows)
+    lengths = np.linalg.norm(own, axis=1, keepdims=True)
+    scores = texts @ (own / np.where(lengths > 0, lengths, 1)).T
+    nearest = float((np.diag(scores) >= scores.max(axis=1) - 1e-6).mean())
+    if nearest < _STRANGE:
+        report.warn(
+            f"{source.name}: of {len(rows)} items only {nearest:.0%} are nearest to their own text as "
+            "--model encodes it; do these rows, --ids and --model belong together?"
+        )
 
 
 def _fill_matrix(

@@ -68,7 +68,8 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
         raise
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: the model cannot be read ({reason})") from None
+        missing = "" if is_path else "is no folder here, and "
+        raise UserError(f"{path}: {missing}the model cannot be read ({reason})") from None
     if str(model.similarity_fn_name) not in ("cosine", "dot"):
         raise UserError(
             f"{path}: compares by {model.similarity_fn_name} distance, novelret by cosine or dot product; if "

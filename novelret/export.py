@@ -90,7 +90,7 @@ def export_model(
     if form == "npz":
         _check_file(out, force=force)
     else:
-        check_output(out, force=force)
+        check_output(out, force=force, kind="export", inputs=[str(model)])
     encoder = encode.load_encoder(model, "cpu").eval()
     keys = 0
     if form == "npz":

@@ -145,7 +145,7 @@ def base_lists(
     """
     report = report or Reporter()
     if depth > len(index):
-        raise UserError(f"depth {depth} is more than the catalog's {len(index)} items; lower it")
+        raise UserError(f"--depth {depth}: more than the catalog's {len(index)} items; lower it")
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
     kept = kept_lists(cache, depth)
     if kept is None:

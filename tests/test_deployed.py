@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from novelret import build
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.data.split import load_split
@@ -106,6 +107,25 @@ def test_the_same_order_and_float16(world, encoder, index_folder, tmp_path):
     )
     assert index.embeddings.dtype == np.float16
     assert np.array_equal(index.embeddings, whole.embeddings.astype(np.float16))
+
+
+def test_embeddings_of_other_items_are_warned_of(world, encoder, index_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_PROBED", 32)
+    monkeypatch.setattr(build, "_NEIGHBOURS", 8)
+    index = open_index(index_folder)
+    own, ids = np.array(index.embeddings), write_ids(tmp_path / "ids.txt", index.catalog.ids.to_pylist())
+    given = {
+        "own": own,
+        "shifted": np.roll(own, 1, axis=0),
+        "noise": np.random.default_rng(0).normal(size=own.shape),
+    }
+    for name, matrix in given.items():
+        matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+        np.save(tmp_path / f"{name}.npy", matrix.astype(np.float32))
+        report = Reporter()
+        imported(world, encoder, tmp_path / name, report, embeddings=tmp_path / f"{name}.npy", ids=ids)
+        told = [text for text in report.warnings if "nearest to their own text" in text]
+        assert len(told) == (name != "own"), (name, report.warnings)
 
 
 def test_goes_on_after_a_kill(world, encoder, deployed, ids, index_folder, tmp_path, monkeypatch):

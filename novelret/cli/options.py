@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -56,10 +57,24 @@ def show_result(result: dict[str, Any], *, as_json: bool, render: Callable[[Cons
     """Print a command's result on stdout: as one JSON object, or rendered for people."""
     if not is_first_process():
         return
-    if as_json:
-        typer.echo(json.dumps(result, default=str))
-    else:
-        render(Console(emoji=False))
+    try:
+        if as_json:
+            typer.echo(json.dumps(result, default=str))
+        else:
+            render(_Output(emoji=False))
+    except BrokenPipeError:
+        _leave_pipe()
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Not as rich does, which makes a failure of it."""
+        _leave_pipe()
+
+
+def _leave_pipe() -> None:
+    """Whoever read the result has read enough; the work is done, and written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave_batches(artifact: str, waiting: BatchesUnderWay, *, as_json: bool) -> typer.Exit:
@@ -80,12 +95,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    values = _read_yaml(path)
     command = str(context.info_name)
     if isinstance(values, dict) and isinstance(values.get(command), dict):
         values = values[command]
@@ -111,11 +121,45 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     for key in repeated & given.keys():
         if given[key] is not None:
             given[key] = given[key] if isinstance(given[key], list) else [given[key]]
-    context.default_map = {
-        **(context.default_map or {}),
-        **{str(names[key]): value for key, value in given.items()},
-    }
+    found = {str(names[key]): value for key, value in given.items()}
+    _check_values(context, path, found)
+    context.default_map = {**(context.default_map or {}), **found}
     return path
+
+
+class _OnceOnly(yaml.SafeLoader):
+    """YAML whose keys stand once in a mapping: the last of two would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[Any] = []
+        for key, _ in node.value:
+            keys.append(self.construct_object(key, deep=True))
+            if keys[-1] in keys[:-1]:
+                again = f"{keys[-1]!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, again, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        with path.open(encoding="utf-8") as file:  # which is named in what is said of it
+            return yaml.load(file, _OnceOnly)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+
+
+def _check_values(context: typer.Context, path: Path, found: dict[str, Any]) -> None:
+    """Refuse a value that is none of its option's, which typer would lay at the command line's door."""
+    for parameter in context.command.params:
+        value = found.get(str(parameter.name))
+        try:
+            if value is not None:
+                parameter.process_value(context, value)
+        except Exception as error:
+            said = " ".join(str(getattr(error, "message", error)).split())
+            raise UserError(f"{path}: {parameter.opts[0].lstrip('-')}: {value!r}: {said}") from None
 
 
 ConfigOption = Annotated[

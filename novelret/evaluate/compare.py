@@ -13,7 +13,7 @@ from novelret.artifacts import MANIFEST, is_kind, read_manifest
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
-from novelret.evaluate.config import BASE
+from novelret.evaluate.config import BASE, named_model
 from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
 from novelret.label.judges.file import file_table
@@ -161,9 +161,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
 
 def _named(model: str) -> tuple[str, str]:
     """Name and path of "NAME=MODEL" or of a bare path."""
-    name, separator, path = model.partition("=")
-    if not separator or Path(model).exists():
-        name, path = Path(model).resolve().name, model
+    name, path = named_model(model)
     if name == BASE:
         raise UserError(f"--model {model}: {BASE!r} is the deployed model; give another name, as NAME=PATH")
     return name, path

@@ -22,7 +22,8 @@ class EvalConfig(Asking):
         data: BEIR folder or Hugging Face data set.
         index: INDEX folder; or several of the same catalog, whose top-L lists are pooled into one T_L
             (Definition 1 for several deployed models). The first is the base and what models search.
-        models: "NAME=MODEL" for each query encoder to compare; a folder of MODEL folders gives each of them.
+        models: "NAME=MODEL" or "MODEL" for each query encoder to compare; a folder of MODEL folders gives
+            each of them.
         runs: "NAME=FILE" for each TREC run of any other retriever.
         split: the held-out feedback.
         judge: "file:PATH", "openai:MODEL", "openai-batch:MODEL" or "cross-encoder:MODEL", for precision and
@@ -80,7 +81,7 @@ def check_config(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str],
     """
     _check_numbers(config, catalog_size)
     _check_judge(config)
-    models = _expanded(_named("--model", config.models))
+    models = _expanded(_named("--model", tuple("=".join(named_model(model)) for model in config.models)))
     runs = _named("--run", config.runs)
     files = [("--run", path) for path in runs.values()] + [
         ("--human", config.human),
@@ -124,6 +125,12 @@ def _check_judge(config: EvalConfig) -> None:
         raise UserError(f"--recall-of {config.recall_of}: unknown; choose from {', '.join(RECALLS)}")
     if config.recall_of == "known" and config.judge is None:
         raise UserError("--recall-of known counts what a judge calls relevant: it needs --judge")
+
+
+def named_model(given: str) -> tuple[str, str]:
+    """Name and path of "NAME=MODEL", or of a bare path, which is called as its folder is."""
+    name, separator, path = given.partition("=")
+    return (name, path) if separator and not Path(given).exists() else (Path(given).resolve().name, given)
 
 
 def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:

@@ -129,9 +129,9 @@ def evaluate_models(
     said = len(report.warnings)
     earlier = None if force else stopped_early(config, out, "report")
     if earlier is None:
-        check_output(out, force=force)
-    if config.human is not None and out.exists() and out.resolve() in Path(config.human).resolve().parents:
-        raise UserError(f"--human {config.human}: lies in {out}, which would be replaced; copy it elsewhere")
+        named = (*config.indexes, *config.models, *config.runs)
+        files = (config.judge or "", config.human or "", config.weights or "")
+        check_output(out, force=force, kind="report", inputs=(*named, *files))
     gathered = gather(config, report)
     index, split = gathered.index, gathered.split
     identity = fingerprint_of(what_is_asked(asdict(config)), gathered.inputs)

@@ -30,7 +30,7 @@ from novelret.label.candidates import Candidates, gather_candidates
 from novelret.label.judge import Asking, Judge, check_asking, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows, write_queries
-from novelret.label.table import UNKNOWN
+from novelret.label.table import RELEVANT, UNKNOWN
 from novelret.progress import Reporter
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def build_labels(
     _check(config)
     earlier = None if force else stopped_early(config, out, "labels")
     if earlier is None:
-        check_output(out, force=force)
+        read = (config.index, config.judge, *config.sources)
+        check_output(out, force=force, kind="labels", inputs=read)
     is_file = split_judge(config.judge)[0] == "file"
     judge = None if is_file else _make_judge(config, sends=not config.reparse)
     asked = _asked(config, judge)
@@ -285,6 +286,11 @@ def _label_from_file(
         path, split.query_ids, index.catalog, config.missing, report, threshold=config.threshold
     )
     verdicts = table.lookup(candidates.query_rows, candidates.item_rows)
+    if table.missing == UNKNOWN and (table.verdicts == RELEVANT).all():
+        report.warn(
+            f"{path}: calls no pair irrelevant, so all that it does not list stays unknown; where it lists "
+            "everything relevant, say so by --missing irrelevant"
+        )
     known = np.flatnonzero(verdicts != UNKNOWN)
     with pq.ParquetWriter(out, SCHEMA) as writer:
         for start in range(0, len(known), _ROWS):

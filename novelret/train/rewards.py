@@ -65,7 +65,12 @@ def load_reward(name: str) -> RewardFunction:
         raise UserError(f"--reward {name}: {module_name} has no function {function_name}") from None
 
     def checked(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
-        reward = function(verdicts, grades, in_base)
+        try:
+            reward = function(verdicts, grades, in_base)
+        except TypeError as error:
+            raise UserError(
+                f"--reward {name}: expected a function of (verdicts, grades, in_base): {error}"
+            ) from None
         if not isinstance(reward, Tensor) or reward.shape != verdicts.shape:
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
             raise UserError(

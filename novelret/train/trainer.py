@@ -69,7 +69,8 @@ def train_model(
     Raises:
         UserError: unusable settings, data, labels or output; a loss that is no number.
     """
-    check_output(out, force=force)
+    read = (*config.indexes, *config.label_folders, config.init or "", config.judge or "")
+    check_output(out, force=force, kind="model", inputs=read)
     check_wandb(config.wandb)
     if config.judge is not None:
         _check_judge(config)

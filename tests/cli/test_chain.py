@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +308,7 @@ def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_pat
     cases = {
         "--k 41: the catalog holds 40 items": ["eval", *common, "--k", "41", *out],
         "--base-depth 41": ["eval", *common, "--base-depth", "41", "--k", "5", *out],
-        "depth 41 is more than the catalog's 40": ["label", *common, "--judge", f"file:{world}/judgements.tsv",
+        "--depth 41: more than the catalog's 40": ["label", *common, "--judge", f"file:{world}/judgements.tsv",
                                                    "--depth", "41", "--base-depth", 3, *out],
         "--judge oracle: unknown": ["label", *common, "--judge", "oracle", *out],
         "no such prompt": ["label", *common, "--judge", "openai:m", "--prompt", "poem", *out],
@@ -395,3 +397,61 @@ def test_help_is_there_for_every_command(capsys):
         assert code == 0
         assert "examples:" in out
         assert f"novelret {command}" in out
+
+
+def test_force_replaces_neither_an_input_nor_another_kind(chain, world, capsys, tmp_path):
+    copy = shutil.copytree(chain, tmp_path / "chain")
+    before = {path: path.read_bytes() for path in copy.rglob("manifest.json")}
+    data, index, labels = ["--data", world], ["--index", copy / "index"], copy / "labels"
+    judge = ["--judge", f"file:{world}/judgements.tsv", "--base-depth", 3, "--depth", 12]
+    train = ["train", *data, *index, "--labels", labels, *TRAIN]
+    wrong = [
+        ([*train, "--out", copy / "index"], "is an INDEX, which --force does not replace by a MODEL"),
+        ([*train, "--init", copy / "pg-ret", "--out", copy / "pg-ret"], "which this command reads"),
+        (["label", *data, *index, *judge, "--out", copy / "pg-ret"], "is a MODEL"),
+        (
+            ["label", *data, *index, *judge, "--from", f"yes:{labels}", "--out", labels],
+            f"holds yes:{labels}, which this command reads",
+        ),
+        (["eval", *data, *index, "--model", f"x={copy / 'pg-ret'}", "--out", copy / "pg-ret"], "is a MODEL"),
+        (["export", "--model", copy / "pg-ret", "--format", "st", "--out", copy / "pg-ret"], "is a MODEL"),
+    ]
+    for command, words in wrong:
+        assert words in fails(capsys, *command, "--force")
+    assert {path: path.read_bytes() for path in copy.rglob("manifest.json")} == before
+    # A broken one is nothing that could be lost.
+    (copy / "supervised" / "manifest.json").write_text("{")
+    assert run(capsys, *train, "--out", copy / "supervised", "--force", "--quiet")[0] == 0
+
+
+def test_a_config_file_is_named_for_what_is_wrong_in_it(capsys, tmp_path):
+    config = tmp_path / "train.yaml"
+    command = ["train", "--config", config, "--data", "d", "--index", "i", "--out", tmp_path / "m"]
+    config.write_text("steps: twenty\n")
+    assert fails(capsys, *command).startswith(
+        f"error: {config}: steps: 'twenty': Input should be a valid integer"
+    )
+    config.write_text("steps: 20\nseed: 1\nsteps: 30\n")
+    assert f"('steps' stands there twice in \"{config}\", line 3" in fails(capsys, *command)
+    config.write_text("steps: 20\nlabels: one\ntrust: false\n")  # these fit
+    assert "i: no such folder" in fails(capsys, *command)
+
+
+def test_a_result_that_nobody_reads_is_no_failure(chain, world):
+    """`novelret … | head -1`: the reading side goes away."""
+    command = ["search", "--data", world, "--index", chain / "index", "--base-depth", "5", "buy red sofa"]
+    for more in ([], ["--json"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "novelret", *map(str, command), *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        process.stdout.close()
+        said = process.stderr.read()
+        assert (process.wait(), said) == (0, b"")
+
+
+def test_a_model_needs_no_name(chain, world, capsys, tmp_path):
+    found = result(capsys, "eval", "--data", world, "--index", chain / "index", "--model", chain / "pg-ret",
+                   "--base-depth", 3, "--k", 5, "--out", tmp_path / "report")  # fmt: skip
+    assert set(found["models"]) == {"base", "pg-ret"}

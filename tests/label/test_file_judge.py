@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
+from tests.commands import run
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +24,14 @@ def graded(world, tmp_path_factory):
 
 @pytest.fixture
 def result(world, index_folder, graded, tmp_path, capsys):
-    def run(command, *arguments):
+    def of(command, *arguments):
         common = ["--data", world, "--index", index_folder, "--judge", f"file:{graded}", "--base-depth", 3]
         out = ["--out", tmp_path / command, "--device", "cpu", "--json", "--quiet"]
         code = main([str(part) for part in (command, *common, *arguments, *out)])
         captured = capsys.readouterr()
         return code, (json.loads(captured.out) if captured.out else {}), captured.err
 
-    return run
+    return of
 
 
 def test_the_threshold_decides_which_grades_are_relevant(result, tmp_path):
@@ -54,3 +55,25 @@ def test_an_evaluation_counts_from_the_threshold_on(result):
         assert code == 0, err
         precision[threshold] = found["models"]["base"]["Precision@5"]
     assert precision[1] > precision[3] > 0
+
+
+def test_lines_that_contradict_each_other_are_told(world, index_folder, tmp_path, capsys):
+    header, *lines = (world / "judgements.tsv").read_text().splitlines()
+    pairs = [line.rsplit("\t", 1)[0] for line in lines]
+    path = tmp_path / "both.tsv"
+    path.write_text(
+        "\n".join([header, *(f"{p}\t1" for p in pairs), f"{pairs[0]}\t0", f"{pairs[3]}\t1"]) + "\n"
+    )
+    command = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{path}", "--base-depth", 3,
+               "--depth", 12]  # fmt: skip
+    code, _, err = run(capsys, *command, "--out", tmp_path / "labels")
+    assert code == 0
+    assert "1 pair called relevant in one line and irrelevant in another; the last line counts" in err
+
+
+def test_a_list_of_relevant_pairs_alone_is_asked_what_the_others_are(result):
+    says = "calls no pair irrelevant, so all that it does not list stays unknown"
+    assert says in " ".join(result("label", "--depth", 12)[2].split())
+    assert says not in " ".join(
+        result("label", "--depth", 12, "--missing", "irrelevant", "--force")[2].split()
+    )

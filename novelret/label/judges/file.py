@@ -32,7 +32,7 @@ def file_table(
         query_ids: the queries, in row order.
         catalog: the indexed items.
         missing: "unknown", or "irrelevant" where the file lists everything relevant.
-        report: told how many lines name items that are not in the catalog.
+        report: told how many lines name items that are not in the catalog, or contradict each other.
         threshold: lowest score that is relevant; by default anything above 0.
 
     Raises:
@@ -62,6 +62,13 @@ def file_table(
         report.warn(f"{path}: {lines} not in the catalog")
     scores = np.array(grades)[known]
     relevant = scores > 0 if threshold is None else scores >= threshold
+    pairs = np.array(queries, dtype=np.int64)[known] * len(catalog) + rows[known]
+    both = len(np.intersect1d(pairs[relevant], pairs[~relevant]))
+    if report is not None and both:
+        report.warn(
+            f"{path}: {both:,} pair{'s' * (both != 1)} called relevant in one line and irrelevant in "
+            "another; the last line counts"
+        )
     return make_table(
         np.array(queries, dtype=np.int64)[known],
         rows[known],
