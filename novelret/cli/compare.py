@@ -37,7 +37,7 @@ EXAMPLES = """
 def compare(
     data: DataOption,
     index: IndexOption,
-    model: Annotated[str, typer.Option(help="NAME=MODEL to show beside the base.")],
+    model: Annotated[str, typer.Option(help="MODEL or NAME=MODEL to show beside the base.")],
     split: Annotated[str, typer.Option(help="Whose queries are shown.")] = "test",
     query_ids: Annotated[
         list[str] | None, typer.Option("--query-id", help="A query to show; may be repeated.")

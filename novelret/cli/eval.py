@@ -70,7 +70,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--model",
-            help="NAME=MODEL, a query encoder to compare, or a folder of several; may be repeated.",
+            help="MODEL or NAME=MODEL, a query encoder to compare, or a folder of several; may be repeated.",
         ),
     ] = None,
     runs: Annotated[

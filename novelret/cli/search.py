@@ -31,7 +31,7 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     data: DataOption,
     index: IndexOption,
-    model: Annotated[str | None, typer.Option(help="NAME=MODEL to show beside the base.")] = None,
+    model: Annotated[str | None, typer.Option(help="MODEL or NAME=MODEL to show beside the base.")] = None,
     k: Annotated[int, typer.Option(help="Items to show.")] = 10,
     base_depth: Annotated[int, typer.Option(help="L: items beyond the deployed top L are novel.")] = 50,
     device: DeviceOption = "auto",

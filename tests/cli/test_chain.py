@@ -320,7 +320,7 @@ def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_pat
         "needs --labels": ["train", *common, *TRAIN, *out],
         "holds no sentence-transformers model": ["index", "--data", world, "--model", world, *out],
         "no such model folder": ["index", "--data", world, "--model", "/no/such/model", *out],
-        "expected NAME=PATH": ["eval", *common, "--model", "nameless", "--k", 5, "--base-depth", 5, *out],
+        "nameless: is no folder here": ["eval", *common, "--model", "nameless", "--k", 5, "--base-depth", 5, *out],
         "no such folder; make it with `novelret index`": ["eval", "--data", world, "--index", tmp_path / "x", *out],
         "expected float32 or float16": ["index", "--data", world, "--model", encoder, "--dtype", "int4", *out],
         "faiss does not know it": ["index", "--data", world, "--model", encoder, "--factory", "Best", *out],
