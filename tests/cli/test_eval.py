@@ -130,7 +130,7 @@ def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys,
         tmp_path / "first",
         "--force",
     )
-    assert "which would be replaced" in message
+    assert "which this command reads" in message
     assert (tmp_path / "first" / "labelled.tsv").read_text() == text
 
 

@@ -192,7 +192,7 @@ def test_every_stage_is_checked_before_the_first_runs(world, encoder, tmp_path, 
     assert "recipe default: unknown option 'stepz' for `novelret train`" in said
     assert "as_json" not in said
     assert "indexs" not in said
-    assert "'--steps'" in fails(capsys, *given, "train.steps=many")
+    assert "steps: 'many': Input should be a valid integer" in fails(capsys, *given, "train.steps=many")
     (tmp_path / "mine.yaml").write_text("lable:\n  depth: 3\n")
     assert "recipe mine.yaml: 'lable' is no command" in fails(capsys, "recipe", "run", "mine.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
