@@ -93,12 +93,10 @@ class Reporter:
             if now - said < _BETWEEN_LINES:
                 return
             said, rate = now, done / (now - begun)
-            of = "" if total is None else f" of {total:,}"
-            left = (
-                ""
-                if total is None or not rate
-                else f", {timedelta(seconds=round((total - done) / rate))} left"
-            )
+            of = left = ""
+            if total is not None:
+                of = f" of {total:,}"
+                left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate else ""
             self.note(f"{description}: {done:,}{of}, {_shown(rate)}/s{left} {status()}".rstrip())
 
         return advance

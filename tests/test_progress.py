@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
 
+from novelret import progress
 from novelret.progress import Reporter
 
 
@@ -24,3 +27,22 @@ def test_a_bar_moves_in_a_terminal_alone_whatever_colours_are_forced(forced, is_
     report.note("done")
     assert ("searching" in file.getvalue()) == report.is_live == is_terminal
     assert "done" in file.getvalue()
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch):
+    console = Console(file=io.StringIO(), width=200)
+    with Reporter(console=console).bar("asking", 100, lambda: "$0.10") as advance:
+        advance(10)
+    assert console.file.getvalue() == ""  # nothing was long enough
+    monkeypatch.setattr(progress, "_BETWEEN_LINES", 0.0)
+    with Reporter(console=console).bar("asking", 100, lambda: "$0.10") as advance:
+        time.sleep(0.02)
+        advance(25)
+        advance(75)
+    first, second = console.file.getvalue().splitlines()
+    assert re.fullmatch(r"asking: 25 of 100, [\d,]+/s, 0:00:00 left \$0\.10", first)
+    assert second.startswith("asking: 100 of 100, ")
+    quiet = Console(file=io.StringIO())
+    with Reporter(quiet=True, console=quiet).bar("asking", 100) as advance:
+        advance(100)
+    assert quiet.file.getvalue() == ""

@@ -120,11 +120,8 @@ class Tally:
         useless = len(self.recent) - sum(self.recent)
         if usable or self.hopeless or not (useless == len(self.recent) == _FIRST or useless >= _USELESS):
             return
-        which = (
-            "none of the first"
-            if not self.usable
-            else f"but for {len(self.recent) - useless}, none of the last"
-        )
+        usable_ones = len(self.recent) - useless
+        which = f"but for {usable_ones}, none of the last" if self.usable else "none of the first"
         example = f"for instance {text[:120]!r}" if text else "for instance one without any text"
         remedy = "; give the prompt a higher max_tokens, in a file of your own" if cut or not text else ""
         self.hopeless = f"{which} {len(self.recent)} answers is usable, {example}{remedy}"
