@@ -141,18 +141,15 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     return Manifest(**known)
 
 
-def _kind_of(folder: Path) -> str | None:
-    """The kind of an artifact; None where its manifest is broken, and it may as well be replaced."""
-    with contextlib.suppress(UserError):
-        found = read_json(folder / MANIFEST)
-        return found.get("kind") if isinstance(found, dict) else None
-    return None
-
-
 def is_kind(folder: Path, kind: str) -> bool:
     """Whether a folder holds a finished artifact of a kind."""
+    return _kind_of(folder) == kind
+
+
+def _kind_of(folder: Path) -> str | None:
+    """The kind of the finished artifact that a folder holds, if it holds one."""
     found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    return isinstance(found, dict) and found.get("kind") == kind
+    return found.get("kind") if isinstance(found, dict) else None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -200,7 +197,9 @@ def check_output(out: Path, *, force: bool, kind: str | None = None, inputs: Ite
         raise UserError(
             f"{out}: was not made by novelret, so --force does not replace it; remove it yourself"
         )
-    found = None if empty else _kind_of(out)
+    found = None
+    with contextlib.suppress(UserError):  # a broken manifest, of what may as well be replaced
+        found = _kind_of(out)
     if kind is not None and found not in (kind, None):
         raise UserError(
             f"{out}: is {_named(found)}, which --force does not replace by {_named(kind)}; give another --out"

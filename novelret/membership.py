@@ -12,6 +12,12 @@ def is_in(rows: np.ndarray, lists: np.ndarray) -> np.ndarray:
     return _marked(rows, lists, int(max(rows.max(initial=0), lists.max(initial=0))))
 
 
+def pairs_in(lists: np.ndarray, catalog_size: int) -> np.ndarray:
+    """The (query, item) pairs of (Q, E) lists, −1 padded: (n,) int64, query × catalog size + catalog row."""
+    query, column = np.nonzero(lists >= 0)
+    return query * np.int64(catalog_size) + lists[query, column]
+
+
 def feedback_hits(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray) -> np.ndarray:
     """Which places of the lists hold feedback of their query; bool (Q, k).
 

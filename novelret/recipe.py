@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from novelret.errors import UserError
+from novelret.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -46,10 +47,7 @@ def load(path: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: not YAML, not stages with options, or an override that names neither.
     """
-    try:
-        stages = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    stages = read_yaml(path)
     if not isinstance(stages, dict) or not all(isinstance(options, dict) for options in stages.values()):
         raise UserError(
             f"{path}: expected stages with their options, like `train:` and below it `steps: 400`"

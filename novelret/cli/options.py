@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.progress import Reporter
+from novelret.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from novelret.label.judge import Asking
@@ -95,7 +95,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    values = _read_yaml(path)
+    values = read_yaml(path)
     command = str(context.info_name)
     if isinstance(values, dict) and isinstance(values.get(command), dict):
         values = values[command]
@@ -125,29 +125,6 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     _check_values(context, path, found)
     context.default_map = {**(context.default_map or {}), **found}
     return path
-
-
-class _OnceOnly(yaml.SafeLoader):
-    """YAML whose keys stand once in a mapping: the last of two would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: list[Any] = []
-        for key, _ in node.value:
-            keys.append(self.construct_object(key, deep=True))
-            if keys[-1] in keys[:-1]:
-                again = f"{keys[-1]!r} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, again, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        with path.open(encoding="utf-8") as file:  # which is named in what is said of it
-            return yaml.load(file, _OnceOnly)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
 
 
 def _check_values(context: typer.Context, path: Path, found: dict[str, Any]) -> None:

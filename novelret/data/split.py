@@ -12,6 +12,7 @@ from novelret.artifacts import fingerprint_array, fingerprint_of, fingerprint_st
 from novelret.data.catalog import Catalog, read_id
 from novelret.data.source import qrels_name, read_excluded, read_part, read_qrels, read_unclicked
 from novelret.errors import UserError
+from novelret.membership import pairs_in
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
     ids = list(texts)
     own = own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids)
     excluded = np.concatenate([own, _excluded_rows(data, split, row_of, catalog)], axis=1)
-    kept = ~_are_listed(queries, items, excluded, len(catalog))
+    kept = ~np.isin(queries * len(catalog) + items, pairs_in(excluded, len(catalog)))
     if not kept.any():
         raise UserError(f"{qrels_name(data, split)}: excluded/{split}.tsv leaves out all pairs of {split!r}")
     return make_split(split, ids, list(texts.values()), queries[kept], items[kept], excluded)
@@ -189,17 +190,6 @@ def _excluded_rows(data: str, split: str, row_of: dict[str, int], catalog: Catal
 def plain_texts(texts: list[str]) -> list[str]:
     """Texts without what makes no other query of them: case and white space."""
     return [" ".join(text.split()).casefold() for text in texts]
-
-
-def _are_listed(queries: np.ndarray, items: np.ndarray, lists: np.ndarray, catalog_size: int) -> np.ndarray:
-    """Which (P,) pairs are in their query's list, of (Q, E) rows, −1 padded; bool."""
-    query, column = np.nonzero(lists >= 0)
-    listed = np.sort(query * np.int64(catalog_size) + lists[query, column])
-    if not len(listed):
-        return np.zeros(len(queries), dtype=bool)
-    wanted = queries * np.int64(catalog_size) + items
-    found: np.ndarray = listed[np.minimum(np.searchsorted(listed, wanted), len(listed) - 1)] == wanted
-    return found
 
 
 def own_rows(query_ids: list[str], catalog: Catalog, *, ignore_identical_ids: bool) -> np.ndarray:

@@ -81,8 +81,8 @@ def check_config(config: EvalConfig, catalog_size: int) -> tuple[dict[str, str],
     """
     _check_numbers(config, catalog_size)
     _check_judge(config)
-    models = _expanded(_named("--model", tuple("=".join(named_model(model)) for model in config.models)))
-    runs = _named("--run", config.runs)
+    models = _expanded(_named("--model", [(given, *named_model(given)) for given in config.models]))
+    runs = _named("--run", [(given, *_apart(given)) for given in config.runs])
     files = [("--run", path) for path in runs.values()] + [
         ("--human", config.human),
         ("--weights", config.weights),
@@ -129,15 +129,19 @@ def _check_judge(config: EvalConfig) -> None:
 
 def named_model(given: str) -> tuple[str, str]:
     """Name and path of "NAME=MODEL", or of a bare path, which is called as its folder is."""
-    name, separator, path = given.partition("=")
-    return (name, path) if separator and not Path(given).exists() else (Path(given).resolve().name, given)
+    return _apart(given) if "=" in given and not Path(given).exists() else (Path(given).resolve().name, given)
 
 
-def _named(option: str, values: tuple[str, ...]) -> dict[str, str]:
+def _apart(given: str) -> tuple[str, str]:
+    name, _, path = given.partition("=")
+    return name, path
+
+
+def _named(option: str, values: list[tuple[str, str, str]]) -> dict[str, str]:
+    """Paths by name, from what was given with its name and its path."""
     named: dict[str, str] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or not name or not path:
+    for value, name, path in values:
+        if not name or not path:
             raise UserError(f"{option} {value}: expected NAME=PATH")
         if "/" in name or name.startswith("."):
             raise UserError(f"{option} {value}: the name {name!r} cannot be a file name")

@@ -128,10 +128,9 @@ def evaluate_models(
     report = report or Reporter()
     said = len(report.warnings)
     earlier = None if force else stopped_early(config, out, "report")
-    if earlier is None:
-        named = (*config.indexes, *config.models, *config.runs)
-        files = (config.judge or "", config.human or "", config.weights or "")
-        check_output(out, force=force, kind="report", inputs=(*named, *files))
+    named = (*config.indexes, *config.models, *config.runs)
+    files = (config.judge or "", config.human or "", config.weights or "")
+    check_output(out, force=force or earlier is not None, kind="report", inputs=(*named, *files))
     gathered = gather(config, report)
     index, split = gathered.index, gathered.split
     identity = fingerprint_of(what_is_asked(asdict(config)), gathered.inputs)

@@ -32,6 +32,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.table import LabelTable, empty_table
+from novelret.membership import pairs_in
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.trained import training_of
@@ -161,11 +162,10 @@ def _known_verdicts(config: EvalConfig, index: Index, split: Split, report: Repo
 
 def candidates_of(gathered: Gathered) -> Candidates:
     """Every (query, item) pair of every list, once."""
-    size = np.int64(len(gathered.index))
+    size = len(gathered.index)
     pairs = np.empty(0, dtype=np.int64)
     for rows in (gathered.pool, *(rows for rows, _ in gathered.found.values())):
-        queries, columns = np.nonzero(rows >= 0)
-        pairs = np.union1d(pairs, queries * size + rows[queries, columns])
+        pairs = np.union1d(pairs, pairs_in(rows, size))
     return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
 
 

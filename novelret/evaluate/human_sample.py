@@ -15,6 +15,7 @@ from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
+from novelret.membership import pairs_in
 
 _HEADER = "query-id\tcorpus-id\tscore\tquery\titem\n"
 
@@ -31,8 +32,7 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
     """
     pairs = np.empty(0, dtype=np.int64)
     for rows in lists:
-        queries, places = np.nonzero(rows >= 0)
-        pairs = np.union1d(pairs, queries * np.int64(len(catalog)) + rows[queries, places])
+        pairs = np.union1d(pairs, pairs_in(rows, len(catalog)))
     drawn = np.random.default_rng(0).permutation(pairs)[:size]
     queries, items = drawn // len(catalog), drawn % len(catalog)
     with path.open("w", encoding="utf-8") as file:

@@ -96,9 +96,8 @@ def build_labels(
     report = report or Reporter()
     _check(config)
     earlier = None if force else stopped_early(config, out, "labels")
-    if earlier is None:
-        read = (config.index, config.judge, *config.sources)
-        check_output(out, force=force, kind="labels", inputs=read)
+    read = (config.index, config.judge, *config.sources)
+    check_output(out, force=force or earlier is not None, kind="labels", inputs=read)
     is_file = split_judge(config.judge)[0] == "file"
     judge = None if is_file else _make_judge(config, sends=not config.reparse)
     asked = _asked(config, judge)

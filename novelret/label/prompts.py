@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
-
 from novelret.artifacts import fingerprint_of
 from novelret.errors import UserError
+from novelret.yaml_file import read_yaml
 
 MAX_TEXT = 2_000
 """Characters of a query or an item that reach the judge."""
@@ -96,10 +95,7 @@ def load_prompt(name: str) -> Prompt:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--prompt {name}: no such prompt or file; choose from {', '.join(PROMPTS)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    values = read_yaml(path)
     known = {"system", "user", "answer", "threshold", "max_tokens"}
     given = {}
     if isinstance(values, dict):  # what is left empty is not given

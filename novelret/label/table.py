@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from novelret.membership import pairs_in
+
 RELEVANT, IRRELEVANT, UNKNOWN = 1, 0, -1
 """Verdicts, int8. Unknown is a state of its own (never asked, or no usable answer) and never a 0."""
 
@@ -67,9 +69,7 @@ class LabelTable:
 
     def without(self, excluded: np.ndarray) -> LabelTable:
         """The judgements but those of items that queries leave out of their lists, (Q, E) rows, −1 padded."""
-        query, column = np.nonzero(excluded >= 0)
-        left_out = query * np.int64(self.catalog_size) + excluded[query, column]
-        kept = ~np.isin(self.keys, left_out)
+        kept = ~np.isin(self.keys, pairs_in(excluded, self.catalog_size))
         grades = None if self.grades is None else self.grades[kept]
         return replace(self, keys=self.keys[kept], verdicts=self.verdicts[kept], grades=grades)
 
