@@ -18,6 +18,14 @@ def pairs_in(lists: np.ndarray, catalog_size: int) -> np.ndarray:
     return query * np.int64(catalog_size) + lists[query, column]
 
 
+def find_sorted(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which values are among (n,) ascending keys, bool, and where, int64; both of the values' shape."""
+    if len(keys) == 0:
+        return np.zeros(wanted.shape, dtype=bool), np.zeros(wanted.shape, dtype=np.int64)
+    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return keys[place] == wanted, place
+
+
 def feedback_hits(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray) -> np.ndarray:
     """Which places of the lists hold feedback of their query; bool (Q, k).
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from novelret.membership import pairs_in
+from novelret.membership import find_sorted, pairs_in
 
 RELEVANT, IRRELEVANT, UNKNOWN = 1, 0, -1
 """Verdicts, int8. Unknown is a state of its own (never asked, or no usable answer) and never a 0."""
@@ -77,10 +77,8 @@ class LabelTable:
         """Which pairs are in the table, and where."""
         rows = np.asarray(item_rows, dtype=np.int64)
         wanted = np.asarray(query_rows, dtype=np.int64) * self.catalog_size + rows
-        if len(self.keys) == 0:
-            return np.zeros(wanted.shape, dtype=bool), np.zeros(wanted.shape, dtype=np.int64)
-        position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return (self.keys[position] == wanted) & (rows >= 0), position
+        found, position = find_sorted(self.keys, wanted)
+        return found & (rows >= 0), position
 
 
 def make_table(

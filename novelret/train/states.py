@@ -15,6 +15,7 @@ import torch
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.label.table import RELEVANT, LabelTable, join_tables
+from novelret.membership import find_sorted
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.rewards import RewardFunction
 
@@ -70,13 +71,11 @@ class Material:
 
     def trust_of(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """How far each pair's reward is to be believed, float32, one per pair; 1 but for positive states."""
-        found = np.ones(len(query_rows), dtype=np.float32)
-        if len(self.positives):
-            wanted = query_rows * self.labels.catalog_size + item_rows
-            place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-            known = (self._keys[place] == wanted) & (item_rows >= 0)
-            found[known] = self.trust[place[known]]
-        return found
+        trust = np.ones(len(query_rows), dtype=np.float32)
+        found, place = find_sorted(self._keys, query_rows * self.labels.catalog_size + item_rows)
+        known = found & (item_rows >= 0)
+        trust[known] = self.trust[place[known]]
+        return trust
 
     @cached_property
     def _keys(self) -> np.ndarray:
@@ -90,11 +89,7 @@ class Material:
     def is_feedback(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether items are feedback of their query; bool, broadcast shape."""
         wanted = np.asarray(query_rows) * self.labels.catalog_size + np.asarray(item_rows)
-        if not len(self._feedback_keys):
-            return np.zeros(wanted.shape, dtype=bool)
-        place = np.minimum(np.searchsorted(self._feedback_keys, wanted), len(self._feedback_keys) - 1)
-        found: np.ndarray = self._feedback_keys[place] == wanted
-        return found
+        return find_sorted(self._feedback_keys, wanted)[0]
 
     @cached_property
     def _feedback_keys(self) -> np.ndarray:
