@@ -56,6 +56,7 @@ NAMED = {
     "negatives": 5, "catalog_negatives": 0, "hard_negatives": 0, "list_size": 50, "window": "1,2",
     "temperature": 0.05, "sampling_temperature": 0.05, "support": None, "schedule": "linear", "warmup": 0.1,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "patience": 0, "blends": 1, "trust": False, "refit": False,
+    "mirror": "never",
 }  # fmt: skip
 # As published and this project's others; "steps" counts in units of --steps. Three epochs against ten.
 METHODS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,10 @@ METHODS: dict[str, dict[str, Any]] = {
     | {"objective": "supervised", "tune": "memory", "memory_size": 10_000, "blends": 10},
     "supervised-refit": NAMED | {"objective": "supervised", "refit": True},
     "conservative-refit": NAMED | {"objective": "pg-ret", "loss": "conservative", "refit": True},
+    # As the default, which learns of items as queries where relevance goes both ways.
+    "supervised-mirror": NAMED | {"objective": "supervised", "mirror": "always"},
+    "ca-pg-mirror": NAMED | {"objective": "ca-pg", "temperature": 0.03, "mirror": "auto"},
+    "default-no-mirror": {"objective": "pg-ret", "tune": "memory", "mirror": "never"},
     "default-adapter": {"objective": "pg-ret", "refit": False},
     "default-no-refit": {"objective": "pg-ret", "tune": "memory", "refit": False},
     "default-inclusion": {"objective": "pg-ret", "tune": "memory", "loss": "inclusion", "gamma": 0.25},
@@ -84,7 +89,14 @@ METHODS: dict[str, dict[str, Any]] = {
 # An exact draw of lists from the whole catalog makes a step of the first two cost ten times another's.
 FIRST_L_ONLY = ("reinforce", "v-pg", "supervised-memory", "supervised-refit", "conservative-refit")
 OURS = "default"
-UNTUNED = (OURS, "default-inclusion", "default-catalog", "default-no-refit", "default-adapter")
+UNTUNED = (
+    OURS,
+    "default-no-mirror",
+    "default-inclusion",
+    "default-catalog",
+    "default-no-refit",
+    "default-adapter",
+)
 COLUMNS = (
     "Novelty@10", "Novelty@20", "Novelty@50", "RelevantNovel@20", "RelevantNovel@50", "Recall@50",
     "Precision@10", "MergedDensity", "MergedCoverage",

@@ -167,6 +167,14 @@ def train(
     per_query: Annotated[
         int, typer.Option(help="With --draw queries, most states a query.", rich_help_panel=STATES)
     ] = 32,
+    mirror: Annotated[
+        str,
+        typer.Option(
+            help="Train on items as queries, too, each relevant to what it is relevant to: auto (where "
+            "judged feedback shows that relevance goes both ways), always or never.",
+            rich_help_panel=STATES,
+        ),
+    ] = "auto",
     negative_share: Annotated[
         float, typer.Option(help="Share of base states drawn with a reward below 0.", rich_help_panel=STATES)
     ] = 0.0,

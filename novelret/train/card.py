@@ -32,7 +32,7 @@ against the index it was trained with.
 
 | | |
 | --- | --- |
-| data | {data}, split {split} |
+| data | {data}, split {split}{mirrored} |
 | index | {index} ({items:,} items, {dimension} dimensions) |
 | deployed encoder | {encoder} |
 | labels | {labels} |
@@ -63,6 +63,7 @@ def model_card(
     own_modules: bool,
     has_memory: bool,
     is_refit: bool,
+    mirrored: int,
 ) -> str:
     """The card's text, in Markdown.
 
@@ -76,6 +77,7 @@ def model_card(
         own_modules: whether the encoder holds modules of novelret, which have to be installed and allowed.
         has_memory: whether it holds a memory.
         is_refit: whether its weights were trained anew on all queries.
+        mirrored: how many items served as queries.
     """
     made = index.manifest.config
     labels = ", ".join(
@@ -91,6 +93,7 @@ def model_card(
         refit=_REFIT if is_refit else "",
         data=config.data,
         split=config.split,
+        mirrored=f"; {mirrored:,} items as queries, too" if mirrored else "",
         index=config.index,
         items=len(index),
         dimension=index.dimension,

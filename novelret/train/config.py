@@ -26,6 +26,7 @@ OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
 TUNES = ("full", "lora", "adapter", "memory")
 DRAWS = ("queries", "states", "plain")
+MIRRORS = ("auto", "always", "never")
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "adapter": 1e-3, "memory": 1e-3}
 
@@ -72,6 +73,10 @@ class TrainConfig(Asking):
             "states" one such state a forward pass, "plain" any query and rank, labelled or not, as published.
             List objectives draw their lists for queries with such states, with "plain" for any query.
         per_query: with draw="queries", most states a query.
+        mirror: train on items as queries, too, in half of the forward passes: each item that is known to be
+            relevant to a query which is an item itself is taken as a query to which that one is relevant
+            (see `mirror`). "auto" does where judged feedback is mostly relevant the other way, too, and
+            never for plain `supervised`, which sees no judgements; or "always", or "never".
         negative_share: but for draw="plain", share of base states with reward < 0 where there are any.
         base_depth: L, the deployed list's length: items beyond it are novel.
         depth: how deep the deployed lists are searched: for negatives, for trust and for --draw plain; labels
@@ -136,6 +141,7 @@ class TrainConfig(Asking):
     gamma: float = 0.5
     draw: str = "queries"
     per_query: int = 32
+    mirror: str = "auto"
     negative_share: float = 0.0
     base_depth: int = 50
     depth: int = 400
@@ -238,6 +244,7 @@ def _check_choices(config: TrainConfig) -> None:
     _one_of("--tune", config.tune, TUNES)
     _one_of("--schedule", config.schedule, SCHEDULES)
     _one_of("--draw", config.draw, DRAWS)
+    _one_of("--mirror", config.mirror, MIRRORS)
     _one_of("--recall-of", config.recall_of, RECALLS)
     _one_of("--precision", config.precision, ("fp32", "bf16", "fp16"))
 

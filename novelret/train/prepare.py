@@ -27,6 +27,7 @@ from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config, window_multiples
 from novelret.train.memorise import make_memory
+from novelret.train.mirror import Mirror, find_mirror, with_mirror
 from novelret.train.processes import Processes
 from novelret.train.rewards import load_reward
 from novelret.train.states import Material, gather_material
@@ -46,6 +47,7 @@ class Inputs:
         labels: of these queries.
         judges: who gave them, one of each LABELS.
         fingerprints: of everything that goes in, by its name.
+        mirror: the items that serve as queries too; None where none do.
     """
 
     indexes: list[Index]
@@ -53,6 +55,7 @@ class Inputs:
     labels: LabelTable
     judges: list[str]
     fingerprints: dict[str, str]
+    mirror: Mirror | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
         _warn_of_start(config, start, split, report)
     _warn_of_window(config, report)
     check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
-    return Inputs(indexes, split, table, judges, fingerprints)
+    mirror = find_mirror(config, index.catalog, split, table, report)
+    return Inputs(indexes, split, table, judges, fingerprints, mirror)
 
 
 def prepare(
@@ -107,44 +111,51 @@ def prepare(
     model = load_finetuned(config.init, index, device) if config.init else index.query_encoder(device)
     if not processes.is_first:
         processes.wait()  # the first one searches, the others read what it found
-    lists, _ = base_lists(index, whole, min(config.depth, len(index)), device=device, report=report)
-    pool = pooled_lists(inputs.indexes, whole, config.base_depth, device=device, report=report)
+    found = _search(config, inputs, model, whole, device, report)
+    mirror, mirrored = inputs.mirror, None
+    if mirror is not None:
+        mirrored = _search(config, inputs, model, mirror.split, device, report)
+    is_weighed = config.trust and config.objective != "supervised" and len(inputs.labels) > 0
+    deployed = base_query_embeddings(index, whole, device=device, report=report) if is_weighed else None
+    if processes.is_first:
+        processes.wait()
     train_rows, validation_rows = hold_back(whole, fraction, config.seed)
     # Plain supervised training must not see judgements, not even to mask false negatives;
     # on the held-back queries they still measure what a checkpoint is worth.
     labelled = train_rows[:0] if config.objective == "supervised" else train_rows
     material = gather_material(
         whole.subset(train_rows),
-        _some(lists, train_rows),
+        _some(found.lists, train_rows),
         config.base_depth,
         _rows_of(inputs.labels, labelled, len(whole)),
         load_reward(config.reward),
-        _some(pool, train_rows),
+        _some(found.pool, train_rows),
     )
     _check_rewards(config, material)
-    is_weighed = config.trust and config.objective != "supervised" and len(material.labels) > 0
-    is_frozen = config.tune in ("adapter", "memory")
-    deployed = embeddings = None
-    if is_weighed or (is_frozen and not config.init):
-        deployed = base_query_embeddings(index, whole, device=device, report=report)
-    if is_frozen:
-        embeddings = deployed
-        if config.init:
-            embeddings = finetuned_query_embeddings(model, index, whole, device=device, report=report)
-    if processes.is_first:
-        processes.wait()
-    if deployed is not None and is_weighed:
+    if deployed is not None:
         material = weigh_labels(
             material, _some(deployed, train_rows), index.embeddings, config.seed, processes, report
         )
+    own = material
+    if mirror is not None and mirrored is not None:
+        material = with_mirror(material, mirror, train_rows, mirrored.lists, mirrored.pool)
     mine = np.array_split(validation_rows, processes.size)[processes.rank]
-    tower = _make_tower(config, model, whole, embeddings, train_rows, mine, material, index, device)
+    if found.embeddings is None:
+        texts = [whole.query_texts[row] for row in mine]
+        tower = _encoder_tower(config, model, material.split.query_texts, texts)
+    else:
+        of_train, memory = _some(found.embeddings, train_rows), None
+        if config.tune == "memory":
+            memory = make_memory(own, of_train, index.embeddings, config.memory_size, config.seed)
+        if mirrored is not None and mirrored.embeddings is not None:
+            of_train = np.concatenate([of_train, mirrored.embeddings])
+        tower = adapter_tower(model, of_train, found.embeddings[mine], device, memory, config.seed)
     validation = None
     if len(validation_rows):
         table = _rows_of(inputs.labels, mine, len(whole))
         split = whole.subset(mine)
         known = known_pairs(split, table, config.recall_of)
-        validation = Validation(split, known, lists[mine, : config.base_depth], pool[mine], table)
+        validation = Validation(split, known, found.lists[mine, : config.base_depth], found.pool[mine], table)
     return Prepared(material, validation, tower, len(validation_rows))
 
 
@@ -210,37 +221,55 @@ def _rows_of(table: LabelTable, rows: np.ndarray, n_queries: int) -> LabelTable:
     )
 
 
-def _make_tower(
+@dataclass(frozen=True)
+class _Found:
+    """What the deployed models say of Q queries.
+
+    Attributes:
+        lists: (Q, depth) lists of the one that is finetuned against.
+        pool: (Q, W) T_L, −1 padded.
+        embeddings: (Q, d) float32 by the encoder that training starts from; None where it is trained.
+    """
+
+    lists: np.ndarray
+    pool: np.ndarray
+    embeddings: np.ndarray | None
+
+
+def _search(
     config: TrainConfig,
+    inputs: Inputs,
     model: encode.SentenceTransformer,
-    whole: Split,
-    embeddings: np.ndarray | None,
-    train_rows: np.ndarray,
-    validation_rows: np.ndarray,
-    material: Material,
-    index: Index,
+    split: Split,
     device: str,
+    report: Reporter,
+) -> _Found:
+    index, embeddings = inputs.indexes[0], None
+    lists, _ = base_lists(index, split, min(config.depth, len(index)), device=device, report=report)
+    pool = pooled_lists(inputs.indexes, split, config.base_depth, device=device, report=report)
+    if config.tune in ("adapter", "memory"):
+        if config.init:
+            embeddings = finetuned_query_embeddings(model, index, split, device=device, report=report)
+        else:
+            embeddings = base_query_embeddings(index, split, device=device, report=report)
+    return _Found(lists, pool, embeddings)
+
+
+def _encoder_tower(
+    config: TrainConfig, model: encode.SentenceTransformer, texts: list[str], validation_texts: list[str]
 ) -> Tower:
-    if embeddings is None:
-        texts = (
-            [whole.query_texts[row] for row in train_rows],
-            [whole.query_texts[row] for row in validation_rows],
-        )
-        saving = config.gradient_checkpointing
-        if config.tune == "full":
-            return full_tower(model, *texts, config.precision, gradient_checkpointing=saving)
-        return lora_tower(
-            model,
-            *texts,
-            config.precision,
-            rank=config.lora_rank,
-            seed=config.seed,
-            gradient_checkpointing=saving,
-        )
-    memory, of_train = None, _some(embeddings, train_rows)
-    if config.tune == "memory":
-        memory = make_memory(material, of_train, index.embeddings, config.memory_size, config.seed)
-    return adapter_tower(model, of_train, embeddings[validation_rows], device, memory, config.seed)
+    saving = config.gradient_checkpointing
+    if config.tune == "full":
+        return full_tower(model, texts, validation_texts, config.precision, gradient_checkpointing=saving)
+    return lora_tower(
+        model,
+        texts,
+        validation_texts,
+        config.precision,
+        rank=config.lora_rank,
+        seed=config.seed,
+        gradient_checkpointing=saving,
+    )
 
 
 def _some(array: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from novelret.train.rewards import RewardFunction
 
 FEEDBACK, BASE, POLICY = 0, 1, 2
 SOURCES = ("feedback", "base", "policy")
+_MIRRORED = 3  # the stream of items as queries
 _CHUNK = 1 << 16  # pairs at a time: their queries' lists are copied out, 400 bytes each at L = 50
 
 
@@ -40,6 +41,7 @@ class Material:
         promising: (F,) int64 queries that have a positive state, ascending.
         trust: (P,) float32, P(truly relevant) of each positive state, 1 where nothing says otherwise.
         floor: the judge's estimated share of wrong yeses among irrelevant items (see `trust`).
+        real: how many of the split's queries are its own, the first; the others are items (see `mirror`).
     """
 
     split: Split
@@ -53,6 +55,7 @@ class Material:
     promising: np.ndarray
     trust: np.ndarray
     floor: float = 0.0
+    real: int = 0
 
     def in_base(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether each item is in its query's T_L; bool, one per pair."""
@@ -187,7 +190,17 @@ def gather_material(
     none = np.empty((0, 2), dtype=np.int64)
     pool = base_rows[:, :base_depth] if pool is None else pool
     material = Material(
-        split, base_rows, base_depth, pool, labels, reward, none, none, none[:, 0], np.ones(0)
+        split,
+        base_rows,
+        base_depth,
+        pool,
+        labels,
+        reward,
+        none,
+        none,
+        none[:, 0],
+        np.ones(0),
+        real=len(split),
     )
     positives, negatives = [none], [none]
     for start in range(0, len(labels), _CHUNK):
@@ -215,7 +228,8 @@ def with_more_labels(material: Material, more: LabelTable) -> Material:
         material.reward,
         material.pool,
     )
-    return replace(grown, trust=material.trust_of(*grown.positives.T), floor=material.floor)
+    trust = material.trust_of(*grown.positives.T)
+    return replace(grown, trust=trust, floor=material.floor, real=material.real)
 
 
 def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
@@ -257,7 +271,7 @@ def _states(queries: np.ndarray, items: np.ndarray, source: int, starts: np.ndar
 
 def _draw_feedback(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     split = material.split
-    chosen = shuffled(len(split.feedback_queries), count, step, (config.seed, FEEDBACK))
+    chosen = _drawn(split.feedback_queries, material.real, count, step, (config.seed, FEEDBACK))
     return _states(split.feedback_queries[chosen], split.feedback_items[chosen], FEEDBACK)
 
 
@@ -284,8 +298,8 @@ def _draw_queries(material: Material, config: TrainConfig, step: int, count: int
 
     A forward pass of the query encoder is what a step costs, and it serves any number of items.
     """
-    chosen = shuffled(len(material.promising), count, step, (config.seed, BASE, 1))
-    queries = material.promising[chosen]
+    stream = (config.seed, BASE, 1)
+    queries = material.promising[_drawn(material.promising, material.real, count, step, stream)]
     rows = items_of(material.positives, queries)
     generator = np.random.default_rng((config.seed, BASE, 2, step))
     order = np.where(rows >= 0, generator.random(rows.shape), 2.0).argsort(axis=1)[:, : config.per_query]
@@ -297,7 +311,7 @@ def _draw_queries(material: Material, config: TrainConfig, step: int, count: int
 def _draw_states(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     """One labelled state for each forward pass."""
     positives = material.positives
-    chosen = positives[shuffled(len(positives), count, step, (config.seed, BASE, 1))]
+    chosen = positives[_drawn(positives[:, 0], material.real, count, step, (config.seed, BASE, 1))]
     return _states(chosen[:, 0], chosen[:, 1], BASE)
 
 
@@ -320,7 +334,7 @@ def _check_positives(material: Material) -> None:
 def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     """Any query and any rank beyond L, as published."""
     generator = np.random.default_rng((config.seed, BASE, step))
-    queries = generator.integers(len(material.split), size=count)
+    queries = generator.integers(material.real, size=count)
     ranks = generator.integers(material.base_depth, material.base_rows.shape[1], size=count)
     return _states(queries, material.base_rows[queries, ranks], BASE)
 
@@ -328,10 +342,30 @@ def _draw_plain(material: Material, config: TrainConfig, step: int, count: int) 
 def _draw_policy(material: Material, config: TrainConfig, step: int, count: int) -> _Part:
     """Queries for policy draws; list objectives spend theirs on queries that have something to find."""
     generator = np.random.default_rng((config.seed, POLICY, step))
-    pool = np.arange(len(material.split))
+    pool = np.arange(material.real)
     if config.objective in LIST_OBJECTIVES and config.draw != "plain" and len(material.promising):
         pool = material.promising
-    return _states(generator.choice(pool, size=count), np.full(count, -1), POLICY)
+    own, mirrored = _mirrored(pool, material.real, count)
+    mine, theirs = generator.choice(pool[:own], count - mirrored), generator.choice(pool[own:], mirrored)
+    return _states(np.concatenate([mine, theirs]), np.full(count, -1), POLICY)
+
+
+def _drawn(queries: np.ndarray, real: int, count: int, step: int, stream: tuple[int, ...]) -> np.ndarray:
+    """Positions among examples of ascending queries, shuffled; half of items as queries, if there are any.
+
+    Of so many more of them a draw without regard to kind would leave the queries themselves too few.
+    """
+    own, mirrored = _mirrored(queries, real, count)
+    mine = shuffled(own, count - mirrored, step, stream)
+    return np.concatenate([mine, own + shuffled(len(queries) - own, mirrored, step, (*stream, _MIRRORED))])
+
+
+def _mirrored(queries: np.ndarray, real: int, count: int) -> tuple[int, int]:
+    """Where items as queries begin among ascending queries, and how many of so many draws are of them."""
+    own = int(np.searchsorted(queries, real))
+    if own == len(queries):
+        return own, 0
+    return own, count // 2 if own else count
 
 
 def shuffled(total: int, count: int, step: int, stream: tuple[int, ...]) -> np.ndarray:
@@ -348,7 +382,7 @@ def shuffled(total: int, count: int, step: int, stream: tuple[int, ...]) -> np.n
     return chosen
 
 
-@lru_cache(maxsize=4)  # 8 bytes a pair each: the streams of a step, one of them between two epochs
+@lru_cache(maxsize=8)  # 8 bytes a pair each: the streams of a step, some of them between two epochs
 def _permutation(total: int, stream: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(stream).permutation(total)
 

@@ -73,6 +73,7 @@ def write_model(
         own_modules=encode.has_own_modules(folder),
         has_memory=bool(memory_modules([*finished])),
         is_refit=is_refit,
+        mirrored=len(run.material.split) - run.material.real,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     picture = curves(read_log(folder), points, config.max_recall_drop)
@@ -85,6 +86,7 @@ def write_model(
         "refit": is_refit,
         "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
         "asked": spent,
+        "items_as_queries": len(run.material.split) - run.material.real,
         "false_positive_rate": run.material.floor,
         "mean_trust": float(run.material.trust.mean()) if len(run.material.trust) else None,
     }
