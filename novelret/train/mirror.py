@@ -61,7 +61,7 @@ def reverse_verdicts(split: Split, labels: LabelTable, own: np.ndarray) -> tuple
 
 def goes_both_ways(relevant: int, judged: int) -> bool:
     """Whether most of what is relevant is so the other way, too: by the lower end of a 95 % interval."""
-    return judged > 0 and binomtest(relevant, judged).proportion_ci(method="wilson").low > _MOSTLY
+    return judged > 0 and bool(binomtest(relevant, judged).proportion_ci(method="wilson").low > _MOSTLY)
 
 
 def find_mirror(
