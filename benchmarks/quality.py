@@ -158,7 +158,7 @@ class Setting:
 
 
 def worth_on_validation(result: Result, max_recall_drop: float) -> tuple[float, float, float]:
-    """What a learning rate is chosen by: relevant novel items within the recall budget.
+    """What a learning rate is chosen by: relevant novel items that are labelled, within the recall budget.
 
     Those of the chosen checkpoint; of equal ones, those of the frontier where the budget ends; where nothing
     keeps the budget, those of the frontier where a tenth more of the recall is lost.

@@ -328,8 +328,8 @@ def train(
 
     def render(console: Console) -> None:
         table = Table(title="held-back queries", title_justify="left")
-        names = ("step", f"Novelty@{base_depth}", f"RelevantNovel@{base_depth}", f"Recall@{base_depth}")
-        for name in names:
+        figures = (f"Novelty@{base_depth}", f"RelevantNovel@{base_depth}", "likely", f"Recall@{base_depth}")
+        for name in ("step", *figures):
             table.add_column(name, justify="right")
         best = pareto_set(trained.points)
         for point in worth_showing(trained.points, trained.chosen):
@@ -338,6 +338,7 @@ def train(
                 f"{point.name}{'*' if point in best else ''}{mark}",
                 f"{point.novelty:.2f}",
                 f"{point.relevant_novel:.3f}",
+                f"{point.likely:.3f}",
                 f"{point.recall:.4f}",
             )
         if trained.points:

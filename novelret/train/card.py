@@ -111,13 +111,14 @@ def _results(config: TrainConfig, points: list[Point], chosen: Point | None) -> 
     length = config.base_depth
     of_known = " of what is known to be relevant" if config.recall_of == "known" else ""
     lines = [
-        f"| step | Novelty@{length} | RelevantNovel@{length} | Recall@{length}{of_known} |",
-        "| --- | --- | --- | --- |",
+        f"| step | Novelty@{length} | RelevantNovel@{length} | likely | Recall@{length}{of_known} |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for point in worth_showing(points, chosen):
         mark = " (kept)" if point is chosen else ""
         lines.append(
-            f"| {point.name}{mark} | {point.novelty:.2f} | {point.relevant_novel:.3f} | {point.recall:.4f} |"
+            f"| {point.name}{mark} | {point.novelty:.2f} | {point.relevant_novel:.3f} | {point.likely:.3f} "
+            f"| {point.recall:.4f} |"
         )
     return "\n".join(lines)
 

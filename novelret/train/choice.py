@@ -59,22 +59,15 @@ def say_choice(
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
             "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
         )
-    last = [point for point in points if point.is_checkpoint][-1]
-    if chosen.step == 0 and last.judged_novel < 0.9 * chosen.judged_novel:
-        report.warn(
-            f"the start's novel items are judged to {chosen.judged_novel:.0%}, the last step's to "
-            f"{last.judged_novel:.0%}, and what is not judged counts as not relevant: the comparison favours "
-            "the start. Train from the deployed encoder (without --init) on all labels, or label more"
-        )
-    found = round(chosen.relevant_novel * n_queries)
+    count = round(chosen.relevant_novel * n_queries)
     if any(point.novelty for point in points) and not any(point.judged_novel for point in points):
         report.warn(
             "no novel item of the held-back queries is labelled: the choice is by how many novel items a "
             "checkpoint brings, relevant or not. Label them (novelret label) and give --labels"
         )
-    elif chosen.step > 0 and found < _FEW:
+    elif chosen.step > 0 and count < _FEW:
         report.warn(
-            f"the choice rests on {found} relevant novel items of {n_queries} held-back queries, of whose "
+            f"the choice rests on {count} relevant novel items of {n_queries} held-back queries, of whose "
             f"novel items {chosen.judged_novel:.1%} are labelled: one or two more decide it. Label more, or "
             "save several (--keep 5) and have a judge compare them (novelret eval --model "
             "NAME=MODEL/checkpoints)"
@@ -86,11 +79,10 @@ def say_choice(
             f"budget ({drop:.1%}, {drop * base_recall:.4f}): hold back more (--validation-fraction) or allow "
             "for it (--max-recall-drop)"
         )
-    # A method may win among what is labelled, and bring less of what is not.
-    is_bound = 0 < chosen.judged_novel < ENOUGH_JUDGED
-    lack = f" (at least: {chosen.judged_novel:.0%} of the novel items are labelled)" if is_bound else ""
+    found = f"{chosen.relevant_novel:.3f}"
+    if 0 < chosen.judged_novel < ENOUGH_JUDGED:
+        found += f" ({chosen.likely:.3f} likely: {chosen.judged_novel:.0%} of the novel items are labelled)"
     report.note(
         f"chosen: {chosen.name} of {config.steps}, on the held-back queries: novelty "
-        f"{chosen.novelty:.2f}, relevant novel {chosen.relevant_novel:.3f}{lack}, recall {chosen.recall:.4f} "
-        f"(deployed {base_recall:.4f})"
+        f"{chosen.novelty:.2f}, relevant novel {found}, recall {chosen.recall:.4f} (deployed {base_recall:.4f})"
     )

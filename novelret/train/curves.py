@@ -34,7 +34,7 @@ def curves(lines: list[dict[str, Any]], points: list[Point], max_recall_drop: fl
         budget = points[0].base_recall * (1 - max_recall_drop)
         charts += [
             ("held back: novelty", [(p.step, p.novelty) for p in points], None),
-            ("held back: relevant novel", [(p.step, p.relevant_novel) for p in points], None),
+            ("held back: relevant novel, likely", [(p.step, p.likely) for p in points], None),
             ("held back: recall, budget dashed", [(p.step, p.recall) for p in points], budget),
         ]
     drawn = [(name, curve, level) for name, curve, level in charts if curve]

@@ -79,7 +79,7 @@ class Panel:
         budget = point.base_recall * (1 - self.config.max_recall_drop)
         kept = "kept" if keeps_budget(point, self.config.max_recall_drop) else "broken"
         yield f"novelty@{length} {point.novelty:.2f}"
-        yield f"relevant novel {point.relevant_novel:.3f}"
+        yield f"relevant novel {point.relevant_novel:.3f}, likely {point.likely:.3f}"
         yield f"recall {point.recall:.4f}, budget {budget:.4f} {kept}"
         yield f"best so far: step {best_first(self.points, self.config.max_recall_drop)[0].step}"
 

@@ -16,6 +16,8 @@ from novelret.index import Index
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 from novelret.tradeoff import keeps_recall, unbeaten
 
+_NOT_SURE = 100  # judged novel items; few say little of those that are not judged
+
 MOST_QUERIES = 2_000
 """A validation search costs one pass over the catalog; more queries than this do not sharpen it much."""
 
@@ -50,6 +52,7 @@ class Point:
         recall: mean per-query share of what is known to be relevant (`known_pairs`) in the top L, over the
             queries of which something is known.
         judged_novel: share of the novel items that are judged at all.
+        likely: `relevant_novel`, and what those that are not judged would add at the rate of the others.
         base_recall: the deployed model's recall on the same queries.
         recall_error: standard error of the mean difference between the two recalls.
         share: weights lie at this share of the line from the start to those of the step; 1 for a checkpoint.
@@ -61,6 +64,7 @@ class Point:
     relevant_novel: float
     recall: float
     judged_novel: float
+    likely: float
     base_recall: float
     recall_error: float
     share: float = 1.0
@@ -177,7 +181,11 @@ def make_point(step: int, figures: np.ndarray, share: float = 1.0, memory: float
     differences = (figures[:, 3] - figures[:, 4])[~np.isnan(figures[:, 3])]
     error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else 0.0
     judged_share = judged / novelty if novelty else 0.0
-    return Point(step, novelty, relevant_novel, mean_recall, judged_share, base_recall, error, share, memory)
+    _, found, known, *_ = figures.sum(axis=0)
+    likely = relevant_novel + (novelty - judged) * found / (known + _NOT_SURE)
+    return Point(
+        step, novelty, relevant_novel, mean_recall, judged_share, likely, base_recall, error, share, memory
+    )
 
 
 def keeps_budget(point: Point, max_recall_drop: float) -> bool:
@@ -188,14 +196,15 @@ def keeps_budget(point: Point, max_recall_drop: float) -> bool:
 def best_first(points: list[Point], max_recall_drop: float) -> list[Point]:
     """Points from the best to the worst.
 
-    Those within the recall budget come first, by relevant novel items, then novelty, then fewer steps;
-    then the others, by how little recall they lose. The order of two points never depends on a third, so
-    the best so far can be kept as a run goes on.
+    Those within the recall budget come first, by what relevant novel items are likely, then novelty, then
+    fewer steps; then the others, by how little recall they lose. What is not judged is not taken for
+    irrelevant: the further an encoder moves, the less of its list has a label. The order of two points never
+    depends on a third, so the best so far can be kept as a run goes on.
     """
 
     def goodness(point: Point) -> tuple[float, ...]:
         if keeps_budget(point, max_recall_drop):
-            return (1, point.relevant_novel, point.novelty, -point.step)
+            return (1, point.likely, point.novelty, -point.step)
         return (0, point.recall, -point.step)
 
     return sorted(points, key=goodness, reverse=True)
@@ -228,8 +237,8 @@ def pareto_set(points: list[Point]) -> list[Point]:
 
 
 def pareto(points: list[Point]) -> list[bool]:
-    """Whether no other point has as many relevant novel items and as much recall; of equals, the first."""
-    figures = [(point.relevant_novel, point.recall) for point in points]
+    """Whether no other point has as many relevant novel items, likely, at as much recall; of equals, the first."""
+    figures = [(point.likely, point.recall) for point in points]
     return [
         is_best and mine not in figures[:n]
         for n, (mine, is_best) in enumerate(zip(figures, unbeaten(figures), strict=True))

@@ -149,10 +149,9 @@ def _write_frontier(folder: Path, points: list[Point], chosen: Point, config: Tr
     pq.write_table(pa.table(columns), folder / "frontier.parquet")
     best = pareto_set(points)
     marks = [
-        Mark(point.name, point.recall, point.relevant_novel, point in best)
-        for point in worth_showing(points, chosen)
+        Mark(point.name, point.recall, point.likely, point in best) for point in worth_showing(points, chosen)
     ]
     length = config.base_depth
-    titles = (f"Recall@{length}", f"RelevantNovel@{length}")
+    titles = (f"Recall@{length}", f"RelevantNovel@{length}, likely")
     picture = scatter(marks, *titles, line_at=chosen.base_recall)
     (folder / "frontier.svg").write_text(picture, encoding="utf-8")

@@ -240,7 +240,7 @@ def test_schedules(schedule):
 
 
 def point(step, relevant_novel, recall, base=0.5):
-    return Point(step, 2 * relevant_novel, relevant_novel, recall, 1.0, base, 0.01)
+    return Point(step, 2 * relevant_novel, relevant_novel, recall, 1.0, relevant_novel, base, 0.01)
 
 
 def test_the_best_within_the_budget_comes_first_and_the_rest_by_recall():
