@@ -84,5 +84,6 @@ def say_choice(
         found += f" ({chosen.likely:.3f} likely: {chosen.judged_novel:.0%} of the novel items are labelled)"
     report.note(
         f"chosen: {chosen.name} of {config.steps}, on the held-back queries: novelty "
-        f"{chosen.novelty:.2f}, relevant novel {found}, recall {chosen.recall:.4f} (deployed {base_recall:.4f})"
+        f"{chosen.novelty:.2f}, relevant novel {found}, recall {chosen.recall:.4f} (deployed "
+        f"{base_recall:.4f})"
     )

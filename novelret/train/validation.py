@@ -237,7 +237,7 @@ def pareto_set(points: list[Point]) -> list[Point]:
 
 
 def pareto(points: list[Point]) -> list[bool]:
-    """Whether no other point has as many relevant novel items, likely, at as much recall; of equals, the first."""
+    """Whether no other point is as good in `likely` and in recall; of equals, the first is."""
     figures = [(point.likely, point.recall) for point in points]
     return [
         is_best and mine not in figures[:n]

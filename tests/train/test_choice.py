@@ -10,8 +10,8 @@ from novelret.train.choice import say_budget, say_choice
 from novelret.train.config import TrainConfig
 from novelret.train.validation import Point, worth_showing
 
-START = Point(0, 0.0, 0.0, 0.60, 0.0, 0.60, 0.0)
-GOOD = Point(40, 9.0, 2.0, 0.62, 1.0, 0.60, 0.001)
+START = Point(0, 0.0, 0.0, 0.60, 0.0, 0.0, 0.60, 0.0)
+GOOD = Point(40, 9.0, 2.0, 0.62, 1.0, 2.0, 0.60, 0.001)
 
 
 def warnings_of(chosen: Point, *points: Point, recall_of: str = "feedback") -> list[str]:
@@ -47,24 +47,20 @@ def test_what_is_known_must_be_known_of_the_deployed_lists_too() -> None:
     assert budget_warnings(replace(START, base_recall=1.0), 0.9, recall_of="known") == []
 
 
-def test_the_start_chosen_over_labelled_and_unlabelled_points() -> None:
+def test_the_start_chosen_over_what_lost_recall() -> None:
     worse = replace(GOOD, recall=0.5)
     (said,) = warnings_of(START, START, worse)
     assert "the saved encoder is the one it started from" in said
-    # A start with novel items of its own (--init), judged better than what followed.
-    start = replace(START, novelty=5.0, judged_novel=1.0)
-    said = warnings_of(start, start, replace(worse, judged_novel=0.5))
-    assert any("favours the start" in text for text in said)
 
 
 def test_a_count_of_what_is_labelled_is_said_to_be_one() -> None:
     def note_of(judged: float) -> str:
         console = Console(file=io.StringIO(), width=1_000)
-        chosen = replace(GOOD, judged_novel=judged)
+        chosen = replace(GOOD, judged_novel=judged, likely=3.25)
         say_choice(chosen, [START, chosen], 100, TrainConfig(data="d", index="i"), Reporter(console=console))
         return console.file.getvalue()
 
-    bound = "relevant novel 2.000 (at least: 60% of the novel items are labelled), recall 0.6200"
+    bound = "relevant novel 2.000 (3.250 likely: 60% of the novel items are labelled), recall 0.6200"
     assert bound in note_of(0.6)
     assert "relevant novel 2.000, recall 0.6200" in note_of(0.96)
 
@@ -92,9 +88,9 @@ def test_no_point_within_the_budget_and_too_few_queries() -> None:
 
 
 def test_of_dozens_of_blends_those_are_shown_that_no_other_beats() -> None:
-    last = replace(GOOD, step=80, relevant_novel=1.0, recall=0.5)
-    better = replace(last, share=0.5, relevant_novel=1.5, recall=0.63)
-    beaten = replace(last, share=0.5, memory=0.1, relevant_novel=1.4, recall=0.61)
+    last = replace(GOOD, step=80, likely=1.0, recall=0.5)
+    better = replace(last, share=0.5, likely=1.5, recall=0.63)
+    beaten = replace(last, share=0.5, memory=0.1, likely=1.4, recall=0.61)
     points = [START, GOOD, last, better, beaten]
     assert worth_showing(points, GOOD) == points[:4]
     assert worth_showing(points, beaten) == points

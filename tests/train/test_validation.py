@@ -1,9 +1,10 @@
-"""Which queries are held back."""
+"""Which queries are held back, and what a checkpoint is worth on them."""
 
 import numpy as np
+import pytest
 
 from novelret.data.split import make_split
-from novelret.train.validation import hold_back
+from novelret.train.validation import Point, best_first, hold_back, make_point, pareto
 
 
 def split_of(texts):
@@ -42,3 +43,31 @@ def test_frequent_texts_are_held_back_no_sooner_than_others():
     share = np.mean([len({row // 10 for row in rows if row < 100}) / 10 for rows in drawn])
     assert 0.12 < share < 0.28
     assert max(len(rows) for rows in drawn) <= 38
+
+
+@pytest.mark.parametrize("labelled", [0.05, 0.5, 1.0])
+def test_novel_items_without_a_label_count_at_the_rate_of_the_labelled_ones(labelled):
+    rng = np.random.default_rng(0)
+    relevant, judged = rng.random((40_000, 20)) < 0.1, rng.random((40_000, 20)) < labelled
+    none = np.full(40_000, 0.5)
+    figures = [np.full(40_000, 20.0), (relevant & judged).sum(axis=1), judged.sum(axis=1), none, none]
+    point = make_point(3, np.stack(figures, axis=1).astype(float))
+    assert point.relevant_novel == pytest.approx(2 * labelled, rel=0.05)
+    assert point.likely == pytest.approx(relevant.sum(axis=1).mean(), rel=0.05)
+    assert point.judged_novel == pytest.approx(labelled, rel=0.05)
+    if labelled == 1:
+        assert point.likely == point.relevant_novel
+
+
+def test_a_few_labels_say_little_of_what_has_none():
+    figures = np.array([[10.0, 1, 1, 0.5, 0.5], [10.0, 1, 1, 0.5, 0.5], [10.0, 0, 0, 0.5, 0.5]])
+    assert make_point(3, figures).likely == pytest.approx(2 / 3 + 28 / 3 * 2 / 102)
+    figures[:, 1:3] = 0
+    assert make_point(3, figures).likely == 0
+
+
+def test_a_checkpoint_that_moved_beyond_the_labels_is_not_worth_less_for_it():
+    near = Point(5, 10.0, 1.0, 0.6, 1.0, 1.0, 0.6, 0.01)
+    far = Point(10, 20.0, 0.9, 0.6, 0.5, 1.8, 0.6, 0.01)
+    assert best_first([near, far], 0.0) == [far, near]
+    assert pareto([near, far]) == [False, True]
