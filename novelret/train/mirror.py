@@ -168,8 +168,8 @@ def with_mirror(
 
 def _one_over_the_other(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """One array over the other, the narrower one padded with −1."""
-    width = max(ours.shape[1], theirs.shape[1])
-    parts = [
-        np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in (ours, theirs)
-    ]
-    return np.concatenate(parts)
+    shape = len(ours) + len(theirs), max(ours.shape[1], theirs.shape[1])
+    whole = np.full(shape, -1, dtype=ours.dtype)
+    whole[: len(ours), : ours.shape[1]] = ours
+    whole[len(ours) :, : theirs.shape[1]] = theirs
+    return whole
