@@ -89,14 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # An exact draw of lists from the whole catalog makes a step of the first two cost ten times another's.
 FIRST_L_ONLY = ("reinforce", "v-pg", "supervised-memory", "supervised-refit", "conservative-refit")
 OURS = "default"
-UNTUNED = (
-    OURS,
-    "default-no-mirror",
-    "default-inclusion",
-    "default-catalog",
-    "default-no-refit",
-    "default-adapter",
-)
+UNTUNED = tuple(name for name in METHODS if name.startswith(OURS))
 COLUMNS = (
     "Novelty@10", "Novelty@20", "Novelty@50", "RelevantNovel@20", "RelevantNovel@50", "Recall@50",
     "Precision@10", "MergedDensity", "MergedCoverage",

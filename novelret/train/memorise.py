@@ -33,8 +33,7 @@ def make_memory(
     Raises:
         UserError: nothing is known to be relevant to any of the queries.
     """
-    split = material.split
-    query, item = material.labels.relevant_and(split.feedback_queries, split.feedback_items)
+    query, item = material.relevant.T
     kept = (material.trust_of(query, item) >= _BELIEVED) | material.is_feedback(query, item)
     query, item = query[kept], item[kept]
     rows = np.unique(query)

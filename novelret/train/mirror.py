@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from novelret.data.catalog import Catalog
 from novelret.data.split import Split, load_queries, make_split
 from novelret.errors import UserError
-from novelret.label.table import RELEVANT, UNKNOWN, LabelTable, empty_table, join_tables, make_table
+from novelret.label.table import RELEVANT, UNKNOWN, LabelTable, empty_table, join_tables, sort_table
 from novelret.membership import find_sorted
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
@@ -41,6 +41,11 @@ class Mirror:
     split: Split
     rows: np.ndarray
     own: np.ndarray
+
+    @property
+    def more(self) -> int:
+        """How many of the items are no queries of the split."""
+        return len(np.setdiff1d(self.rows, self.own))
 
 
 def reverse_verdicts(split: Split, labels: LabelTable, own: np.ndarray) -> tuple[int, int]:
@@ -97,21 +102,23 @@ def find_mirror(
     most = max(1, config.steps * config.batch_size // 2)
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(_DRAW).choice(rows, most, replace=False))
-    more = len(np.setdiff1d(rows, own))
-    if not more:
+    ids, texts = catalog.ids_at(rows), catalog.texts_at(rows)
+    written = load_queries(config.data, ids)  # where an item has a text as a query, that is the better one
+    texts = [written.get(name, text) for name, text in zip(ids, texts, strict=True)]
+    none = np.empty(0, dtype=np.int64)
+    excluded = np.where(config.ignore_identical_ids, rows, -1)[:, None]
+    mirror = Mirror(make_split(split.name, ids, texts, none, none, excluded), rows, own)
+    if not mirror.more:
         if config.mirror == "auto":
             return None
         raise UserError(
             "--mirror always: no item that is no query itself is known to be relevant to a query that is an "
             "item, by its id; use --mirror never"
         )
-    report.note(f"training on {more:,} items as queries, too: {because} (--mirror never: not on these)")
-    ids, texts = catalog.ids_at(rows), catalog.texts_at(rows)
-    written = load_queries(config.data, ids)  # where an item has a text as a query, that is the better one
-    texts = [written.get(name, text) for name, text in zip(ids, texts, strict=True)]
-    none = np.empty(0, dtype=np.int64)
-    excluded = np.where(config.ignore_identical_ids, rows, -1)[:, None]
-    return Mirror(make_split(split.name, ids, texts, none, none, excluded), rows, own)
+    report.note(
+        f"training on {mirror.more:,} items as queries, too: {because} (--mirror never: not on these)"
+    )
+    return mirror
 
 
 def with_mirror(
@@ -135,13 +142,15 @@ def with_mirror(
     """
     split, size = material.split, material.labels.catalog_size
     own = mirror.own[queries]
-    query, item = material.labels.relevant_and(split.feedback_queries, split.feedback_items)
+    query, item = material.relevant.T
     found, place = find_sorted(mirror.rows, item)
     found &= (own[query] >= 0) & ~np.isin(item, own)
-    query, item, place = query[found], item[found], place[found] + len(split)
-    order = np.lexsort((own[query], place))
-    query, item, place = query[order], item[order], place[order]
-    reverse, is_feedback = own[query], material.is_feedback(query, item)
+    query, item = query[found], item[found]
+    keys = (place[found] + len(split)) * size + own[query]
+    order = np.argsort(keys)
+    query, item, keys = query[order], item[order], keys[order]
+    place, reverse = np.divmod(keys, size)
+    is_feedback = material.is_feedback(query, item)
     both = make_split(
         split.name,
         [*split.query_ids, *mirror.split.query_ids],
@@ -151,17 +160,17 @@ def with_mirror(
         _one_over_the_other(split.excluded, mirror.split.excluded),
     )
     grades = None if material.labels.grades is None else material.labels.lookup_grades(query, item)
-    verdicts = np.full(len(place), RELEVANT, dtype=np.int8)
+    verdicts = np.full(len(keys), RELEVANT, dtype=np.int8)
     grown = gather_material(
         both,
         _one_over_the_other(material.base_rows, base_rows),
         material.base_depth,
-        join_tables(material.labels, make_table(place, reverse, verdicts, size, grades=grades)),
+        join_tables(material.labels, sort_table(keys, verdicts, size, grades=grades)),
         material.reward,
         _one_over_the_other(material.pool, pool),
     )
     theirs = grown.positives[len(material.positives) :]  # behind ours, as their queries are
-    of_theirs = np.searchsorted(place * size + reverse, theirs[:, 0] * size + theirs[:, 1])
+    of_theirs = np.searchsorted(keys, theirs[:, 0] * size + theirs[:, 1])
     trust = np.concatenate([material.trust, material.trust_of(query, item)[of_theirs]])
     return replace(grown, real=len(split), trust=trust, floor=material.floor)
 

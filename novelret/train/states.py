@@ -40,8 +40,8 @@ class Material:
         negatives: (P', 2) int64 labelled states with reward < 0, ascending.
         promising: (F,) int64 queries that have a positive state, ascending.
         trust: (P,) float32, P(truly relevant) of each positive state, 1 where nothing says otherwise.
-        floor: the judge's estimated share of wrong yeses among irrelevant items (see `trust`).
         real: how many of the split's queries are its own, the first; the others are items (see `mirror`).
+        floor: the judge's estimated share of wrong yeses among irrelevant items (see `trust`).
     """
 
     split: Split
@@ -54,8 +54,8 @@ class Material:
     negatives: np.ndarray
     promising: np.ndarray
     trust: np.ndarray
+    real: int
     floor: float = 0.0
-    real: int = 0
 
     def in_base(self, query_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
         """Whether each item is in its query's T_L; bool, one per pair."""
@@ -106,7 +106,7 @@ class Material:
             queries: (b,) query rows.
             rows: (n,) ascending catalog rows, in which a query's few known items are searched.
         """
-        listed = np.concatenate([items_of(self._relevant, queries), self.split.excluded[queries]], axis=1)
+        listed = np.concatenate([items_of(self.relevant, queries), self.split.excluded[queries]], axis=1)
         place = np.minimum(np.searchsorted(rows, listed), len(rows) - 1)
         query, column = np.nonzero(rows[place] == listed)
         found = np.zeros((len(queries), len(rows)), dtype=bool)
@@ -114,7 +114,8 @@ class Material:
         return found
 
     @cached_property
-    def _relevant(self) -> np.ndarray:
+    def relevant(self) -> np.ndarray:
+        """(P, 2) int64 pairs that are feedback or judged relevant (query row, item row), ascending."""
         split = self.split
         return np.stack(self.labels.relevant_and(split.feedback_queries, split.feedback_items), axis=1)
 
@@ -190,17 +191,7 @@ def gather_material(
     none = np.empty((0, 2), dtype=np.int64)
     pool = base_rows[:, :base_depth] if pool is None else pool
     material = Material(
-        split,
-        base_rows,
-        base_depth,
-        pool,
-        labels,
-        reward,
-        none,
-        none,
-        none[:, 0],
-        np.ones(0),
-        real=len(split),
+        split, base_rows, base_depth, pool, labels, reward, none, none, none[:, 0], np.ones(0), len(split)
     )
     positives, negatives = [none], [none]
     for start in range(0, len(labels), _CHUNK):

@@ -181,8 +181,7 @@ def make_point(step: int, figures: np.ndarray, share: float = 1.0, memory: float
     differences = (figures[:, 3] - figures[:, 4])[~np.isnan(figures[:, 3])]
     error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else 0.0
     judged_share = judged / novelty if novelty else 0.0
-    _, found, known, *_ = figures.sum(axis=0)
-    likely = relevant_novel + (novelty - judged) * found / (known + _NOT_SURE)
+    likely = relevant_novel + (novelty - judged) * relevant_novel / (judged + _NOT_SURE / len(figures))
     return Point(
         step, novelty, relevant_novel, mean_recall, judged_share, likely, base_recall, error, share, memory
     )

@@ -63,6 +63,7 @@ def write_model(
     write_config(folder, config)
     np.save(folder / "queries.npy", np.unique(hash_texts(plain_texts(inputs.split.query_texts))))
     is_refit = run.folder != folder and chosen is not None and chosen.step > 0  # the start is no training
+    mirrored = inputs.mirror.more if inputs.mirror is not None else 0
     card = model_card(
         config,
         run.index,
@@ -73,7 +74,7 @@ def write_model(
         own_modules=encode.has_own_modules(folder),
         has_memory=bool(memory_modules([*finished])),
         is_refit=is_refit,
-        mirrored=len(run.material.split) - run.material.real,
+        mirrored=mirrored,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     picture = curves(read_log(folder), points, config.max_recall_drop)
@@ -86,7 +87,7 @@ def write_model(
         "refit": is_refit,
         "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
         "asked": spent,
-        "items_as_queries": len(run.material.split) - run.material.real,
+        "items_as_queries": mirrored,
         "false_positive_rate": run.material.floor,
         "mean_trust": float(run.material.trust.mean()) if len(run.material.trust) else None,
     }

@@ -20,7 +20,9 @@ from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material
 from tests.commands import fails, run
 from tests.conftest import make_world, write_jsonl, write_qrels
-from tests.train.conftest import SHORT, weights_of
+from tests.train.conftest import SHORT
+from tests.train.test_memory import same_weights
+from tests.train.test_refit import facts_of
 
 Q, N, L, DEPTH = 20, 60, 4, 12
 
@@ -94,7 +96,6 @@ def test_relevance_goes_both_ways_where_most_of_it_surely_does(relevant, judged,
 
 
 def test_what_is_known_of_items_is_what_queries_know_turned_round(rng, own):
-    material = some_material(rng, own)
     rows = np.flatnonzero(own % 3 != 0)  # of a larger split, in which the others are held back
     of_all = np.full(40, -1)
     of_all[rows * 2] = own[rows]
@@ -172,11 +173,15 @@ def mutual(tmp_path_factory, encoder):
         data / "queries.jsonl",
         [line | {"_id": "i" + line["_id"][1:]} for line in lines if line["_id"] != "q39"],
     )
-    pairs = [line.split("\t") for line in (data / "qrels" / "test.tsv").read_text().splitlines()[1:]]
-    write_qrels(data / "qrels" / "test.tsv", [tuple(pair) for pair in pairs if pair[0] != "i39"])
+    test = data / "qrels" / "test.tsv"
+    write_qrels(test, [pair for pair in pairs_of(test) if pair[0] != "i39"])
     made(["index", "--data", data, "--model", encoder, "--out", folder / "index"])
     label(data, folder)
     return folder
+
+
+def pairs_of(path):
+    return [tuple(line.split("\t")) for line in path.read_text().splitlines()[1:]]
 
 
 def label(data, folder):
@@ -200,10 +205,6 @@ def train(capsys, folder, out, *more):
     return said
 
 
-def facts_of(folder):
-    return json.loads((folder / "manifest.json").read_text())["facts"]
-
-
 @pytest.mark.parametrize("tune", ["memory", "full"])
 def test_items_are_trained_on_where_judged_feedback_shows_that_relevance_is_mutual(
     mutual, capsys, tmp_path, tune
@@ -215,9 +216,8 @@ def test_items_are_trained_on_where_judged_feedback_shows_that_relevance_is_mutu
         assert (facts_of(tmp_path / mirror)["items_as_queries"] > 10) is (mirror != "never")
         card = (tmp_path / mirror / "README.md").read_text()
         assert ("items as queries" in card) is (mirror != "never")
-    auto, always, never = (weights_of(tmp_path / mirror) for mirror in ("auto", "always", "never"))
-    assert all((auto[name] == always[name]).all() for name in auto)
-    assert any((auto[name] != never[name]).any() for name in auto)
+    assert same_weights(tmp_path / "auto", tmp_path / "always")
+    assert not same_weights(tmp_path / "auto", tmp_path / "never")
 
 
 def test_they_are_not_where_it_goes_one_way(mutual, capsys, tmp_path):
@@ -227,19 +227,15 @@ def test_they_are_not_where_it_goes_one_way(mutual, capsys, tmp_path):
         (folder / "data" / path.name).symlink_to(path)
     (folder / "index").symlink_to(mutual / "index")
     (folder / "data" / "judgements.tsv").unlink()
-    pairs = [line.split("\t") for line in (mutual / "data" / "judgements.tsv").read_text().splitlines()[1:]]
-    write_qrels(folder / "data" / "judgements.tsv", [(q, i, s) for q, i, s in pairs if q < i])
     (folder / "data" / "qrels").unlink()
-    for split in ("train", "test"):
-        lines = (mutual / "data" / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]
-        pairs = [line.split("\t") for line in lines]
-        write_qrels(folder / "data" / "qrels" / f"{split}.tsv", [(q, i, s) for q, i, s in pairs if q < i])
+    for part in ("judgements.tsv", "qrels/train.tsv", "qrels/test.tsv"):
+        pairs = pairs_of(mutual / "data" / part)
+        write_qrels(folder / "data" / part, [pair for pair in pairs if pair[0] < pair[1]])
     label(folder / "data", folder)
     assert "items as queries" not in train(capsys, folder, tmp_path / "auto")
     assert facts_of(tmp_path / "auto")["items_as_queries"] == 0
     train(capsys, folder, tmp_path / "never", "--mirror", "never")
-    auto, never = weights_of(tmp_path / "auto"), weights_of(tmp_path / "never")
-    assert all((auto[name] == never[name]).all() for name in auto)
+    assert same_weights(tmp_path / "auto", tmp_path / "never")
 
 
 def test_plain_supervised_training_sees_no_judgement_of_items_either(mutual, capsys, tmp_path):
@@ -250,8 +246,7 @@ def test_plain_supervised_training_sees_no_judgement_of_items_either(mutual, cap
                    "--out", tmp_path / name)  # fmt: skip
         code, _, said = run(capsys, *command)
         assert (code, "--mirror always" in said) == (0, True)
-    first, second = weights_of(tmp_path / "with"), weights_of(tmp_path / "without")
-    assert all((first[name] == second[name]).all() for name in first)
+    assert same_weights(tmp_path / "with", tmp_path / "without")
 
 
 def test_queries_that_are_no_items_have_none(world, index_folder, labels, capsys, tmp_path):
