@@ -1,15 +1,17 @@
 """A memory of what is relevant to training queries, which moves a query towards what is relevant to its like.
 
-    m(x) = x + s · Σ_j a_j v_j,   a = softmax_j(x · k_j / (t · l))
+    m(x) = x + s · Σ_j a_j v_j,   a = softmax_j((x + x M) · k_j / (t · l))
 
 Keys k_j are deployed embeddings, of unit length, of training queries and of items known to be relevant to
 them; l is the length that queries have on average, 1 where they are normalised. Values v_j start at the mean
-embedding of the items known to be relevant to that query: all of them for a query, the others for one of its
-items (what goes with an item near a query is likely to suit the query). They are trained, as is the scale s,
-which starts at 0: the deployed encoder.
+embedding of what goes with the key: for a query the items known to be relevant to it, for one of these the
+others, as what goes with an item near a query is likely to suit the query, and the query itself where that is
+an item, too, and relevance goes both ways. They are trained, as are the metric M, by which a query finds what
+is like it to this end, and the scale s. Both start at 0: the deployed encoder.
 
 It is served by two of sentence-transformers' own Dense modules, so the result loads anywhere: the first
-turns x into (a, x), d dimensions wider than there are keys, the second adds the values up.
+turns x into (a, x), d dimensions wider than there are keys, the second adds the values up. The metric goes
+into the keys.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Memory(nn.Module):
         keys: (n, d) buffer, of unit length.
         sources: (n,) int64 buffer, the place of the query that each key comes from, for a query its own.
         values: (n, d) parameter.
+        metric: (d, d) parameter, M.
         scale: () parameter, a tenth of s.
     """
 
@@ -49,6 +52,7 @@ class Memory(nn.Module):
         self.register_buffer("keys", torch.zeros(size, dimension))
         self.register_buffer("sources", torch.arange(size))
         self.values = nn.Parameter(torch.zeros(size, dimension))
+        self.metric = nn.Parameter(torch.zeros(dimension, dimension))
         self.scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, queries: Tensor, shares: Tensor | None = None) -> Tensor:
@@ -61,11 +65,11 @@ class Memory(nn.Module):
                 can be served at any, and one that showed queries what it knows of them would only learn to
                 copy that. A query that is left with no key stays where it is.
         """
-        products = queries @ self.keys.T
-        logits = products / self.temperature
+        logits = (queries + queries @ self.metric) @ self.keys.T / self.temperature
         if shares is None:
             return queries + self._shift(torch.softmax(logits, dim=1))
-        same = products >= _SAME * torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+        of_queries = self.keys[: int(self.sources.max()) + 1]  # items' keys stand behind them
+        same = queries @ of_queries.T >= _SAME * torch.linalg.vector_norm(queries, dim=1, keepdim=True)
         same = same[:, self.sources]
         # Not −∞: a row of nothing else would be NaN.
         attention = torch.softmax(logits.masked_fill(same, torch.finfo(logits.dtype).min), dim=1)
@@ -79,6 +83,10 @@ class Memory(nn.Module):
         """Values times s, (n, d)."""
         return _SCALE * self.scale * self.values
 
+    def served_keys(self) -> Tensor:
+        """Keys as x itself finds them, divided by the temperature, (n, d)."""
+        return (self.keys + self.keys @ self.metric.T) / self.temperature
+
     def modules_to_serve(self) -> tuple[Dense, Dense]:
         """The memory as it is now, as two modules behind an encoder."""
         size, dimension = self.keys.shape
@@ -88,7 +96,7 @@ class Memory(nn.Module):
         with torch.no_grad():
             for weights in (*attend.parameters(), *add.parameters()):
                 weights.zero_()
-            attend.linear.weight[:size] = self.keys / self.temperature
+            attend.linear.weight[:size] = self.served_keys()
             attend.linear.bias[size:] = _NEVER
             attend.residual.weight[size:].fill_diagonal_(1.0)
             add.linear.weight[:, :size] = self.scaled_values().T
@@ -102,7 +110,7 @@ class Served:
     """A memory found in an encoder: a query moves by softmax(query @ keys.T) @ values.
 
     Attributes:
-        keys: (n, d) float32, divided by the temperature.
+        keys: (n, d) float32, with the metric, divided by the temperature.
         values: (n, d) float32, times the scale.
     """
 

@@ -113,7 +113,7 @@ def train(
             help="Most entries of the memory: training queries, and items relevant to them.",
             rich_help_panel=UPDATES,
         ),
-    ] = 10_000,
+    ] = 30_000,
     init: Annotated[
         str | None,
         typer.Option(

@@ -127,7 +127,7 @@ class TrainConfig(Asking):
     trust: bool = True
     tune: str = "memory"
     lora_rank: int = 16
-    memory_size: int = 10_000
+    memory_size: int = 30_000
     init: str | None = None
     steps: int = 400
     batch_size: int = 128

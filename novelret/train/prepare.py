@@ -146,7 +146,8 @@ def prepare(
     else:
         of_train, memory = _some(found.embeddings, train_rows), None
         if config.tune == "memory":
-            memory = make_memory(own, of_train, index.embeddings, config.memory_size, config.seed)
+            of_items = None if mirror is None else mirror.own[train_rows]
+            memory = make_memory(own, of_train, index.embeddings, config.memory_size, config.seed, of_items)
         if mirrored is not None and mirrored.embeddings is not None:
             of_train = np.concatenate([of_train, mirrored.embeddings])
         tower = adapter_tower(model, of_train, found.embeddings[mine], device, memory, config.seed)

@@ -262,6 +262,4 @@ def adapter_tower(
         )
         return whole.eval()
 
-    # Of a memory only the values are trained, the second of its modules.
-    frozen = len(model) + (0 if memory is None else 1 + shortened)
-    return Tower(module, embed, embed_validation, finished, frozen, memory)
+    return Tower(module, embed, embed_validation, finished, len(model) + shortened, memory)

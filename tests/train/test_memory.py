@@ -78,13 +78,15 @@ def random_memory(size=7, dimension=5, seed=0, dtype=torch.float32, length=1.0) 
         keys = torch.randn(size, dimension, generator=generator, dtype=dtype)
         memory.keys.copy_(torch.nn.functional.normalize(keys, dim=1))
         memory.values.copy_(torch.randn(size, dimension, generator=generator, dtype=dtype))
+        memory.metric.copy_(0.1 * torch.randn(dimension, dimension, generator=generator, dtype=dtype))
         memory.scale.fill_(0.07)
     return memory
 
 
 def by_hand(memory, query, left_out=frozenset(), share=1.0, length=1.0) -> np.ndarray:
     keys, values = memory.keys.double().numpy(), memory.values.detach().double().numpy()
-    weights = {j: np.exp(keys[j] @ query / length / 0.06) for j in range(len(keys)) if j not in left_out}
+    seeking = query + query @ memory.metric.detach().double().numpy()
+    weights = {j: np.exp(keys[j] @ seeking / length / 0.06) for j in range(len(keys)) if j not in left_out}
     moved = query.astype(np.float64)
     for j, weight in weights.items():
         moved = moved + share * 10 * 0.07 * weight / sum(weights.values()) * values[j]
@@ -130,7 +132,7 @@ def test_a_query_that_equals_every_key_stays_where_it_is():
     found = memory(query, torch.ones(1))
     assert torch.equal(found, query)
     found.sum().backward()
-    assert all(torch.isfinite(part.grad).all() for part in (query, memory.values, memory.scale))
+    assert all(torch.isfinite(part.grad).all() for part in (query, *memory.parameters()))
 
 
 @pytest.mark.parametrize("shares", [None, torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)])
@@ -138,11 +140,11 @@ def test_gradients_are_those_of_finite_differences(shares):
     queries = torch.from_numpy(np.random.default_rng(2).normal(size=(3, 5)))
     memory = random_memory(dtype=torch.float64)
     queries[0] = memory.keys[2]
-    parameters = [part.detach().clone() for part in (memory.values, memory.scale)]
-    del memory.values, memory.scale
+    parameters = [part.detach().clone() for part in (memory.values, memory.metric, memory.scale)]
+    del memory.values, memory.metric, memory.scale
 
-    def shifted(x, values, scale):
-        memory.values, memory.scale = values, scale
+    def shifted(x, values, metric, scale):
+        memory.values, memory.metric, memory.scale = values, metric, scale
         return memory(x, shares)
 
     assert torch.autograd.gradcheck(shifted, [part.requires_grad_() for part in (queries, *parameters)])
@@ -154,7 +156,7 @@ def test_two_dense_modules_serve_it(dtype, tmp_path):
     served = nn.Sequential(*memory.modules_to_serve()).to(dtype)
     queries = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     found = served({"sentence_embedding": queries.to(dtype)})["sentence_embedding"].float()
-    loose = {torch.float32: 1e-6, torch.bfloat16: 0.2, torch.float16: 0.02}[dtype]
+    loose = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.02}[dtype]
     torch.testing.assert_close(found, memory(queries), atol=loose, rtol=0)
     assert (found - queries).abs().max() > 0.3
 
@@ -264,8 +266,11 @@ def test_a_query_sees_nothing_in_training_that_is_known_from_itself():
     memory.sources = torch.tensor([0, 1, 2, 0, 0, 1])
     query = memory.keys[[0]].clone()
     found = memory(query, torch.tensor([0.7]))[0].detach().numpy()
-    keys, values = memory.keys.numpy()[[1, 2, 5]], memory.scaled_values().detach().numpy()[[1, 2, 5]]
-    shares = softmax(keys @ query[0].numpy() / memory.temperature)
+    keys, values = (
+        memory.served_keys().detach().numpy()[[1, 2, 5]],
+        memory.scaled_values().detach().numpy()[[1, 2, 5]],
+    )
+    shares = softmax(keys @ query[0].numpy())
     assert found == pytest.approx(query[0].numpy() + 0.7 * shares @ values, abs=1e-5)
 
 
@@ -434,7 +439,8 @@ def test_an_encoder_whose_scores_are_dot_products(world, encoder, capsys, tmp_pa
     split = load_split(str(world), "train", index.open_index(folder).catalog)
     lengths = np.linalg.norm(encode.encode_queries(deployed, split.query_texts), axis=1)
     sharpness = 1 / np.linalg.norm(memory.keys, axis=1)
-    assert sharpness == pytest.approx(0.06 * lengths.mean(), rel=0.1)  # of those that are not held back
+    # Of those that are not held back, and but for the metric, which makes keys shorter or longer.
+    assert np.median(sharpness) == pytest.approx(0.06 * lengths.mean(), rel=0.15)
     logits = queries @ memory.keys.T
     attention = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     shifted = queries + attention @ memory.values
