@@ -212,6 +212,25 @@ def test_values_start_at_the_mean_of_what_is_known(material, monkeypatch, number
     assert torch.equal(memory(embeddings), embeddings)
 
 
+def test_a_query_that_is_an_item_goes_with_its_items(material):
+    """Of a query's only item, too, nothing else would be known to go with it."""
+    own = np.array([7, 2, -1, -1, 10, -1, 4, 1, -1])
+    memory = memorise.make_memory(material, QUERIES, ITEMS, 100, 0, own)
+    values = [mean_of(items) for items in KNOWN.values()]  # as ever
+    pairs = []
+    for query, items in KNOWN.items():
+        for item in sorted(items):
+            goes_along = items - {item} | ({own[query]} if own[query] >= 0 else set())
+            if goes_along:
+                pairs.append((list(KNOWN).index(query), item))
+                values.append(mean_of(goes_along))
+    assert [item for _, item in pairs] == [3, 8, 9, 5, 1, 4, 11]
+    assert memory.sources.tolist() == [*range(len(KNOWN)), *(source for source, _ in pairs)]
+    assert memory.values.detach().numpy() == pytest.approx(np.stack(values), abs=1e-5)
+    keys = np.stack([unit(ITEMS[item].astype(float)) for _, item in pairs])
+    assert memory.keys[len(KNOWN) :].numpy() == pytest.approx(keys, abs=1e-6)
+
+
 def test_a_yes_that_is_hardly_believed_is_not_remembered(material):
     """Unless there is feedback that says so, too: of query 0 and item 3."""
     doubted = dataclasses.replace(material, trust=np.full(len(material.positives), 0.4, np.float32))
@@ -512,18 +531,19 @@ def test_kept_checkpoints_load_and_share_what_is_frozen(command, index_folder, c
     folders = sorted((tmp_path / "model" / "checkpoints").iterdir())
     # 4 checkpoints, 3 blends, and the whole line with less of the memory.
     assert len(folders) == len(found["points"]) == 4 + 3 + 3 * 4
-    for shared in ("model.safetensors", "3_Dense/model.safetensors"):  # keys are not trained
-        assert len({(folder / shared).stat().st_ino for folder in folders}) == 1
+    assert len({(folder / "model.safetensors").stat().st_ino for folder in folders}) == 1
     weights = {folder.name: weights_of(folder) for folder in folders}
     deployed = index.open_index(index_folder).query_encoder("cpu")
     embeddings = encode.encode_queries(deployed, TEXTS)
     (start, last, half) = (weights[name] for name in ("step-0", "step-12", "step-12-share-0.5"))
-    adds, maps = "4_Dense/model.safetensors/linear.weight", "5_Dense/model.safetensors/linear.weight"
-    assert {name for name in last if not torch.equal(start[name], last[name])} == {adds, maps}
-    assert torch.allclose(half[maps], (start[maps] + last[maps]) / 2, atol=1e-6)
+    keys, adds, maps = (f"{n}_Dense/model.safetensors/linear.weight" for n in (3, 4, 5))
+    assert {name for name in last if not torch.equal(start[name], last[name])} == {keys, adds, maps}
+    for name in (keys, maps):
+        assert torch.allclose(half[name], (start[name] + last[name]) / 2, atol=1e-5)
     for name, whole_share in (("step-12", last), ("step-12-share-0.5", half)):
         tenth = weights[f"{name}-memory-0.1"]
         assert torch.equal(tenth[maps], whole_share[maps])
+        assert torch.equal(tenth[keys], whole_share[keys])
         assert torch.allclose(tenth[adds][:, :-16], whole_share[adds][:, :-16] / 10, atol=1e-7)
         assert torch.equal(tenth[adds][:, -16:], torch.eye(16))
     assert last[adds][:, :-16].abs().max() > half[adds][:, :-16].abs().max() > 0

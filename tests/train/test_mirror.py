@@ -14,7 +14,9 @@ from novelret.index import open_index
 from novelret.label.labels import open_labels
 from novelret.label.table import RELEVANT, UNKNOWN, make_table
 from novelret.progress import Reporter
+from novelret.train import prepare
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
+from novelret.train.memorise import make_memory
 from novelret.train.mirror import Mirror, find_mirror, goes_both_ways, reverse_verdicts, with_mirror
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material
@@ -218,6 +220,26 @@ def test_items_are_trained_on_where_judged_feedback_shows_that_relevance_is_mutu
         assert ("items as queries" in card) is (mirror != "never")
     assert same_weights(tmp_path / "auto", tmp_path / "always")
     assert not same_weights(tmp_path / "auto", tmp_path / "never")
+
+
+def test_a_memory_knows_that_a_query_goes_with_its_items_where_they_are_trained_on(
+    mutual, capsys, tmp_path, monkeypatch
+):
+    given = []
+
+    def keep(*parts):
+        given.append(parts[-1])
+        return make_memory(*parts)
+
+    monkeypatch.setattr(prepare, "make_memory", keep)
+    for mirror in ("never", "auto"):
+        train(capsys, mutual, tmp_path / mirror, "--mirror", mirror)
+    catalog = open_index(mutual / "index").catalog
+    split = load_split(str(mutual / "data"), "train", catalog)
+    without, rows = given
+    assert without is None
+    assert rows.tolist() == catalog.rows_of(split.query_ids).tolist()
+    assert (rows >= 0).all()
 
 
 def test_they_are_not_where_it_goes_one_way(mutual, capsys, tmp_path):
