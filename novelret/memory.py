@@ -72,7 +72,7 @@ class Memory(nn.Module):
         same = queries @ of_queries.T >= _SAME * torch.linalg.vector_norm(queries, dim=1, keepdim=True)
         same = same[:, self.sources]
         # Not −∞: a row of nothing else would be NaN.
-        attention = torch.softmax(logits.masked_fill(same, torch.finfo(logits.dtype).min), dim=1)
+        attention = torch.softmax(logits.masked_fill_(same, torch.finfo(logits.dtype).min), dim=1)
         shares = shares.masked_fill(same.all(dim=1), 0.0)
         return queries + shares[:, None] * self._shift(attention)
 
