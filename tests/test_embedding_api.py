@@ -16,7 +16,9 @@ from novelret.cli import main
 from novelret.embedding_api import ApiEmbedding, embed_texts
 from novelret.errors import UserError
 from novelret.index import open_index
-from novelret.memory import TEMPERATURE, read_memory
+from novelret.memory import read_memory
+from novelret.train import prepare
+from novelret.train.memorise import make_memory
 from tests import commands
 from tests.loopback import LoopbackJudge, send
 
@@ -184,7 +186,7 @@ def test_a_model_can_be_asked_for_shorter_embeddings(api):
     assert named.get_embedding_dimension() == D
 
 
-def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, capsys):
+def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, capsys, monkeypatch):
     """Items are somebody's .npy file, queries come from the API, an adapter is trained, evaluated and saved."""
     corpus = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
     np.save(tmp_path / "items.npy", np.array([embedding(row["text"]) for row in corpus], dtype=np.float32))
@@ -203,6 +205,13 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
         ["eval", *common, *judge, "--model", f"new={tmp_path / 'model'}",
          "--model", f"memory={tmp_path / 'memory'}", "--base-depth", 3, "--k", "2,5", "--out", tmp_path / "report"],
     ]  # fmt: skip
+    memories = []
+
+    def keep(*parts):
+        memories.append(make_memory(*parts))
+        return memories[-1]
+
+    monkeypatch.setattr(prepare, "make_memory", keep)
     for command in commands:
         assert main([*map(str, command), "--quiet"]) == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
@@ -230,10 +239,12 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
         Normalize,
     ]
     paid = torch.tensor([embedding(text) for text in api.billed])
-    keys = TEMPERATURE * read_memory(remembering[2], remembering[3]).keys
     items = torch.from_numpy(np.array(open_index(index).embeddings, dtype=np.float32))
     known = normalize(torch.cat([paid, items])).numpy()
-    assert (keys @ known.T).max(axis=1) == pytest.approx(1, abs=1e-5)
+    assert len(memories) == 2  # the second one is trained on all queries
+    for memory in memories:
+        assert (memory.keys.numpy() @ known.T).max(axis=1) == pytest.approx(1, abs=1e-5)
+    assert len(memories[-1].keys) == len(read_memory(remembering[2], remembering[3]).keys)
     assert not np.allclose(encode.encode_queries(remembering, [text])[0], base, atol=1e-3)
     # Nothing that was written holds the key.
     for path in tmp_path.rglob("*"):
