@@ -6,7 +6,7 @@ demo: .venv/installed
 	.venv/bin/novelret demo
 
 test: .venv/tests-installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 4 --dist loadfile
 
 lint: .venv/lint-installed
 	.venv/bin/ruff check .

@@ -38,6 +38,7 @@ class Memory(nn.Module):
         temperature: t · l, what products of queries and keys are divided by.
         keys: (n, d) buffer, of unit length.
         sources: (n,) int64 buffer, the place of the query that each key comes from, for a query its own.
+        queries: how many keys are queries'; they stand in front.
         values: (n, d) parameter.
         metric: (d, d) parameter, M.
         scale: () parameter, a tenth of s.
@@ -46,8 +47,9 @@ class Memory(nn.Module):
     keys: Tensor
     sources: Tensor
 
-    def __init__(self, dimension: int, size: int, length: float = 1.0) -> None:
+    def __init__(self, dimension: int, size: int, length: float = 1.0, queries: int | None = None) -> None:
         super().__init__()
+        self.queries = size if queries is None else queries
         self.temperature = TEMPERATURE * length
         self.register_buffer("keys", torch.zeros(size, dimension))
         self.register_buffer("sources", torch.arange(size))
@@ -55,26 +57,30 @@ class Memory(nn.Module):
         self.metric = nn.Parameter(torch.zeros(dimension, dimension))
         self.scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, queries: Tensor, shares: Tensor | None = None) -> Tensor:
-        """m(x) of queries, (b, d).
+    def forward(self, queries: Tensor, shares: Tensor) -> Tensor:
+        """m(x) of training queries, (b, d).
 
         Args:
             queries: (b, d).
-            shares: (b,) from 0 to 1, given while training: query i is moved by that share of its shift, and
-                attends to nothing that is known from a query that equals it. A memory trained at every share
-                can be served at any, and one that showed queries what it knows of them would only learn to
-                copy that. A query that is left with no key stays where it is.
+            shares: (b,) from 0 to 1: query i is moved by that share of its shift, and attends to nothing that
+                is known from a query that equals it. A memory trained at every share can be served at any,
+                and one that showed queries what it knows of them would only learn to copy that. A query that
+                is left with no key stays where it is.
         """
-        logits = (queries + queries @ self.metric) @ self.keys.T / self.temperature
-        if shares is None:
-            return queries + self._shift(torch.softmax(logits, dim=1))
-        of_queries = self.keys[: int(self.sources.max()) + 1]  # items' keys stand behind them
-        same = queries @ of_queries.T >= _SAME * torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-        same = same[:, self.sources]
+        logits = self._logits(queries)
+        lengths = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+        same = (queries @ self.keys[: self.queries].T >= _SAME * lengths)[:, self.sources]
         # Not −∞: a row of nothing else would be NaN.
         attention = torch.softmax(logits.masked_fill_(same, torch.finfo(logits.dtype).min), dim=1)
         shares = shares.masked_fill(same.all(dim=1), 0.0)
         return queries + shares[:, None] * self._shift(attention)
+
+    def served_shift(self, queries: Tensor) -> Tensor:
+        """m(x) − x as it is served, (b, d), of queries, (b, d)."""
+        return self._shift(torch.softmax(self._logits(queries), dim=1))
+
+    def _logits(self, queries: Tensor) -> Tensor:
+        return (queries + queries @ self.metric) @ self.keys.T / self.temperature
 
     def _shift(self, attention: Tensor) -> Tensor:
         return _SCALE * self.scale * (attention @ self.values)

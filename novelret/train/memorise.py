@@ -68,7 +68,7 @@ def make_memory(
     source = np.searchsorted(rows, query)
     means = _means(source, item, items)
     keys, others = _items_and_others(source, item, pairs, means, own[rows], items)
-    memory = Memory(embeddings.shape[1], len(rows) + len(pairs), float(lengths.mean()))
+    memory = Memory(embeddings.shape[1], len(rows) + len(pairs), float(lengths.mean()), len(rows))
     with torch.no_grad():
         memory.keys.copy_(torch.from_numpy(np.concatenate([embeddings[rows] / lengths, keys])))
         memory.values.copy_(torch.from_numpy(np.concatenate([means, others])))

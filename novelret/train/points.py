@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from novelret.train import checkpoint
 from novelret.train.run import Run
 from novelret.train.validation import Point, make_point, measure
@@ -9,12 +11,10 @@ from novelret.train.validation import Point, make_point, measure
 _MEMORY_SHARES = (0.5, 0.25, 0.1)
 
 
-def add_point(run: Run, points: list[Point], step: int, share: float = 1.0, memory: float = 1.0) -> None:
+def add_point(run: Run, points: list[Point], step: int) -> None:
     """Validate the weights as they are and add the point; every process has to call it."""
-    assert run.validation is not None
-    whole = run.items.held if run.items.shard is None else None
-    figures = measure(run.validation, run.tower.embed_validation(), run.index, whole, run.processes.device)
-    points.append(make_point(step, run.processes.concatenate(figures), share, memory))
+    (embeddings,) = run.tower.embed_validation((1.0,))
+    points.append(_point(run, embeddings, step, 1.0, 1.0))
 
 
 def validate_blends(run: Run, points: list[Point], step: int) -> None:
@@ -25,14 +25,25 @@ def validate_blends(run: Run, points: list[Point], step: int) -> None:
     line is followed with less of it as well: how far a query is to be moved by queries like it differs
     between data sets, and a memory that was trained at every share needs no second training for that.
     """
-    if run.validation is None or step == 0:
+    if run.validation is None or step == 0 or run.config.blends == 1:
         return
-    line = [part / run.config.blends for part in range(1, run.config.blends)]
-    blends = [(share, 1.0) for share in line]
-    if line and run.tower.memory is not None:
-        blends += [(share, memory) for memory in _MEMORY_SHARES for share in (*line, 1.0)]
-    with run.report.bar("validating blends", len(blends)) as advance:
-        for share, memory in blends:
-            checkpoint.load_weights(run.tower, run.folder, step, share, memory)
-            add_point(run, points, step, share, memory)
-            advance(1)
+    parts = run.config.blends
+    line, memories = [part / parts for part in range(1, parts)], [1.0]
+    if run.tower.memory is not None:
+        line, memories = [*line, 1.0], [1.0, *_MEMORY_SHARES]
+    blends: list[Point] = []
+    with run.report.bar("validating blends", len(line) * len(memories)) as advance:
+        for share in line:
+            checkpoint.load_weights(run.tower, run.folder, step, share)
+            for memory, embeddings in zip(memories, run.tower.embed_validation(memories), strict=True):
+                if share * memory < 1:  # 1 is the checkpoint
+                    blends.append(_point(run, embeddings, step, share, memory))
+                advance(1)
+    points += sorted(blends, key=lambda point: -point.memory)
+
+
+def _point(run: Run, embeddings: np.ndarray, step: int, share: float, memory: float) -> Point:
+    assert run.validation is not None
+    whole = run.items.held if run.items.shard is None else None
+    figures = measure(run.validation, embeddings, run.index, whole, run.processes.device)
+    return make_point(step, run.processes.concatenate(figures), share, memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,7 +32,8 @@ class Tower:
     Attributes:
         module: holds the trainable parameters.
         embed: (rows of the training queries, step) → (n, d) float32 embeddings with gradient.
-        embed_validation: () → (V, d) float32 embeddings of the validation queries, without gradient.
+        embed_validation: S shares → S times (V, d) float32 embeddings of the validation queries, moved by
+            these shares of what a memory adds, without gradient.
         finished: () → the whole query encoder as it is now, ready to be saved.
         frozen: how many of its first modules are not trained.
         memory: the one among what is trained.
@@ -40,7 +41,7 @@ class Tower:
 
     module: nn.Module
     embed: Callable[[np.ndarray, int], Tensor]
-    embed_validation: Callable[[], np.ndarray]
+    embed_validation: Callable[[Sequence[float]], list[np.ndarray]]
     finished: Callable[[], SentenceTransformer]
     frozen: int = 0
     memory: Memory | None = None
@@ -94,11 +95,11 @@ def full_tower(
             embeddings: Tensor = model(features, task="query")["sentence_embedding"]
         return normalize(embeddings.float(), dim=1) if normalized else embeddings.float()
 
-    def embed_validation() -> np.ndarray:
+    def embed_validation(shares: Sequence[float]) -> list[np.ndarray]:
         embeddings = encode.encode_queries(model, validation_texts)
         if gradient_checkpointing:
             _checkpoint_layers(model)  # encoding has switched the layers back to evaluation
-        return embeddings
+        return [embeddings] * len(shares)  # there is no memory
 
     return Tower(model, embed, embed_validation, lambda: model.eval())
 
@@ -220,27 +221,28 @@ def adapter_tower(
     normalized = encode.is_normalized(model)
     module = dense if memory is None else nn.ModuleList([memory.to(device), dense])
 
-    def apply(embeddings: np.ndarray, shares: Tensor | None = None) -> Tensor:
-        batch = torch.from_numpy(embeddings).to(device)
-        if memory is not None:
-            batch = memory(batch, shares)
-        moved: Tensor = dense({"sentence_embedding": batch})["sentence_embedding"]
+    def mapped(queries: Tensor) -> Tensor:
+        moved: Tensor = dense({"sentence_embedding": queries})["sentence_embedding"]
         return normalize(moved, dim=1) if normalized else moved
 
     def embed(rows: np.ndarray, step: int) -> Tensor:
+        queries = torch.from_numpy(train[rows]).to(device)
         if memory is None:
-            return apply(train[rows])
+            return mapped(queries)
         places = torch.from_numpy(rows)
         shares = uniform(seed, _SHARES, step, places, torch.zeros_like(places))
-        return apply(train[rows], shares.float().to(device))
+        return mapped(memory(queries, shares.float().to(device)))
 
     # A query takes a number for each key.
     at_once = max(1, NUMBERS // (dimension if memory is None else len(memory.keys)))
 
-    def embed_validation() -> np.ndarray:
-        parts = np.split(validation, range(at_once, len(validation), at_once))
-        with torch.no_grad():
-            return np.concatenate([apply(part).cpu().numpy() for part in parts])
+    @torch.no_grad()
+    def embed_validation(shares: Sequence[float]) -> list[np.ndarray]:
+        queries = torch.from_numpy(validation).to(device)
+        shift = torch.zeros_like(queries)
+        if memory is not None:
+            shift = torch.cat([memory.served_shift(part) for part in queries.split(at_once)])
+        return [mapped(queries + share * shift).cpu().numpy() for share in shares]
 
     # A memory adds to embeddings of the length that it was trained with.
     shortened = memory is not None and normalized and not isinstance(model[-1], Normalize)

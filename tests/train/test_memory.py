@@ -97,7 +97,7 @@ def by_hand(memory, query, left_out=frozenset(), share=1.0, length=1.0) -> np.nd
 def test_the_shift_is_the_formula_for_queries_of_any_length(length):
     memory = random_memory(length=length)
     queries = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
-    found = memory(torch.from_numpy(queries)).detach().numpy()
+    found = queries + memory.served_shift(torch.from_numpy(queries)).detach().numpy()
     for row, query in zip(found, queries, strict=True):
         assert row == pytest.approx(by_hand(memory, query, length=length), abs=1e-5)
         assert np.abs(row - query).max() > 0.01
@@ -115,7 +115,7 @@ def test_training_queries_do_not_see_keys_that_equal_them(length):
     found = memory(query[None], torch.tensor([0.3]))[0].detach().numpy()
     expected = by_hand(memory, query.numpy(), {1, 4}, share=0.3, length=length)
     assert found == pytest.approx(expected, abs=1e-5)
-    whole = memory(query[None])[0].detach().numpy()
+    whole = (query + memory.served_shift(query[None])[0]).detach().numpy()
     assert whole == pytest.approx(by_hand(memory, query.numpy(), length=length), abs=1e-5)
     assert np.abs(whole - found).max() > 0.05
     # What a query's own values are has no say in its loss.
@@ -135,8 +135,8 @@ def test_a_query_that_equals_every_key_stays_where_it_is():
     assert all(torch.isfinite(part.grad).all() for part in (query, *memory.parameters()))
 
 
-@pytest.mark.parametrize("shares", [None, torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)])
-def test_gradients_are_those_of_finite_differences(shares):
+def test_gradients_are_those_of_finite_differences():
+    shares = torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)
     queries = torch.from_numpy(np.random.default_rng(2).normal(size=(3, 5)))
     memory = random_memory(dtype=torch.float64)
     queries[0] = memory.keys[2]
@@ -157,7 +157,7 @@ def test_two_dense_modules_serve_it(dtype, tmp_path):
     queries = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     found = served({"sentence_embedding": queries.to(dtype)})["sentence_embedding"].float()
     loose = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.02}[dtype]
-    torch.testing.assert_close(found, memory(queries), atol=loose, rtol=0)
+    torch.testing.assert_close(found, queries + memory.served_shift(queries), atol=loose, rtol=0)
     assert (found - queries).abs().max() > 0.3
 
 
@@ -209,7 +209,7 @@ def test_values_start_at_the_mean_of_what_is_known(material, monkeypatch, number
         assert memory.values[row].detach().numpy() == pytest.approx(value, abs=1e-5)
         assert memory.sources[row] == list(KNOWN).index(query)
     embeddings = torch.from_numpy(QUERIES)
-    assert torch.equal(memory(embeddings), embeddings)
+    assert not memory.served_shift(embeddings).any()
 
 
 def test_a_query_that_is_an_item_goes_with_its_items(material):
@@ -282,7 +282,7 @@ def test_a_query_without_an_embedding_is_no_key(material):
 def test_a_query_sees_nothing_in_training_that_is_known_from_itself():
     """Not its own key, and none of the items that are keys on its account; other queries' items it does."""
     memory = random_memory(size=6)
-    memory.sources = torch.tensor([0, 1, 2, 0, 0, 1])
+    memory.sources, memory.queries = torch.tensor([0, 1, 2, 0, 0, 1]), 3
     query = memory.keys[[0]].clone()
     found = memory(query, torch.tensor([0.7]))[0].detach().numpy()
     keys, values = (
@@ -313,7 +313,7 @@ def test_training_leaves_one_out_and_serving_nothing(encoder):
     with torch.no_grad():
         memory.keys.copy_(torch.from_numpy(queries[:3]))
     tower = adapter_tower(deployed, queries, queries, "cpu", memory, seed=5)
-    served = tower.embed_validation()
+    (served,) = tower.embed_validation((1.0,))
     for row, found in enumerate(served):
         expected = by_hand(memory, queries[row])
         assert found == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
@@ -386,14 +386,13 @@ def test_validation_in_parts_is_the_same(encoder, monkeypatch):
     deployed = encode.load_encoder(encoder)
     queries = encode.encode_queries(deployed, TEXTS)
     tower = adapter_tower(deployed, queries, queries, "cpu", random_memory(dimension=16))
-    whole = tower.embed_validation()
+    whole = tower.embed_validation((1.0, 0.25))
     monkeypatch.setattr("novelret.train.tower.NUMBERS", 2 * len(tower.memory.keys))
-    real, sizes = Memory.forward, []
-    monkeypatch.setattr(
-        Memory, "forward", lambda self, x, *more: sizes.append(len(x)) or real(self, x, *more)
-    )
-    parts = adapter_tower(deployed, queries, queries, "cpu", tower.memory).embed_validation()
+    real, sizes = Memory.served_shift, []
+    monkeypatch.setattr(Memory, "served_shift", lambda self, x: sizes.append(len(x)) or real(self, x))
+    parts = adapter_tower(deployed, queries, queries, "cpu", tower.memory).embed_validation((1.0, 0.25))
     np.testing.assert_allclose(parts, whole, atol=1e-6)
+    assert np.abs(whole[1] - whole[0]).max() > 1e-3
     assert max(sizes) <= 2 < len(TEXTS)
 
 
@@ -421,15 +420,19 @@ def test_a_memory_of_an_encoder_that_does_not_normalise_itself(encoder, tmp_path
     tower = adapter_tower(deployed, queries, queries, "cpu", memory)
     tower.finished().save(str(tmp_path / "model"))
     again = encode.load_encoder(tmp_path / "model")
-    np.testing.assert_allclose(encode.encode_queries(again, TEXTS), tower.embed_validation(), atol=1e-6)
+    np.testing.assert_allclose(
+        encode.encode_queries(again, TEXTS), tower.embed_validation((1.0,))[0], atol=1e-6
+    )
     export_model(tmp_path / "model", "npz", tmp_path / "memory.npz")
     bare = deployed.encode_query(TEXTS)  # as they are served, of any length
     assert np.linalg.norm(bare, axis=1).min() > 1.5
-    np.testing.assert_allclose(serve(tmp_path / "memory.npz", bare), tower.embed_validation(), atol=1e-5)
+    np.testing.assert_allclose(
+        serve(tmp_path / "memory.npz", bare), tower.embed_validation((1.0,))[0], atol=1e-5
+    )
     behind = adapted.modules_behind(again, deployed)
     assert [type(module) for module in behind] == [Normalize, Dense, Dense, Dense, Normalize]
     found = adapted.embed_behind(behind, queries, normalized=True, device="cpu")
-    np.testing.assert_allclose(found, tower.embed_validation(), atol=1e-6)
+    np.testing.assert_allclose(found, tower.embed_validation((1.0,))[0], atol=1e-6)
     # A memory straight behind it would see the length that is normalised away in the deployed embeddings.
     bare = SentenceTransformer(modules=[*deployed, *memory.modules_to_serve()], device="cpu")
     assert adapted.modules_behind(bare, deployed) is None
