@@ -392,8 +392,11 @@ def test_validation_in_parts_is_the_same(encoder, monkeypatch):
     monkeypatch.setattr(Memory, "served_shift", lambda self, x: sizes.append(len(x)) or real(self, x))
     parts = adapter_tower(deployed, queries, queries, "cpu", tower.memory).embed_validation((1.0, 0.25))
     np.testing.assert_allclose(parts, whole, atol=1e-6)
-    assert np.abs(whole[1] - whole[0]).max() > 1e-3
     assert max(sizes) <= 2 < len(TEXTS)
+    assert np.abs(whole[1] - whole[0]).max() > 1e-3
+    with torch.no_grad():
+        tower.memory.scale.mul_(0.25)  # as it is served at that share
+    np.testing.assert_allclose(tower.embed_validation((1.0,))[0], whole[1], atol=1e-6)
 
 
 def test_a_query_in_bfloat16_is_the_same_though_it_came_in_other_company():
