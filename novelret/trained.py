@@ -15,7 +15,7 @@ class Training:
 
     Attributes:
         index: fingerprint of the index it was for.
-        index_folder: where that lay.
+        index_folder: where that lay; of several, the one that was finetuned against.
         judges: who judged its labels.
         folder: of the MODEL or the export that tells.
         init: the encoder that it began with; None for the deployed one, and in exports of before.
@@ -50,4 +50,5 @@ def training_of(folder: Path) -> Training | None:
     manifest = read_manifest(folder, "model")
     judges = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
     index, config = manifest.inputs["index"], manifest.config
-    return Training(index, config["index"], list(map(str, judges)), folder, config.get("init"))
+    lay = config["index"] if isinstance(config["index"], str) else config["index"][0]
+    return Training(index, lay, list(map(str, judges)), folder, config.get("init"))

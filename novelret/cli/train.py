@@ -291,12 +291,17 @@ def train(
     keep: Annotated[int, typer.Option(help="Also save the N best checkpoints.", rich_help_panel=CHOICE)] = 0,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
     precision: Annotated[
-        str, typer.Option(help="fp32, bf16 or fp16 forward passes.", rich_help_panel=UPDATES)
+        str,
+        typer.Option(
+            help="fp32, bf16 or fp16 forward passes of --tune full and lora.", rich_help_panel=UPDATES
+        ),
     ] = "fp32",
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
-            "--gradient-checkpointing", help="Less memory, a fourth more time.", rich_help_panel=UPDATES
+            "--gradient-checkpointing",
+            help="Less memory, a fourth more time, for --tune full and lora.",
+            rich_help_panel=UPDATES,
         ),
     ] = False,
     log_every: Annotated[int, typer.Option(help="Steps between lines of log.jsonl.")] = 10,

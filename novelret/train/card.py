@@ -94,7 +94,7 @@ def model_card(
         data=config.data,
         split=config.split,
         mirrored=f"; {mirrored:,} items as queries, too" if mirrored else "",
-        index=config.index,
+        index=", ".join(config.indexes),
         items=len(index),
         dimension=index.dimension,
         encoder=made["query_model"] or made["model"],

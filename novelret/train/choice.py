@@ -57,7 +57,7 @@ def say_choice(
         report.warn(
             f"every later checkpoint loses more than {drop:.1%} of the deployed recall "
             f"{base_recall:.4f} on the held-back queries, or brings nothing: the saved encoder is the one it "
-            "started from. Lower --learning-rate, try --tune adapter, or raise --max-recall-drop"
+            "started from. Lower --learning-rate, try another --tune, or raise --max-recall-drop"
         )
     count = round(chosen.relevant_novel * n_queries)
     if any(point.novelty for point in points) and not any(point.judged_novel for point in points):

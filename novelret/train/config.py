@@ -109,8 +109,8 @@ class TrainConfig(Asking):
             which would have to be asked about new states again.
         keep: how many checkpoints to save as well, the best first, the chosen one among them.
         seed: decides every draw.
-        precision: "fp32", "bf16" or "fp16" for the encoder's forward pass.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        precision: "fp32", "bf16" or "fp16" for the forward pass of an encoder that is trained.
+        gradient_checkpointing: compute its activations again in the backward pass, to save memory.
         log_every: steps between log lines; validations have one anyway.
         wandb: Weights & Biases project to log to as well, where wandb is installed.
         device: "auto", "cpu" or a CUDA device.
@@ -217,6 +217,11 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
     check_asking(config)
     if config.objective != "supervised" and not config.label_folders and config.judge is None:
         raise UserError(f"--objective {config.objective} needs --labels; make them with `novelret label`")
+    if config.tune in ("adapter", "memory") and (config.precision != "fp32" or config.gradient_checkpointing):
+        given = (
+            "--gradient-checkpointing" if config.precision == "fp32" else f"--precision {config.precision}"
+        )
+        raise UserError(f"{given}: --tune {config.tune} trains no encoder; this is for --tune full and lora")
     if config.recall_of == "known" and not config.label_folders:
         raise UserError("--recall-of known counts what labels call relevant: it needs --labels")
     if config.support is not None and (config.objective != "pg-ret" or not config.alpha > 0):

@@ -53,7 +53,7 @@ class Judging:
         Args:
             config: with a judge.
             index: where item texts come from.
-            split: the training queries.
+            split: the training queries, each once.
             folder: the MODEL folder.
             processes: who trains.
             report: told when the limit is reached.

@@ -45,7 +45,7 @@ def make_memory(
     kept = (material.trust_of(query, item) >= _BELIEVED) | material.is_feedback(query, item)
     query, item = query[kept], item[kept]
     rows = np.unique(query)
-    rows = rows[np.linalg.norm(embeddings[rows], axis=1) > 0]  # an encoder may know none of a query's words
+    rows = rows[np.any(embeddings, axis=1)[rows]]  # an encoder may know none of a query's words
     if len(rows) == 0:
         raise UserError(
             "--tune memory: no training query has feedback or an item that is labelled relevant; "

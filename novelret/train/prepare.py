@@ -35,6 +35,7 @@ from novelret.train.step import negative_ranks
 from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
 from novelret.train.trust import weigh_labels
 from novelret.train.validation import Validation, hold_back, known_pairs
+from novelret.trained import training_of
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,13 @@ def prepare(
 
 
 def _warn_of_window(config: TrainConfig, report: Reporter) -> None:
-    last = round(window_multiples(config)[1] * config.base_depth)
+    window = window_multiples(config)
+    last = round(window[1] * config.base_depth)
     if config.objective == "pg-ret" and config.loss == "boundary" and last > config.depth:
         first, end = negative_ranks(config)
         report.warn(
-            f"--window {config.window}: ends at rank {last}, beyond --depth {config.depth}; the negatives "
-            f"are ranks {first + 1} to {end}, raise --depth for more"
+            f"--window {window[0]:g},{window[1]:g}: ends at rank {last}, beyond --depth {config.depth}; the "
+            f"negatives are ranks {first + 1} to {end}, raise --depth for more"
         )
 
 
@@ -179,9 +181,10 @@ def _warn_of_start(
             f"--init {config.init}: its memory may hold the training queries themselves, which then look "
             "better served than queries that it never saw; better start from the deployed encoder"
         )
-    if config.validation_fraction == 0 or not is_kind(Path(str(config.init)), "model"):
+    training = training_of(Path(str(config.init)))  # of a kept checkpoint, its MODEL's
+    if config.validation_fraction == 0 or training is None or not is_kind(training.folder, "model"):
         return
-    before = read_manifest(Path(str(config.init)), "model")
+    before = read_manifest(training.folder, "model")
     if before.inputs["split"] != split.fingerprint:
         return
     if before.facts.get("refit"):
@@ -201,13 +204,19 @@ def _warn_of_start(
 
 
 def _check_rewards(config: TrainConfig, material: Material) -> None:
-    rewarded = config.objective in ("pg-ret", *LIST_OBJECTIVES) and config.judge is None
-    if rewarded and len(material.positives) == 0:
-        raise UserError(
-            f"no labelled item beyond rank {config.base_depth} is relevant, so no state has a positive "
-            "reward; label deeper base ranks (`novelret label --from base-novel --depth`), other sources "
-            "(--from random, --from model:MODEL) or more queries"
-        )
+    if len(material.positives) or config.objective == "supervised":
+        return
+    draws_labelled = config.beta > 0 and config.draw != "plain" and config.objective not in LIST_OBJECTIVES
+    without = ""
+    if config.judge is not None or config.objective == "supervised-judged":
+        if not draws_labelled:
+            return
+        without = "; or draw no labelled states (--draw plain, or --alpha and --gamma that add up to 1)"
+    raise UserError(
+        f"no labelled item beyond rank {config.base_depth} is relevant, so no state has a positive "
+        "reward; label deeper base ranks (`novelret label --from base-novel --depth`), other sources "
+        f"(--from random, --from model:MODEL) or more queries{without}"
+    )
 
 
 def _rows_of(table: LabelTable, rows: np.ndarray, n_queries: int) -> LabelTable:

@@ -114,6 +114,8 @@ def join(device: str) -> Iterator[Processes]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # whose memory is told
         yield Processes(0, 1, device)
         return
     rank = int(os.environ["RANK"])

@@ -7,7 +7,9 @@ of 0. Callers leave it out and count it.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def graded(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """The reward called "eq6", "eq7" or "graded", or a user's own as "module:function".
+    """The reward called "eq6", "eq7" or "graded", or a user's own as "module:function", found from here.
 
     A user's function is wrapped so that a wrong shape is told at once.
 
@@ -57,6 +59,8 @@ def load_reward(name: str) -> RewardFunction:
     module_name, separator, function_name = name.partition(":")
     if not separator:
         raise UserError(f"--reward {name}: expected eq6, eq7, graded or your own as module:function")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # a console script does not look there by itself
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ImportError as error:

@@ -36,10 +36,12 @@ class Labelled:
     def warn(self, run: Run) -> None:
         """Say so, once, if hardly any has."""
         if not self.is_told and self.known < _LEAST_LABELLED * self.drawn:
+            others = "" if run.config.draw != "plain" else ", draw what is labelled (--draw queries)"
+            if run.config.objective == "pg-ret":
+                others += ", or pass --judge"
             run.report.warn(
                 f"only {self.known / self.drawn:.2%} of the sampled states have a label; the others teach "
-                "nothing. Label more of what is drawn, draw what is labelled (--draw queries), or pass "
-                "--judge"
+                f"nothing. Label more of what is drawn{others}"
             )
         self.is_told = True
 

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from novelret import encode
 from novelret.artifacts import MANIFEST, check_output, fingerprint_of, open_output
 from novelret.errors import UserError
@@ -127,7 +129,10 @@ def _search(
     """
     judging = None
     if config.judge is not None:
-        judging = Judging(config, inputs.indexes[0], prepared.material.split, folder, processes, report)
+        # Items that serve as queries have the ids of others, and nothing is asked of them.
+        material = prepared.material
+        asked = material.split.subset(np.arange(material.real))
+        judging = Judging(config, inputs.indexes[0], asked, folder, processes, report)
     run = Run(
         config, prepared.tower, prepared.material, prepared.validation, inputs.indexes[0], items, folder,
         processes, judging, report,

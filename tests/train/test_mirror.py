@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from novelret.cli import main
@@ -186,9 +187,9 @@ def pairs_of(path):
     return [tuple(line.split("\t")) for line in path.read_text().splitlines()[1:]]
 
 
-def label(data, folder):
+def label(data, folder, depth=30):
     command = ["label", "--data", data, "--index", folder / "index", "--judge", f"file:{data}/judgements.tsv",
-               "--missing", "irrelevant", "--base-depth", 3, "--depth", 30, "--from", "base-novel", "--from", "base-top",
+               "--missing", "irrelevant", "--base-depth", 3, "--depth", depth, "--from", "base-novel", "--from", "base-top",
                "--out", folder / "labels"]  # fmt: skip
     made(command)
 
@@ -240,6 +241,23 @@ def test_a_memory_knows_that_a_query_goes_with_its_items_where_they_are_trained_
     assert without is None
     assert rows.tolist() == catalog.rows_of(split.query_ids).tolist()
     assert (rows >= 0).all()
+
+
+def test_a_judge_of_policy_states_is_asked_about_the_queries_themselves(mutual, capsys, tmp_path):
+    judgements = mutual / "data" / "judgements.tsv"
+    folder = tmp_path / "few"  # labels, which leave most of what is drawn to the judge
+    folder.mkdir()
+    for name in ("data", "index"):
+        (folder / name).symlink_to(mutual / name)
+    label(folder / "data", folder, depth=5)
+    train(capsys, folder, tmp_path / "model", "--mirror", "always", "--alpha", 0.5, "--gamma", 0.25, "--judge", f"file:{judgements}",
+          "--missing", "irrelevant")  # fmt: skip
+    assert facts_of(tmp_path / "model")["items_as_queries"] > 10
+    relevant = {pair[:2] for pair in pairs_of(judgements) if float(pair[2]) > 0}
+    rows = pq.read_table(tmp_path / "model" / "judgements.parquet").to_pylist()
+    said = {(row["query_id"], row["item_id"]): row["verdict"] for row in rows}
+    assert {pair: int(pair in relevant) for pair in said} == said
+    assert 1 in said.values()
 
 
 def test_they_are_not_where_it_goes_one_way(mutual, capsys, tmp_path):

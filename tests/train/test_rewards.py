@@ -1,6 +1,7 @@
 """Rewards by hand; unknown is never 0."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
         "def twice(verdicts, grades, in_base):\n    return 2.0 * (verdicts == 1)\n"
         "def short(verdicts, grades, in_base):\n    return verdicts[:1]\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(Path.cwd()))])
+    monkeypatch.chdir(tmp_path)  # as a console script finds it: beside the user
     assert load_reward("mine:twice")(VERDICTS, GRADES, IN_BASE).tolist() == [2, 2, 0, 0, 0, 0]
     with pytest.raises(UserError, match=r"returned \(1,\), expected a tensor of shape \(6,\)"):
         load_reward("mine:short")(VERDICTS, GRADES, IN_BASE)

@@ -347,6 +347,11 @@ def test_bad_settings_each_have_their_line():
         ({"depth": L}, "must exceed --base-depth"),
         ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
         ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"precision": "bf16"}, "--precision bf16: --tune memory trains no encoder"),
+        (
+            {"tune": "adapter", "gradient_checkpointing": True},
+            "--gradient-checkpointing: --tune adapter trains no encoder",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             check_config(config(**changes), N)

@@ -143,11 +143,14 @@ def test_clipped_gradients_and_decay_change_the_weights(command, capsys, tmp_pat
 
 def test_starting_from_a_model_that_held_back_others_is_said(command, capsys, tmp_path):
     train(capsys, command, tmp_path / "first", *ADAPTER, "--no-refit")
-    _, err = train(capsys, command, tmp_path / "same", *ADAPTER, "--init", tmp_path / "first")
+    _, err = train(capsys, command, tmp_path / "same", *ADAPTER, "--keep", 20, "--init", tmp_path / "first")
     assert "looks better on them" not in err
     _, err = train(capsys, command, tmp_path / "again", *ADAPTER, "--init", tmp_path / "same")
     assert "was trained anew on all of these queries in the end" in err
     assert "train it with --no-refit" in err
+    kept = tmp_path / "same" / "checkpoints" / "step-12"
+    _, err = train(capsys, command, tmp_path / "kept", *ADAPTER, "--init", kept)
+    assert "was trained anew on all of these queries in the end" in err
     _, err = train(capsys, command, tmp_path / "other", *ADAPTER, "--init", tmp_path / "first", "--seed", 1)
     assert "was trained with --seed 0" in err
     assert "looks better on them" in err
@@ -481,6 +484,15 @@ def test_top_lists_of_several_models_are_pooled(command, world, index_folder, se
     assert means["base"]["Novelty@3"] == 0
     again, _ = train(capsys, ["train"], tmp_path / "again", "--config", tmp_path / "both" / "config.yaml")
     assert again["points"] == both["points"]
+    # Its matrices begin at the deployed model that was finetuned against.
+    untold = ("--validation-fraction", 0)
+    train(capsys, command, tmp_path / "start", *ADAPTER, *untold)
+    onwards = (*ADAPTER, *untold, "--index", second_index, "--init", tmp_path / "start")
+    train(capsys, command, tmp_path / "more", *onwards)
+    matrix = ("--format", "npz", "--out", tmp_path / "w.npz")
+    code, _, err = run(capsys, "export", "--model", tmp_path / "more", *matrix)
+    assert code == 0, err
+    assert f"{index_folder}, {second_index}" in (tmp_path / "more" / "README.md").read_text()
 
 
 def test_indexes_of_different_catalogs_are_not_pooled(command, world, encoder, capsys, tmp_path):
@@ -535,6 +547,21 @@ def test_a_file_judge_rewards_policy_states(command, world, capsys, tmp_path):
     )
     assert any(line["unknown/policy"] > 0 for line in log_of(tmp_path / "without"))
     assert all(line["unknown/policy"] == 0 for line in log_of(tmp_path / "with"))
+
+
+def test_without_a_relevant_label_a_judge_needs_a_draw_of_something_else(command, capsys, tmp_path, world):
+    at = command.index("--labels")
+    bare = [*command[:at], *command[at + 2 :], *ADAPTER, "--gamma", 0.25, "--judge",
+            f"file:{world}/judgements.tsv", "--missing", "irrelevant"]  # fmt: skip
+    code, _, err = run(capsys, *bare, "--alpha", 0.25, "--out", tmp_path / "model")
+    assert code == 2
+    assert "no labelled item beyond rank 3 is relevant" in " ".join(err.split())
+    assert "or draw no labelled states (--draw plain, or --alpha and --gamma that add up to 1)" in " ".join(
+        err.split()
+    )
+    assert not list(tmp_path.glob("model*"))
+    for name, ways in {"plain": ("--alpha", 0.25, "--draw", "plain"), "policy": ("--alpha", 0.75)}.items():
+        train(capsys, bare, tmp_path / name, *ways)
 
 
 @pytest.fixture
