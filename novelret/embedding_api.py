@@ -25,6 +25,7 @@ from novelret.endpoint import PASSING, check_key, hide_secrets
 from novelret.errors import UserError
 
 PREFIX = "openai:"
+_OPENAI = "https://api.openai.com/v1"
 _AT_ONCE = 128  # texts per request; endpoints take 2,048 texts but also limit a request's tokens
 _CONCURRENCY = 8
 _REFUSED = (400, 413, 422)  # statuses by which endpoints refuse a text, mostly for its length
@@ -259,8 +260,16 @@ def _keep(cache: sqlite3.Connection, keys: list[bytes], embeddings: np.ndarray) 
         cache.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
 
 
+def _without_user(url: str) -> str:
+    """An endpoint whatever the credentials in its URL; OpenAI's own goes without saying."""
+    head, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    url = head + mark + host.rpartition("@")[2] + slash + path
+    return "" if url == _OPENAI else url
+
+
 def _key(model: str, dimensions: int | None, text: str) -> bytes:
     """Identity of an embedding: the endpoint, the model, the asked-for length and the text."""
-    endpoint = os.environ.get("OPENAI_BASE_URL", "").rstrip("/")
+    endpoint = _without_user(os.environ.get("OPENAI_BASE_URL", "").rstrip("/"))
     identity = json.dumps([endpoint, model, dimensions, text], ensure_ascii=False)
     return hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=16).digest()

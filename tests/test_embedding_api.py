@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from novelret import encode
 from novelret.cli import main
-from novelret.embedding_api import ApiEmbedding, embed_texts
+from novelret.embedding_api import ApiEmbedding, _key, embed_texts
 from novelret.errors import UserError
 from novelret.index import open_index
 from novelret.memory import read_memory
@@ -95,6 +95,23 @@ def test_texts_are_asked_for_once_in_batches(api, monkeypatch):
     assert len(api.seen) == 7
     embed_texts(texts, "another model", None, None)
     assert len(api.seen) == 13  # another model's embeddings are others
+
+
+def test_other_credentials_in_the_url_are_the_same_endpoint(api, monkeypatch):
+    embed_texts(["a text"], "m", None, None)
+    monkeypatch.setenv("OPENAI_BASE_URL", api.url.replace("http://", "http://user:rotated@"))
+    embed_texts(["a text"], "m", None, None)
+    assert set(api.billed.values()) == {1}
+    keys = set()
+    for url in (
+        "",
+        "https://api.openai.com/v1",
+        "https://api.openai.com/v1/",
+        "https://u:p@api.openai.com/v1",
+    ):
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        keys.add(_key("m", None, "a text"))
+    assert len(keys) == 1
 
 
 def test_what_came_before_a_failure_is_kept(api, monkeypatch):

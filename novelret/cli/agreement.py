@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from novelret.cli.options import ConfigOption, JsonOption, QuietOption, reporter, show_result
+from novelret.cli.options import ConfigOption, JsonOption, QuietOption, reporter, show_result, shown
 
 if TYPE_CHECKING:
     from novelret.label.agreement import Agreement
@@ -70,15 +70,15 @@ def _render(console: Console, found: Agreement) -> None:
     for one in found.disagreements:
         console.print(
             f"  judge {'yes' if one.judge else 'no'}, people {one.human:g}  "
-            f"[dim]{escape(one.query_id)} / {escape(one.item_id)}[/]",
+            f"[dim]{shown(one.query_id)} / {shown(one.item_id)}[/]",
             highlight=False,
         )
         said = [] if one.answer is None else [("answer", one.answer)]
         for name, text in [("query", one.query), ("item", one.item), *said]:
-            console.print(f"    {name}: {escape(_shorten(text))}", highlight=False, soft_wrap=True)
+            console.print(f"    {name}: {shown(_shorten(text))}", highlight=False, soft_wrap=True)
 
 
 def _shorten(text: str) -> str:
-    """Any text, on one line that fits a screen, without control characters."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """Any text, on one line that fits a screen."""
+    plain = " ".join(text.split())
     return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 1] + "…"

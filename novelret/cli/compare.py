@@ -21,6 +21,7 @@ from novelret.cli.options import (
     QuietOption,
     reporter,
     show_result,
+    shown,
 )
 
 EXAMPLES = """
@@ -91,7 +92,7 @@ def compare(
             change = query["recall_change"]
             recall = "no feedback" if change is None else f"Recall@{base_depth} {change:+.2f}"
             figures = f"{gained} {query['gain']}, {recall}"
-            console.print(f"[bold]{escape(title)}[/]  {figures}", highlight=False, soft_wrap=True)
+            console.print(f"[bold]{shown(title)}[/]  {figures}", highlight=False, soft_wrap=True)
             console.print(lists_table(query["results"], base_depth))
         console.print(
             f"+ novel: not in the deployed top {base_depth}; ✓ relevant, ✗ not; ● held-out feedback",
@@ -122,7 +123,7 @@ def lists_table(results: dict[str, list[dict[str, Any]]], base_depth: int) -> Ta
 def _cells(hit: dict[str, Any], place: int, base_depth: int) -> list[str]:
     relevant = {True: "✓", False: "✗"}.get(hit.get("relevant"), "")  # type: ignore[arg-type]
     marks = ("+" if hit["novel"] else "") + relevant + ("●" if hit.get("feedback") else "")
-    text = f"{marks} {escape(hit['text'][:160])}" if marks else escape(hit["text"][:160])
+    text = f"{marks} {shown(hit['text'][:160])}" if marks else shown(hit["text"][:160])
     rank = f">{base_depth}" if hit["base_rank"] is None else str(hit["base_rank"])
-    shown = f"[bold]{text}[/]" if hit["novel"] else text
-    return [str(hit.get("rank", place + 1)), shown, f"{hit['score']:.3f}", rank]
+    marked = f"[bold]{text}[/]" if hit["novel"] else text
+    return [str(hit.get("rank", place + 1)), marked, f"{hit['score']:.3f}", rank]

@@ -17,6 +17,7 @@ from novelret.cli.options import (
     QuietOption,
     reporter,
     show_result,
+    shown,
 )
 from novelret.errors import UserError
 
@@ -122,7 +123,7 @@ def index(
 
     def render(console: Console) -> None:
         size = f"{len(made):,} items x {made.dimension} dimensions ({made.embeddings.dtype.name})"
-        console.print(f"[bold]{out}[/]: {size}")
+        console.print(f"[bold]{shown(str(out))}[/]: {size}")
         if "recall" in made.manifest.facts:
             found = made.manifest.facts["recall"]
             console.print(f"faiss finds {found['recall']:.1%} of the exact top {found['k']}")

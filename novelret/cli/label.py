@@ -37,6 +37,7 @@ from novelret.cli.options import (
     reporter,
     settings_among,
     show_result,
+    shown,
 )
 
 EXAMPLES = """
@@ -172,4 +173,4 @@ def render_plan(console: Console, plan: Any) -> None:
     for message in plan.example:
         parts = message.items() if "role" not in message else [(message["role"], message["content"])]
         for name, text in parts:
-            console.print(f"  {name}: {escape(text)}")
+            console.print(f"  {name}: {shown(text)}")

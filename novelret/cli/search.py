@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from novelret.cli.compare import lists_table
 from novelret.cli.options import (
@@ -17,6 +16,7 @@ from novelret.cli.options import (
     JsonOption,
     QuietOption,
     show_result,
+    shown,
 )
 from novelret.errors import UserError
 
@@ -47,7 +47,7 @@ def search(
     results = compare_query(data, index, model, query, k=k, base_depth=base_depth, device=device)
 
     def render(console: Console) -> None:
-        console.print(f"[bold]{escape(query)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{shown(query)}[/]", highlight=False, soft_wrap=True)
         console.print(lists_table(results, base_depth))
         if len(results) > 1:
             console.print(f"+ novel: not in the deployed top {base_depth}", style="dim")

@@ -36,6 +36,7 @@ from novelret.cli.options import (
     reporter,
     settings_among,
     show_result,
+    shown,
 )
 
 UPDATES, STATES, CHOICE = "What is trained, and how", "States and their loss", "Which checkpoint is kept"
@@ -184,11 +185,11 @@ def train(
     depth: Annotated[
         int,
         typer.Option(
-            help="How deep the deployed lists are searched, for negatives and --draw plain; labels count at "
-            "any rank.",
+            help="How deep the deployed lists are searched, for negatives and --draw plain; as deep as the "
+            "labels', one search serves both. Labels count at any rank.",
             rich_help_panel=STATES,
         ),
-    ] = 400,
+    ] = 200,
     negatives: Annotated[
         int, typer.Option(help="M: top base items that aggressive contrasts with.", rich_help_panel=STATES)
     ] = 5,
@@ -350,6 +351,7 @@ def train(
             console.print(table)
             console.print("* no other has as many relevant novel items and as much recall", style="dim")
         trust = ", trust_remote_code=True" if has_own_modules(out) else ""
-        console.print(f"[bold]{out}[/]: query encoder, for SentenceTransformer({str(out)!r}{trust})")
+        call = shown(f"SentenceTransformer({str(out)!r}{trust})")
+        console.print(f"[bold]{shown(str(out))}[/]: query encoder, for {call}")
 
     show_result(result, as_json=as_json, render=render)

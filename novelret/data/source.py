@@ -237,6 +237,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 yield f"{path}: row {number}", row
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: holds a text that is not UTF-8, behind row {number} ({error})") from None
 
 
 def _part_file(data: str, part: str) -> Path:

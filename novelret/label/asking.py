@@ -190,7 +190,7 @@ def ask_and_write(
         fault = f" (the last fault: {tally.fault})" if tally.fault else ""
         raise UserError(f"{judge.name}: nothing is judged, {tally.stopped}{fault}")
     usable = judged - counts[VERDICTS[UNKNOWN]]
-    if tally.stopped and tally.stopped == tally.hopeless and not usable and not may_be_empty:
+    if tally.hopeless and not usable and not may_be_empty:
         raise UserError(
             f"{judge.name}: {tally.hopeless}; another --prompt or --answer may fit (the answers are "
             "kept, and another --answer reads them anew)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from novelret.index import Index, base_lists, finetuned_query_embeddings, load_f
 from novelret.label.labels import open_labels
 from novelret.label.table import RELEVANT
 from novelret.progress import Reporter
+
+_QUERIES_AT_ONCE = 16_384
 
 SOURCES = ("base-novel", "base-top", "feedback", "random", "model:PATH", "pairs:QRELS", "yes:LABELS")
 
@@ -70,19 +73,18 @@ def gather_candidates(
     rng = np.random.default_rng(seed)
     parts = []
     for number, source in enumerate(sources):
+        blocks: Iterable[tuple[np.ndarray, np.ndarray]]
         if source == "feedback":
-            queries, items = split.feedback_queries, split.feedback_items
+            blocks = [(split.feedback_queries, split.feedback_items)]
         elif source.startswith("pairs:"):
-            queries, items = _named_pairs(Path(source.removeprefix("pairs:")), index, split, report)
+            blocks = [_named_pairs(Path(source.removeprefix("pairs:")), index, split, report)]
         elif source.startswith("yes:"):
-            queries, items = _pairs_called_relevant(Path(source.removeprefix("yes:")), index, split, report)
+            blocks = [_pairs_called_relevant(Path(source.removeprefix("yes:")), index, split, report)]
         else:
-            queries, items = _pairs(
-                _lists(index, split, source, base_depth, depth, per_query, rng, device, report)
-            )
-        if per_query is not None:
-            kept = _sample(queries, per_query, rng)
-            queries, items = queries[kept], items[kept]
+            blocks = _pairs(_lists(index, split, source, base_depth, depth, per_query, rng, device, report))
+        # Of all lists at once, all pairs would be held before some of them are drawn.
+        drawn = [_at_most(per_query, *block, rng) for block in blocks]
+        queries, items = (np.concatenate(column) for column in zip(*drawn, strict=True))
         parts.append((queries, items, np.full(len(queries), number, dtype=np.int16)))
     queries, items, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
     _, first = np.unique(queries * np.int64(len(index)) + items, return_index=True)
@@ -162,15 +164,23 @@ def _pairs_called_relevant(
     return table.query_rows[yes], table.item_rows[yes]
 
 
-def _pairs(lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    queries, columns = np.nonzero(lists >= 0)
-    return queries.astype(np.int64), lists[queries, columns].astype(np.int64)
+def _pairs(lists: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs of (Q, n) lists, those of some thousand queries at a time."""
+    for start in range(0, max(1, len(lists)), _QUERIES_AT_ONCE):
+        block = lists[start : start + _QUERIES_AT_ONCE]
+        queries, columns = np.nonzero(block >= 0)
+        yield start + queries.astype(np.int64), block[queries, columns].astype(np.int64)
 
 
-def _sample(queries: np.ndarray, per_query: int, rng: np.random.Generator) -> np.ndarray:
-    """Ascending positions of at most `per_query` pairs of each query, chosen at random."""
+def _at_most(
+    per_query: int | None, queries: np.ndarray, items: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """In their order, `per_query` pairs of each query at random, or all."""
+    if per_query is None:
+        return queries, items
     shuffled = rng.permutation(len(queries))
     by_query = shuffled[np.argsort(queries[shuffled], kind="stable")]
     ordered = queries[by_query]
     first_of_query = np.searchsorted(ordered, ordered, side="left")
-    return np.sort(by_query[np.arange(len(ordered)) - first_of_query < per_query])
+    kept = np.sort(by_query[np.arange(len(ordered)) - first_of_query < per_query])
+    return queries[kept], items[kept]

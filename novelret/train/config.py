@@ -144,7 +144,7 @@ class TrainConfig(Asking):
     mirror: str = "auto"
     negative_share: float = 0.0
     base_depth: int = 50
-    depth: int = 400
+    depth: int = 200  # as deep as `label` searches by default, so that one search serves both
     negatives: int = 5
     catalog_negatives: int = 0
     hard_negatives: int = 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from novelret import encode
+from novelret.cli.compare import lists_table
 from novelret.data.split import load_split
 from novelret.index import open_index
 from tests.cli.test_chain import fails, result, run
@@ -146,6 +149,16 @@ def test_terminal_marks_what_is_novel_and_relevant(common, world, capsys, monkey
     assert "+✓ " in out
     assert ">5" in out
     assert "RelevantNovel@5" in out
+
+
+def test_no_text_gives_the_terminal_orders():
+    console = Console(width=80, force_terminal=True, file=io.StringIO())
+    hit = {"text": "a \x1b]0;title\x07\x1b[2Jsofa [red]", "novel": False, "score": 1.0, "base_rank": 1}
+    console.print(lists_table({"base": [hit]}, 5))
+    said = console.file.getvalue()
+    assert "sofa [red]" in said
+    assert "\x1b]" not in said
+    assert "\x1b[2J" not in said
 
 
 def test_judgements_of_another_split_are_refused(common, world, index_folder, tmp_path, capsys):

@@ -193,6 +193,15 @@ def test_tables_for_people_are_read_as_qrels(data):
     assert [row[1:] for row in read_qrels(str(data), "people")] == [("q00", "i01", 1.0)]
 
 
+def test_a_parquet_text_that_is_not_utf8_is_one_line(data):
+    (data / "corpus.jsonl").unlink()
+    texts = pa.array([b"fine", b"\xff\xfe"]).cast(pa.binary())
+    texts = pa.StringArray.from_buffers(2, *texts.buffers()[1:])
+    pq.write_table(pa.table({"_id": ["a", "b"], "text": texts}), data / "corpus.parquet")
+    with pytest.raises(UserError, match=r"corpus\.parquet: holds a text that is not UTF-8, behind row 0"):
+        list(read_part(str(data), "corpus"))
+
+
 def test_parquet_scores_that_are_none(data, tmp_path):
     table = pa.table({"query-id": ["q00"], "corpus-id": ["i01"], "score": pa.array([None], pa.int64())})
     pq.write_table(table, data / "qrels" / "bad.parquet")

@@ -10,7 +10,7 @@ import pytest
 
 from novelret.cli import main
 from novelret.label.judges import cross_encoder as judge_module
-from tests.conftest import COLOURS, THINGS
+from tests.conftest import COLOURS, THINGS, make_encoder
 
 
 def make_cross_encoder(folder, labels=1, seed=0):
@@ -135,7 +135,13 @@ def test_a_plan_and_bad_models(arguments, tmp_path, capsys):
     code, plan, _ = label(capsys, *arguments, "--plan")
     assert (code, plan["to_ask"], plan["cost"], list(plan["example"][0])) == (0, 120, 0, ["query", "item"])
     make_cross_encoder(tmp_path / "three", labels=3)
-    for model, words in [(tmp_path / "three", "gives 3 scores"), (tmp_path / "no", "holds no cross-encoder")]:
+    bad = {
+        "three": "gives 3 scores",
+        "no": "holds no cross-encoder",
+        "encoder": "is no cross-encoder but BertModel",
+    }
+    make_encoder(tmp_path / "encoder")
+    for model, words in [(tmp_path / name, words) for name, words in bad.items()]:
         code, _, err = label(capsys, *arguments, "--judge", f"cross-encoder:{model}", "--out", tmp_path / "x")
         assert (code, len(err.strip().splitlines())) == (2, 1), err
         assert words in err

@@ -390,6 +390,14 @@ def test_answers_none_of_which_is_usable_stop_further_batches(ask, monkeypatch):
         assert "none of the first 50 answers is usable, for instance 'Perhaps.'" in err
 
 
+def test_answers_none_of_which_is_usable_are_an_error_where_all_were_asked_for(ask, monkeypatch):
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
+    with LoopbackJudge() as server:
+        code, _, err = ask(server)
+        assert (code, set(server.billed.values())) == (2, {1}), err
+        assert "none of the first 50 answers is usable, for instance 'Perhaps.'" in err
+
+
 def test_an_answer_may_hold_any_character(ask, tmp_path, monkeypatch):
     answer = "Yes\u2028because\x85it\u2029fits\x0b\x1c"
     monkeypatch.setattr("tests.loopback.verdict", lambda user: answer)
@@ -439,15 +447,21 @@ def test_what_an_endpoint_does_not_bill_costs_the_most_it_can(ask, monkeypatch):
 
 
 def test_unusable_answers_are_asked_again_once(ask, monkeypatch):
-    monkeypatch.setattr("tests.loopback.verdict", lambda user: "Perhaps.")
+    monkeypatch.setattr("tests.loopback.verdict", lambda user: "No" if "red" in user else "Perhaps.")
     with LoopbackJudge() as server:
         code, facts, _ = ask(server)
-        assert (code, facts["verdicts"]["unusable"], facts["unusable_examples"]) == (0, 120, ["Perhaps."])
+        unusable = facts["verdicts"]["unusable"]
+        assert (code, facts["unusable_examples"]) == (0, ["Perhaps."])
+        assert 0 < facts["verdicts"]["not relevant"] == 120 - unusable < 120
         code, facts, _ = ask(server, "--retry-unusable", "--force")
-        assert (code, facts["requests"], set(server.billed.values())) == (0, 120, {2})
+        assert (code, facts["requests"], sorted(set(server.billed.values()))) == (0, unusable, [1, 2])
         monkeypatch.setattr("tests.loopback.verdict", lambda user: "Yes")
         code, facts, _ = ask(server, "--retry-unusable", "--force")
-        assert (code, facts["verdicts"]["relevant"], set(server.billed.values())) == (0, 120, {3})
+        assert (code, facts["verdicts"]["relevant"], server.billed.total()) == (
+            0,
+            unusable,
+            120 + 2 * unusable,
+        )
         code, facts, _ = ask(server, "--retry-unusable", "--force")
         assert (code, facts["requests"]) == (0, 0)
 

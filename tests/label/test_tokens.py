@@ -69,6 +69,7 @@ def test_prices():
         find_price("gpt-4o-2024-08-06", None) == find_price("gpt-4o", None) != find_price("gpt-4o-mini", None)
     )
     assert find_price("gpt-4o", None, batch=True) == Price(1.25, 5.0)
+    assert find_price("gpt-4o-2024-05-13", None) == Price(5.0, 15.0)  # the one that costs more
     assert find_price("gpt-4o", "1,2", batch=True) == Price(1, 2)
     assert find_price("somebody-else", None) is None
     for wrong in ("1", "1,2,3", "a,b", "-1,2", "nan,1", "inf,1", ""):

@@ -24,7 +24,7 @@ def load_cross_encoder(name: str, device: str) -> CrossEncoder:
     """Load a cross-encoder with one output from a folder or by its hub id.
 
     Raises:
-        UserError: it cannot be read, or gives other than one score.
+        UserError: it cannot be read, is another kind of model, or gives other than one score.
     """
     is_path = Path(name).exists() or name.startswith((".", "/", "~"))
     if is_path and not (Path(name) / "config.json").is_file():
@@ -36,6 +36,11 @@ def load_cross_encoder(name: str, device: str) -> CrossEncoder:
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: the cross-encoder cannot be read ({reason})") from None
+    if getattr(model[0], "transformer_task", None) == "sequence-classification":
+        made_as = model.config.architectures or []
+        if not any(kind.endswith("ForSequenceClassification") for kind in made_as):
+            # The library has put a random head on it.
+            raise UserError(f"{name}: is no cross-encoder but {', '.join(made_as) or 'of no known kind'}")
     if model.num_labels != 1:
         raise UserError(f"{name}: gives {model.num_labels} scores for a pair; a judge needs a model with one")
     return model
