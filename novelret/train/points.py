@@ -13,8 +13,9 @@ _MEMORY_SHARES = (0.5, 0.25, 0.1)
 
 def add_point(run: Run, points: list[Point], step: int) -> None:
     """Validate the weights as they are and add the point; every process has to call it."""
-    (embeddings,) = run.tower.embed_validation((1.0,))
-    points.append(_point(run, embeddings, step, 1.0, 1.0))
+    assert run.validation is not None
+    (figures,) = _measure(run, run.tower.embed_validation((1.0,)))
+    points.append(make_point(step, figures))
 
 
 def validate_blends(run: Run, points: list[Point], step: int) -> None:
@@ -32,18 +33,22 @@ def validate_blends(run: Run, points: list[Point], step: int) -> None:
     if run.tower.memory is not None:
         line, memories = [*line, 1.0], [1.0, *_MEMORY_SHARES]
     blends: list[Point] = []
-    with run.report.bar("validating blends", len(line) * len(memories)) as advance:
+    with run.report.bar("validating blends", len(line)) as advance:
         for share in line:
             checkpoint.load_weights(run.tower, run.folder, step, share)
-            for memory, embeddings in zip(memories, run.tower.embed_validation(memories), strict=True):
-                if share * memory < 1:  # 1 is the checkpoint
-                    blends.append(_point(run, embeddings, step, share, memory))
-                advance(1)
+            measured = _measure(run, run.tower.embed_validation(memories))
+            blends += [
+                make_point(step, figures, share, memory)
+                for memory, figures in zip(memories, measured, strict=True)
+                if share * memory < 1  # 1 is the checkpoint
+            ]
+            advance(1)
     points += sorted(blends, key=lambda point: -point.memory)
 
 
-def _point(run: Run, embeddings: np.ndarray, step: int, share: float, memory: float) -> Point:
+def _measure(run: Run, embeddings: list[np.ndarray]) -> list[np.ndarray]:
+    """The figures of all processes' validation queries, as several encoders embed these."""
     assert run.validation is not None
     whole = run.items.held if run.items.shard is None else None
-    figures = measure(run.validation, embeddings, run.index, whole, run.processes.device)
-    return make_point(step, run.processes.concatenate(figures), share, memory)
+    found = measure(run.validation, embeddings, run.index, whole, run.processes.device)
+    return [run.processes.concatenate(figures) for figures in found]

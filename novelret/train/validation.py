@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,26 +137,42 @@ def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.nd
 
 
 def measure(
-    validation: Validation, embeddings: np.ndarray, index: Index, items: Items | None, device: str
-) -> np.ndarray:
-    """Search the validation queries and compare with the deployed lists.
+    validation: Validation,
+    embeddings: Sequence[np.ndarray],
+    index: Index,
+    items: Items | None,
+    device: str,
+) -> list[np.ndarray]:
+    """Search the validation queries, as several encoders embed them, and compare with the deployed lists.
+
+    All are searched together: a catalog that is too large for the device is passed over once.
 
     Args:
         validation: the queries and what is known of them.
-        embeddings: (V, d) float32.
+        embeddings: (V, d) float32 of each encoder.
         index: to search.
         items: its embeddings, where they are on the device already.
         device: where to search.
 
     Returns:
-        (V, 5) float64 per query: novel items, relevant novel ones, judged novel ones, recall and the
-        deployed model's recall, these two NaN where nothing is known to be relevant.
+        Of each encoder (V, 5) float64 per query: novel items, relevant novel ones, judged novel ones, recall
+        and the deployed model's recall, these two NaN where nothing is known to be relevant.
     """
-    split = validation.split
+    split, depth = validation.split, validation.base_rows.shape[1]
     if len(split) == 0:
-        return np.zeros((0, 5))
-    depth = validation.base_rows.shape[1]
-    rows, _ = index.search(embeddings, depth, split.excluded, device=device, items=items)
+        return [np.zeros((0, 5)) for _ in embeddings]
+    rows, _ = index.search(
+        np.concatenate(embeddings),
+        depth,
+        np.tile(split.excluded, (len(embeddings), 1)),
+        device=device,
+        items=items,
+    )
+    return [_compare(validation, found) for found in np.split(rows, len(embeddings))]
+
+
+def _compare(validation: Validation, rows: np.ndarray) -> np.ndarray:
+    split, depth = validation.split, validation.base_rows.shape[1]
     new = novel(rows, validation.pool, depth)
     verdicts = validation.labels.lookup(np.arange(len(split))[:, None], rows)
     figures = (
