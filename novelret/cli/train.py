@@ -87,7 +87,12 @@ def train(
         ),
     ] = "boundary",
     reward: Annotated[
-        str, typer.Option(help="eq6, eq7, graded, or your own as module:function.", rich_help_panel=STATES)
+        str,
+        typer.Option(
+            help="eq6, eq7, graded, or your own as module:function, of a module that is installed or lies "
+            "here.",
+            rich_help_panel=STATES,
+        ),
     ] = "eq7",
     trust: Annotated[
         bool,
