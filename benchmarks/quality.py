@@ -314,7 +314,7 @@ def write(
             text.append(f"The deployed list lacks {lacks:.2f} relevant items a test query.\n")
             text.append(table(s, whole, shown, place, broken))
             ours = next((name for name in (OURS, "default-no-refit") if name in whole), None)
-            if ours is not None:
+            if ours is not None and len(whole) > 1:
                 title = f"Relevant novel items, {ours} over the others, {title}:\n"
                 text += [title, ratios(s, whole, place, ours)]
         rows += csv_rows(s, mine)
