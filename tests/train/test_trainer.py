@@ -299,7 +299,8 @@ def test_an_uneven_batch_and_a_batch_without_rewards_are_trained(command, capsys
     assert found["points"][-1]["step"] == 12
     # Fresh policies draw what is not labelled: without a judge most of these steps have no gradient.
     alone = ("--alpha", 1, "--gamma", 0, "--batch-size", 1, "--precision", "fp16")
-    found, _ = train(capsys, command, tmp_path / "alone", *ADAPTER, *alone)
+    whole = ("--tune", "full", "--learning-rate", 1e-3)
+    found, _ = train(capsys, command, tmp_path / "alone", *whole, *alone)
     assert found["points"][-1]["step"] == 12
 
 
@@ -344,10 +345,10 @@ def test_a_run_that_ruins_recall_stops_early_and_says_so(command, capsys, tmp_pa
     real, calls = measure, []
 
     def falls(*args):
-        figures = real(*args)
+        (figures,) = real(*args)
         figures[:, 3] = figures[:, 4] - 0.01 * len(calls)
         calls.append(1)
-        return figures
+        return [figures]
 
     monkeypatch.setattr("novelret.train.points.measure", falls)
     budget = ("--max-recall-drop", 0, "--patience", 2, "--eval-every", 1, "--steps", 30)
