@@ -19,7 +19,7 @@ EXAMPLES = """
   novelret demo --out /tmp/novelret-demo
 """
 
-DEPTH, BASE_DEPTH = 200, 50
+BASE_DEPTH = 50
 
 
 def demo(
@@ -73,13 +73,11 @@ def demo(
         judge,
         "--missing",
         "irrelevant",
-        "--depth",
-        DEPTH,
         "--out",
         names["labels"],
     )
     build_labels(
-        LabelConfig(str(data), str(names["index"]), judge, missing="irrelevant", depth=DEPTH, device="cpu"),
+        LabelConfig(str(data), str(names["index"]), judge, missing="irrelevant", device="cpu"),
         names["labels"],
         force=True,
         report=report,
@@ -87,7 +85,7 @@ def demo(
     models = {}
     for objective in ("supervised", "pg-ret"):
         models[objective] = out / objective
-        options = ("--objective", objective, "--depth", DEPTH)
+        options = ("--objective", objective)
         say("train", *common, "--labels", names["labels"], *options, "--out", models[objective])
         train_model(
             TrainConfig(
@@ -95,7 +93,6 @@ def demo(
                 str(names["index"]),
                 labels=str(names["labels"]),
                 objective=objective,
-                depth=DEPTH,
                 device="cpu",
             ),
             models[objective],
