@@ -404,8 +404,6 @@ def ratios(s: Setting, runs: dict[str, list[Result]], place: str, ours: str) -> 
     metrics = list(dict.fromkeys(["RelevantNovel@50", f"RelevantNovel@{s.length}"]))
     tested = [*metrics, "Recall@50", "Precision@10", "MergedDensity"]
     others = [name for name in runs if name != ours]
-    if not others:
-        return ""
     is_tested = place == "at_chosen"
 
     def figures(other: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

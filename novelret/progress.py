@@ -25,6 +25,11 @@ from rich.text import Text
 _BETWEEN_LINES = 60.0  # seconds
 
 
+def shown(text: str) -> str:
+    """A text that may hold anything, without what rich or a terminal would take for an instruction."""
+    return escape("".join(c if c.isprintable() or c == "\n" else " " for c in text))
+
+
 class Reporter:
     """Speaks to the user on stderr; a quiet one keeps warnings only.
 
@@ -40,13 +45,13 @@ class Reporter:
     def note(self, text: str) -> None:
         """Say something worth knowing."""
         if self.console is not None and not self.quiet:
-            self.console.print(escape(text), soft_wrap=True)
+            self.console.print(shown(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Say something the user should act on; kept, and shown even when quiet."""
         self.warnings.append(text)
         if self.console is not None:
-            self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+            self.console.print(f"[yellow]warning:[/] {shown(text)}", soft_wrap=True)
 
     @property
     def is_live(self) -> bool:

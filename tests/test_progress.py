@@ -46,3 +46,15 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch):
     with Reporter(quiet=True, console=quiet).bar("asking", 100) as advance:
         advance(100)
     assert quiet.file.getvalue() == ""
+
+
+def test_no_note_or_warning_gives_the_terminal_orders():
+    console = Console(width=80, force_terminal=True, highlight=False, file=io.StringIO())
+    report = Reporter(console=console)
+    report.note("\x1b]0;title\x07[red] noted")
+    report.warn("\x1b[2J[/b] warned")
+    said = console.file.getvalue()
+    assert "[red] noted" in said
+    assert "[/b] warned" in said
+    assert "\x1b]" not in said
+    assert "\x1b[2J" not in said

@@ -16,6 +16,7 @@ from novelret.cli import agreement, compare, convert, demo, export, index, label
 from novelret.cli import eval as eval_command
 from novelret.cli.options import error_console, is_first_process
 from novelret.errors import UserError
+from novelret.progress import shown
 
 _INTERRUPTED = "interrupted; what is finished is kept, the same command goes on from there"
 
@@ -104,12 +105,6 @@ def _disk_is_full(error: Exception) -> bool:
 
 def _fail(message: str, code: int) -> int:
     if is_first_process():
-        error_console().print(f"[bold red]error:[/] {escape_line(message)}", soft_wrap=True, highlight=False)
+        line = " ".join(message.split())  # messages quote files that may hold anything
+        error_console().print(f"[bold red]error:[/] {shown(line)}", soft_wrap=True, highlight=False)
     return code
-
-
-def escape_line(message: str) -> str:
-    """One line without rich markup: messages quote files that may hold anything."""
-    from rich.markup import escape
-
-    return escape(" ".join(message.split()))

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from novelret.cli.options import ConfigOption, JsonOption, QuietOption, reporter, show_result, shown
+from novelret.cli.options import ConfigOption, JsonOption, QuietOption, reporter, show_result
+from novelret.progress import shown
 
 if TYPE_CHECKING:
     from novelret.label.agreement import Agreement

@@ -21,8 +21,8 @@ from novelret.cli.options import (
     QuietOption,
     reporter,
     show_result,
-    shown,
 )
+from novelret.progress import shown
 
 EXAMPLES = """
 [bold]examples:[/]

@@ -17,9 +17,9 @@ from novelret.cli.options import (
     QuietOption,
     reporter,
     show_result,
-    shown,
 )
 from novelret.errors import UserError
+from novelret.progress import shown
 
 EXAMPLES = """
 [bold]examples:[/]

@@ -37,8 +37,8 @@ from novelret.cli.options import (
     reporter,
     settings_among,
     show_result,
-    shown,
 )
+from novelret.progress import shown
 
 EXAMPLES = """
 [bold]examples:[/]

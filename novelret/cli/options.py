@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.progress import Reporter
@@ -71,11 +70,6 @@ class _Output(Console):
     def on_broken_pipe(self) -> None:
         """Not as rich does, which makes a failure of it."""
         _leave_pipe()
-
-
-def shown(text: str) -> str:
-    """A text that may hold anything, without what rich or a terminal would take for an instruction."""
-    return escape("".join(c if c.isprintable() or c == "\n" else " " for c in text))
 
 
 def _leave_pipe() -> None:

@@ -16,9 +16,9 @@ from novelret.cli.options import (
     JsonOption,
     QuietOption,
     show_result,
-    shown,
 )
 from novelret.errors import UserError
+from novelret.progress import shown
 
 EXAMPLES = """
 [bold]examples:[/]

@@ -36,8 +36,8 @@ from novelret.cli.options import (
     reporter,
     settings_among,
     show_result,
-    shown,
 )
+from novelret.progress import shown
 
 UPDATES, STATES, CHOICE = "What is trained, and how", "States and their loss", "Which checkpoint is kept"
 EXAMPLES = """

@@ -36,7 +36,7 @@ class Labelled:
     def warn(self, run: Run) -> None:
         """Say so, once, if hardly any has."""
         if not self.is_told and self.known < _LEAST_LABELLED * self.drawn:
-            others = "" if run.config.draw != "plain" else ", draw what is labelled (--draw queries)"
+            others = ", draw what is labelled (--draw queries)" if run.config.draw == "plain" else ""
             if run.config.objective == "pg-ret":
                 others += ", or pass --judge"
             run.report.warn(
