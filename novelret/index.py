@@ -30,6 +30,7 @@ from novelret.data.source import fingerprint_part
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.progress import Reporter
+from novelret.row_lists import RowLists
 from novelret.search import search_exact, search_faiss
 from novelret.trained import training_of
 
@@ -94,7 +95,7 @@ class Index:
         self,
         queries: np.ndarray,
         k: int,
-        excluded: np.ndarray | None = None,
+        excluded: RowLists | None = None,
         *,
         device: str = "cpu",
         report: Reporter | None = None,
@@ -160,7 +161,8 @@ def base_lists(
                 advance(first)
                 for start in range(first, len(split), step):
                     part = slice(start, start + step)
-                    found = index.search(embeddings[part], depth, split.excluded[part], device=device)
+                    left_out = split.excluded.take(np.arange(len(split))[part])
+                    found = index.search(embeddings[part], depth, left_out, device=device)
                     advance(len(found[0]))
                     yield found[0].astype(dtype), found[1]
 

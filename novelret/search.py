@@ -16,6 +16,7 @@ import torch
 
 from novelret.blocks import BLOCK, Items, top_k
 from novelret.membership import is_in
+from novelret.row_lists import RowLists
 
 DECIMALS = 6
 _SPARE = 8  # candidates beyond k, so that ties across the boundary are usually seen at once
@@ -35,7 +36,7 @@ def search_exact(
     items: Items,
     k: int,
     id_rank: np.ndarray,
-    excluded: np.ndarray | None = None,
+    excluded: RowLists | None = None,
     *,
     device: str = "cpu",
     advance: Callable[[int], None] = nothing,
@@ -47,7 +48,7 @@ def search_exact(
         items: (N, d) float32 or float16, possibly memory-mapped, or a tensor that is on the device.
         k: length of the lists.
         id_rank: (N,) rank of each item's id; ties go to the higher rank.
-        excluded: (Q, E) rows left out of each query's list, −1 padded.
+        excluded: the rows left out of each query's list.
         device: "cpu" or a CUDA device.
         advance: told how many queries are done.
 
@@ -60,8 +61,9 @@ def search_exact(
     scores = np.empty((n_queries, k), dtype=np.float64)
     for start in range(0, n_queries, _QUERY_CHUNK):
         chunk = slice(start, min(start + _QUERY_CHUNK, n_queries))
+        of_chunk = None if excluded is None else excluded.take(np.arange(chunk.start, chunk.stop))
         asked, found_rows, found_scores = queries[chunk], rows[chunk], scores[chunk]
-        for group, left_out in _groups(None if excluded is None else excluded[chunk]):
+        for group, left_out in _groups(of_chunk):
             found = _search_chunk(asked[group], items, k, id_rank, left_out, device)
             found_rows[group], found_scores[group] = found
         advance(chunk.stop - chunk.start)
@@ -69,7 +71,7 @@ def search_exact(
 
 
 def search_faiss(
-    index: Any, queries: np.ndarray, k: int, id_rank: np.ndarray, excluded: np.ndarray | None = None
+    index: Any, queries: np.ndarray, k: int, id_rank: np.ndarray, excluded: RowLists | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same through a faiss index, as approximate as that index is; ties by the same rule."""
     rows = np.empty((len(queries), k), dtype=np.int64)
@@ -81,7 +83,7 @@ def search_faiss(
     return rows, scores
 
 
-def _groups(excluded: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, np.ndarray | None]]:
+def _groups(excluded: RowLists | None) -> Iterator[tuple[slice | np.ndarray, np.ndarray | None]]:
     """Queries that leave out about as many rows each, and these rows, padded no wider than the group needs.
 
     As many candidates more than k are fetched as rows may be left out: one query that leaves out thousands
@@ -90,15 +92,11 @@ def _groups(excluded: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, n
     if excluded is None:
         yield slice(None), None
         return
-    query, column = np.nonzero(excluded >= 0)
-    counts = np.bincount(query, minlength=len(excluded))
-    place = np.arange(len(query)) - (np.cumsum(counts) - counts)[query]
+    counts = excluded.counts
     group_of = np.searchsorted(_GROUPED, counts)
     for number in np.unique(group_of):
         group = np.flatnonzero(group_of == number)
-        of = group_of[query] == number
-        left_out = np.full((len(group), counts[group].max()), -1, dtype=np.int64)
-        left_out[np.searchsorted(group, query[of]), place[of]] = excluded[query[of], column[of]]
+        left_out = excluded.padded(group, int(counts[group].max()))
         yield (slice(None) if len(group) == len(excluded) else group), left_out
 
 

@@ -12,7 +12,7 @@ from novelret.artifacts import fingerprint_array, fingerprint_of, fingerprint_st
 from novelret.data.catalog import Catalog, read_id
 from novelret.data.source import qrels_name, read_excluded, read_part, read_qrels, read_unclicked
 from novelret.errors import UserError
-from novelret.membership import pairs_in
+from novelret.row_lists import RowLists, row_lists
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Split:
         query_texts: Q texts.
         feedback_queries: (P,) int64, row of each pair's query; ascending.
         feedback_items: (P,) int64, catalog row of each pair's item; ascending within a query.
-        excluded: (Q, E) int64 catalog rows that are left out of each query's rankings, −1 padded.
+        excluded: the catalog rows that are left out of each query's rankings.
         fingerprint: identity of all of this.
     """
 
@@ -34,7 +34,7 @@ class Split:
     query_texts: list[str]
     feedback_queries: np.ndarray
     feedback_items: np.ndarray
-    excluded: np.ndarray
+    excluded: RowLists
     fingerprint: str
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Split:
             [self.query_texts[r] for r in rows],
             new_row[self.feedback_queries[kept]],
             self.feedback_items[kept],
-            self.excluded[rows],
+            self.excluded.take(rows),
         )
 
     def with_items(self, translated: Callable[[np.ndarray], np.ndarray]) -> Split:
@@ -67,7 +67,7 @@ class Split:
             self.query_texts,
             self.feedback_queries,
             translated(self.feedback_items),
-            translated(self.excluded),
+            RowLists(self.excluded.starts, translated(self.excluded.rows)),
         )
 
 
@@ -77,7 +77,7 @@ def make_split(
     query_texts: list[str],
     feedback_queries: np.ndarray,
     feedback_items: np.ndarray,
-    excluded: np.ndarray,
+    excluded: RowLists,
 ) -> Split:
     """Put a split together: sort its feedback, drop repeated pairs, fingerprint it."""
     width = int(feedback_items.max(initial=0)) + 1
@@ -90,7 +90,8 @@ def make_split(
         fingerprint_strings(query_texts),
         fingerprint_array(queries),
         fingerprint_array(items),
-        fingerprint_array(excluded),
+        fingerprint_array(excluded.starts),
+        fingerprint_array(excluded.rows),
     )
     return Split(name, query_ids, query_texts, queries, items, excluded, fingerprint)
 
@@ -135,9 +136,8 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
     query_rows = np.array([row_of[query_id] for query_id in named.queries], dtype=np.int64)
     queries, items = query_rows[np.asarray(named.query_numbers)], item_rows[np.asarray(named.item_numbers)]
     ids = list(texts)
-    own = own_rows(ids, catalog, ignore_identical_ids=ignore_identical_ids)
-    excluded = np.concatenate([own, _excluded_rows(data, split, row_of, catalog)], axis=1)
-    kept = ~np.isin(queries * len(catalog) + items, pairs_in(excluded, len(catalog)))
+    excluded = _excluded(data, split, row_of, catalog, ignore_identical_ids=ignore_identical_ids)
+    kept = ~np.isin(queries * len(catalog) + items, excluded.pairs(len(catalog)))
     if not kept.any():
         raise UserError(f"{qrels_name(data, split)}: excluded/{split}.tsv leaves out all pairs of {split!r}")
     return make_split(split, ids, list(texts.values()), queries[kept], items[kept], excluded)
@@ -173,30 +173,26 @@ def _read_pairs(data: str, split: str, *, ignore_identical_ids: bool) -> _Pairs:
     return pairs
 
 
-def _excluded_rows(data: str, split: str, row_of: dict[str, int], catalog: Catalog) -> np.ndarray:
-    """(Q, E) catalog rows that excluded/SPLIT.tsv leaves out of each query's rankings, −1 padded."""
-    found = [(row_of[query], item) for _, query, item, _ in read_excluded(data, split) if query in row_of]
-    queries = np.array([query for query, _ in found], dtype=np.int64)
-    rows = catalog.rows_of([item for _, item in found]) if found else queries
-    queries, rows = queries[rows >= 0], rows[rows >= 0]
-    order = np.argsort(queries, kind="stable")
-    counts = np.bincount(queries, minlength=len(row_of))
-    column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    excluded = np.full((len(row_of), counts.max(initial=0)), -1, dtype=np.int64)
-    excluded[queries[order], column] = rows[order]
-    return excluded
+def _excluded(
+    data: str, split: str, row_of: dict[str, int], catalog: Catalog, *, ignore_identical_ids: bool
+) -> RowLists:
+    """Each query's own item, if it may not be ranked, and what excluded/SPLIT.tsv leaves out."""
+    numbers: dict[str, int] = {}
+    queries, items = array("q"), array("q")
+    for _, query_id, item_id, _ in read_excluded(data, split):
+        if query_id in row_of:
+            queries.append(row_of[query_id])
+            items.append(numbers.setdefault(item_id, len(numbers)))
+    own = catalog.rows_of(list(row_of)) if ignore_identical_ids else np.empty(0, dtype=np.int64)
+    listed = catalog.rows_of(list(numbers))[np.asarray(items)]
+    query = np.concatenate([np.arange(len(own)), np.asarray(queries)])
+    rows = np.concatenate([own, listed])
+    return row_lists(query[rows >= 0], rows[rows >= 0], len(row_of))
 
 
 def plain_texts(texts: list[str]) -> list[str]:
     """Texts without what makes no other query of them: case and white space."""
     return [" ".join(text.split()).casefold() for text in texts]
-
-
-def own_rows(query_ids: list[str], catalog: Catalog, *, ignore_identical_ids: bool) -> np.ndarray:
-    """(Q, 1) catalog row of the item with the query's own id, −1 where there is none or it may be ranked."""
-    if not ignore_identical_ids:
-        return np.full((len(query_ids), 1), -1, dtype=np.int64)
-    return catalog.rows_of(query_ids)[:, None]
 
 
 def load_queries(data: str, wanted: Iterable[str] | None = None) -> dict[str, str]:

@@ -11,7 +11,6 @@ from novelret.data.catalog import Catalog
 from novelret.data.source import read_lines
 from novelret.data.split import Split
 from novelret.errors import UserError
-from novelret.membership import pairs_in
 from novelret.search import DECIMALS
 
 _LINES = 1 << 20  # whose ids are looked up at once, in a pass over the catalog's
@@ -126,7 +125,7 @@ def _lists(
         again = int(np.setdiff1d(np.arange(len(pair)), first_seen)[0])
         item = catalog.ids_at(rows[again : again + 1])[0]
         raise UserError(f"{path}:{numbers[again]}: item {item!r} occurs twice for this query")
-    allowed = np.flatnonzero(~np.isin(pair, pairs_in(split.excluded, len(catalog))))
+    allowed = np.flatnonzero(~np.isin(pair, split.excluded.pairs(len(catalog))))
     query_rows, rows, scores = query_rows[allowed], rows[allowed], scores[allowed]
     order = np.lexsort((-id_rank[rows].astype(np.int64), -scores, query_rows))
     ordered = query_rows[order]

@@ -14,7 +14,6 @@ from novelret.errors import UserError
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned
 from novelret.label.labels import open_labels
 from novelret.label.table import RELEVANT
-from novelret.membership import is_in
 from novelret.progress import Reporter
 
 _QUERIES_AT_ONCE = 16_384
@@ -113,7 +112,8 @@ def _lists(
         return base_lists(index, split, base_depth, device=device, report=report)[0]
     if source == "random":
         lists = rng.integers(len(index), size=(len(split), per_query or base_depth))
-        return np.where(is_in(lists, split.excluded), -1, lists)
+        pairs = np.arange(len(split))[:, None] * len(index) + lists
+        return np.where(np.isin(pairs, split.excluded.pairs(len(index))), -1, lists)
     if source.startswith("model:"):
         model = load_finetuned(source.removeprefix("model:"), index, device)
         embeddings = finetuned_query_embeddings(model, index, split, device=device, report=report)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from novelret.membership import find_sorted, pairs_in
+from novelret.membership import find_sorted
+from novelret.row_lists import RowLists
 
 RELEVANT, IRRELEVANT, UNKNOWN = 1, 0, -1
 """Verdicts, int8. Unknown is a state of its own (never asked, or no usable answer) and never a 0."""
@@ -67,9 +68,9 @@ class LabelTable:
         keys = np.union1d(given, self.keys[self.verdicts == RELEVANT])
         return keys // self.catalog_size, keys % self.catalog_size
 
-    def without(self, excluded: np.ndarray) -> LabelTable:
-        """The judgements but those of items that queries leave out of their lists, (Q, E) rows, −1 padded."""
-        kept = ~np.isin(self.keys, pairs_in(excluded, self.catalog_size))
+    def without(self, excluded: RowLists) -> LabelTable:
+        """The judgements but those of items that queries leave out of their lists."""
+        kept = ~np.isin(self.keys, excluded.pairs(self.catalog_size))
         grades = None if self.grades is None else self.grades[kept]
         return replace(self, keys=self.keys[kept], verdicts=self.verdicts[kept], grades=grades)
 

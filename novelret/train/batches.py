@@ -90,13 +90,13 @@ def _draw_from_policy(
     """
     config, processes = run.config, run.processes
     key = Key(config.seed, step, torch.from_numpy(places).to(embeddings.device))
-    excluded = run.material.split.excluded[batch.queries[places]]
+    queries = batch.queries[places]
     tau = config.sampling_temperature
     if config.support is None:
-        left_out = torch.from_numpy(excluded).to(embeddings.device)
+        left_out = torch.from_numpy(run.material.split.excluded.padded(queries)).to(embeddings.device)
         draw = run.items.draw(embeddings, 1, key, tau, left_out, replacement=True)
     else:
-        draw = draw_from_top(*top_items(run, embeddings, excluded), 1, key, tau)
+        draw = draw_from_top(*top_items(run, embeddings, queries), 1, key, tau)
     drawn = np.stack([places, draw.rows[:, 0].cpu().numpy()], axis=1)
     order, rows = processes.concatenate(drawn).T
     items, rewards = batch.items.copy(), batch.rewards.copy()
@@ -105,15 +105,17 @@ def _draw_from_policy(
     return replace(batch, items=items, rewards=rewards, trust=run.material.trust_of(batch.queries, items))
 
 
-def top_items(run: Run, embeddings: torch.Tensor, excluded: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def top_items(run: Run, embeddings: torch.Tensor, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """The (n, --support) catalog rows and scores that draws keep to, the best first, of n queries.
 
     By the index's own approximate search where it has one.
     """
     assert run.config.support is not None
-    support = min(run.config.support, len(run.index) - excluded.shape[1])
+    excluded = run.material.split.excluded
+    support = min(run.config.support, len(run.index) - int(excluded.counts.max(initial=0)))
     if run.index.faiss_index is None:
-        return run.items.top_k(embeddings, support, torch.from_numpy(excluded).to(embeddings.device))
-    found = run.index.search(embeddings.cpu().numpy(), support, excluded)
+        left_out = torch.from_numpy(excluded.padded(queries)).to(embeddings.device)
+        return run.items.top_k(embeddings, support, left_out)
+    found = run.index.search(embeddings.cpu().numpy(), support, excluded.take(queries))
     rows, scores = (torch.from_numpy(array).to(embeddings.device) for array in found)
     return rows, scores.to(embeddings.dtype)

@@ -19,6 +19,7 @@ from novelret.errors import UserError
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable, empty_table, join_tables, sort_table
 from novelret.membership import find_sorted
 from novelret.progress import Reporter
+from novelret.row_lists import row_lists
 from novelret.train.config import TrainConfig
 from novelret.train.states import Material, gather_material
 
@@ -106,7 +107,8 @@ def find_mirror(
     written = load_queries(config.data, ids)  # where an item has a text as a query, that is the better one
     texts = [written.get(name, text) for name, text in zip(ids, texts, strict=True)]
     none = np.empty(0, dtype=np.int64)
-    excluded = np.where(config.ignore_identical_ids, rows, -1)[:, None]
+    itself = rows if config.ignore_identical_ids else none
+    excluded = row_lists(np.arange(len(itself)), itself, len(rows))
     mirror = Mirror(make_split(split.name, ids, texts, none, none, excluded), rows, own)
     if not mirror.more:
         if config.mirror == "auto":
@@ -157,7 +159,7 @@ def with_mirror(
         [*split.query_texts, *mirror.split.query_texts],
         np.concatenate([split.feedback_queries, place[is_feedback]]),
         np.concatenate([split.feedback_items, reverse[is_feedback]]),
-        _one_over_the_other(split.excluded, mirror.split.excluded),
+        split.excluded.followed_by(mirror.split.excluded),
     )
     grades = None if material.labels.grades is None else material.labels.lookup_grades(query, item)
     verdicts = np.full(len(keys), RELEVANT, dtype=np.int8)

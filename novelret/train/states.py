@@ -106,7 +106,9 @@ class Material:
             queries: (b,) query rows.
             rows: (n,) ascending catalog rows, in which a query's few known items are searched.
         """
-        listed = np.concatenate([items_of(self.relevant, queries), self.split.excluded[queries]], axis=1)
+        listed = np.concatenate(
+            [items_of(self.relevant, queries), self.split.excluded.padded(queries)], axis=1
+        )
         place = np.minimum(np.searchsorted(rows, listed), len(rows) - 1)
         query, column = np.nonzero(rows[place] == listed)
         found = np.zeros((len(queries), len(rows)), dtype=bool)

@@ -156,7 +156,7 @@ def _negatives(
     """
     first, last = negative_ranks(config)
     if config.loss == "inclusion":
-        excluded = torch.from_numpy(material.split.excluded[queries]).to(embeddings.device)
+        excluded = torch.from_numpy(material.split.excluded.padded(queries)).to(embeddings.device)
         last = min(last, max(1, len(items) - excluded.shape[1]))  # of a tiny catalog all there is
         first = min(first, last - 1)
         return items.top_k(embeddings, last, excluded)[0][:, first:].cpu().numpy()

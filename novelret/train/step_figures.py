@@ -105,15 +105,14 @@ def _policy_figures(run: Run, batch: Batch, step: int) -> Line:
     mine = some[run.processes.share(len(some))]
     with torch.no_grad():
         embeddings = run.embed(mine, step)
-        left_out = run.material.split.excluded[mine]
-        excluded = torch.from_numpy(left_out).to(embeddings.device)
+        excluded = torch.from_numpy(run.material.split.excluded.padded(mine)).to(embeddings.device)
         entropies = run.items.entropy(embeddings, run.config.temperature, excluded)
         values = run.processes.concatenate(entropies.double().cpu().numpy())
         figures: Line = {"entropy": round(float(values.mean()), 4)}
         if run.config.support is not None:
             tau = run.config.sampling_temperature
             log_z = run.items.log_partition(embeddings, tau, excluded)
-            _, scores = top_items(run, embeddings, left_out)
+            _, scores = top_items(run, embeddings, mine)
             covered = torch.exp(torch.logsumexp(scores / tau, dim=1) - log_z).clamp(max=1)
             shares = run.processes.concatenate(covered.double().cpu().numpy())
             figures["covered"] = round(float(shares.mean()), 4)

@@ -164,7 +164,7 @@ def measure(
     rows, _ = index.search(
         np.concatenate(embeddings),
         depth,
-        np.tile(split.excluded, (len(embeddings), 1)),
+        split.excluded.take(np.tile(np.arange(len(split)), len(embeddings))),
         device=device,
         items=items,
     )

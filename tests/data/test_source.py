@@ -111,9 +111,9 @@ def test_identical_ids_are_left_out_unless_asked_for(data, tmp_path):
     write_jsonl(data / "queries.jsonl", [{"_id": "i01", "text": "x"}])
     write_qrels(data / "qrels" / "train.tsv", [("i01", "i01", 1), ("i01", "i02", 1)])
     split = load_split(str(data), "train", catalog)
-    assert (split.feedback_items.tolist(), split.excluded.tolist()) == ([2], [[1]])
+    assert (split.feedback_items.tolist(), split.excluded.rows.tolist()) == ([2], [1])
     split = load_split(str(data), "train", catalog, ignore_identical_ids=False)
-    assert (split.feedback_items.tolist(), split.excluded.tolist()) == ([1, 2], [[-1]])
+    assert (split.feedback_items.tolist(), split.excluded.rows.tolist()) == ([1, 2], [])
 
 
 def test_pairs_are_sorted_single_and_count_every_bad_line(data, tmp_path):

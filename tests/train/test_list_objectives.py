@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from novelret.row_lists import from_padded
 from novelret.train.config import TrainConfig
 from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
@@ -186,7 +187,7 @@ def test_unbiased_estimators_agree_within_sampling_error(name, spread):
 def test_they_are_unbiased_for_what_is_known_where_few_items_have_a_label(name):
     known = np.array([1.0, np.nan, 0.5, np.nan, np.nan, -0.5], dtype=np.float32)
     material = types.SimpleNamespace(
-        split=types.SimpleNamespace(excluded=np.full((MANY, 1), -1)),
+        split=types.SimpleNamespace(excluded=from_padded(np.full((MANY, 1), -1))),
         rewards=lambda _, rows: known[rows],
         trust_of=lambda _, rows: np.ones(len(rows), np.float32),
     )
@@ -419,7 +420,7 @@ def test_gradients_of_a_peaked_policy_are_right_in_single_precision(name):
     reward = (torch.rand(n, generator=draw) < 0.2).numpy().astype(np.float32)
     rewarded = np.flatnonzero(reward)
     material = types.SimpleNamespace(
-        split=types.SimpleNamespace(excluded=np.full((4, 1), -1)),
+        split=types.SimpleNamespace(excluded=from_padded(np.full((4, 1), -1))),
         rewards=lambda _, rows: reward[rows],
         trust_of=lambda _, rows: np.ones(len(rows), np.float32),
         rewarded_of=lambda queries: (
@@ -446,7 +447,7 @@ def test_padding_of_what_is_rewarded_earns_nothing():
     """Row 0 stands for padding, and was drawn long before what is left."""
     items = torch.tensor([[1.0], [0.05], [0.04], [0.03], [0.02]])
     material = types.SimpleNamespace(
-        split=types.SimpleNamespace(excluded=np.full((1, 1), -1)),
+        split=types.SimpleNamespace(excluded=from_padded(np.full((1, 1), -1))),
         rewards=lambda _, rows: (rows == 1).astype(np.float32),
         trust_of=lambda _, rows: np.ones(len(rows), np.float32),
         rewarded_of=lambda queries: (np.array([[1, -1]]), np.array([[1.0, 0.0]], np.float32)),
@@ -464,7 +465,7 @@ def test_items_without_a_label_get_no_credit(name, monkeypatch):
     """Only item 3 has a label: whatever else the list holds, the loss is of its inclusion alone."""
     items = torch.eye(6)
     material = types.SimpleNamespace(
-        split=types.SimpleNamespace(excluded=np.full((1, 1), -1)),
+        split=types.SimpleNamespace(excluded=from_padded(np.full((1, 1), -1))),
         rewards=lambda _, rows: np.where(rows == 3, 1.0, np.nan).astype(np.float32),
         trust_of=lambda _, rows: np.ones(len(rows), np.float32),
     )
@@ -499,7 +500,7 @@ def test_a_list_of_all_items_but_one_leaves_that_one():
     embeddings = torch.randn(3, 5, generator=draw, dtype=torch.float64).requires_grad_()
     excluded = torch.tensor([[-1], [-1], [2]])  # two queries have one item left, the third has none
     material = types.SimpleNamespace(
-        split=types.SimpleNamespace(excluded=excluded.numpy()),
+        split=types.SimpleNamespace(excluded=from_padded(excluded.numpy())),
         rewards=lambda _, rows: np.ones(len(rows), np.float32),
         trust_of=lambda _, rows: np.ones(len(rows), np.float32),
     )

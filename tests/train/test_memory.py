@@ -25,6 +25,7 @@ from novelret.errors import UserError
 from novelret.export import export_model
 from novelret.label.table import make_table
 from novelret.memory import Memory, read_memory
+from novelret.row_lists import from_padded
 from novelret.train import memorise, prepare
 from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
@@ -172,7 +173,9 @@ def material():
     labelled = np.array(
         [[0, 3, 1], [0, 9, 1], [0, 2, 0], [3, 1, 1], [3, 4, 1], [4, 6, 0], [6, 11, 0], [8, 7, 1]]
     )
-    split = make_split("train", list("abcdefghi"), list("abcdefghi"), *feedback, np.full((9, 1), -1))
+    split = make_split(
+        "train", list("abcdefghi"), list("abcdefghi"), *feedback, from_padded(np.full((9, 1), -1))
+    )
     labels = make_table(*labelled[:, :2].T, labelled[:, 2].astype(np.int8), 12)
     lists = np.stack([rng.permutation(12) for _ in range(9)])
     return gather_material(split, lists, 3, labels, load_reward("eq7"))
@@ -295,7 +298,7 @@ def test_a_query_sees_nothing_in_training_that_is_known_from_itself():
 
 def test_nothing_known_is_nothing_to_remember(material):
     split = make_split(
-        "train", list("ab"), list("ab"), *np.zeros((2, 0), dtype=np.int64), np.full((2, 1), -1)
+        "train", list("ab"), list("ab"), *np.zeros((2, 0), dtype=np.int64), from_padded(np.full((2, 1), -1))
     )
     labels = make_table(np.array([0]), np.array([4]), np.array([0], dtype=np.int8), 12)
     nothing = gather_material(split, material.base_rows[:2], 3, labels, load_reward("eq7"))

@@ -10,6 +10,7 @@ from novelret.blocks import check_embeddings
 from novelret.data.split import make_split
 from novelret.errors import UserError
 from novelret.label.table import make_table
+from novelret.row_lists import from_padded
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.matrix import ItemMatrix
 from novelret.train.rewards import load_reward
@@ -28,7 +29,9 @@ QUERIES = torch.nn.functional.normalize(torch.from_numpy(RNG.normal(size=(Q, 8))
 def material():
     lists = np.argsort(-(QUERIES.numpy() @ ITEMS.T), axis=1)[:, :DEPTH]
     feedback = np.stack([np.repeat(np.arange(Q), 3), RNG.integers(0, N, 3 * Q)])
-    split = make_split("train", [str(q) for q in range(Q)], ["x"] * Q, *feedback, np.full((Q, 1), -1))
+    split = make_split(
+        "train", [str(q) for q in range(Q)], ["x"] * Q, *feedback, from_padded(np.full((Q, 1), -1))
+    )
     judged = np.concatenate([lists[:, :20], RNG.integers(0, N, (Q, 5))], axis=1)
     labels = make_table(np.repeat(np.arange(Q), 25), judged.ravel(), RNG.integers(-1, 2, Q * 25), N)
     return gather_material(split, lists, L, labels, load_reward("eq7"))
@@ -182,7 +185,7 @@ def test_an_item_that_a_query_leaves_out_is_no_negative_of_it(material):
     losses = []
     for left_out in (-1, other):
         excluded[query, 1] = left_out
-        split = dataclasses.replace(material.split, excluded=excluded.copy())
+        split = dataclasses.replace(material.split, excluded=from_padded(excluded))
         here = dataclasses.replace(material, split=split)
         known = {i for i in range(N) if here.known_relevant(np.array(query), np.array(i))} | {left_out}
         against = [
@@ -198,7 +201,7 @@ def test_an_item_that_a_query_leaves_out_is_no_negative_of_it(material):
 
 @pytest.mark.parametrize("count", [30, N, 4096])
 def test_pairs_are_contrasted_with_a_sample_that_stands_for_the_catalog(material, count):
-    excluded = np.tile([7, -1], (Q, 1))  # an item that is left out of all lists
+    excluded = from_padded(np.tile([7, -1], (Q, 1)))  # an item that is left out of all lists
     material = dataclasses.replace(material, split=dataclasses.replace(material.split, excluded=excluded))
     settings = config(objective="supervised", batch_size=6, catalog_negatives=count)
     batch = draw_batch(material, settings, 0)
@@ -245,7 +248,9 @@ def test_losses_of_states_are_written_out(material, changes, ranks):
     for query, item in zip(batch.queries, batch.items, strict=True):
         scores = (QUERIES[query].numpy() @ ITEMS.T).astype(np.float64)
         if settings.loss == "inclusion":  # Gumbel: the mean around rank L of the policy's own list
-            order = [row for row in np.argsort(-scores) if row not in material.split.excluded[query]]
+            order = [
+                row for row in np.argsort(-scores) if row not in material.split.excluded.take([query]).rows
+            ]
             near = [row for row in np.array(order)[list(ranks)] if row != item]
             near = [row for row in near if not material.known_relevant(query, np.array(row))]
             rate = np.exp((scores[item] - scores[near].mean()) / settings.temperature) if near else np.inf

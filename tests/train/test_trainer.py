@@ -30,6 +30,7 @@ from novelret.index import base_lists, open_index, pooled_lists
 from novelret.label.judges import openai as openai_judge
 from novelret.label.table import make_table
 from novelret.progress import Reporter
+from novelret.row_lists import from_padded
 from novelret.train import checkpoint, judging, loop, tower, trainer, write
 from novelret.train.config import TrainConfig
 from novelret.train.log import Log, read_log
@@ -256,7 +257,7 @@ def test_the_best_within_the_budget_comes_first_and_the_rest_by_recall():
 
 
 def test_recall_of_what_is_known_counts_relevant_labels_beside_feedback():
-    nobody = np.full((2, 1), -1)
+    nobody = from_padded(np.full((2, 1), -1))
     split = make_split("train", ["a", "b"], ["a", "b"], np.array([0, 0, 1]), np.array([3, 8, 5]), nobody)
     # Query a: 3 (fed back too) and 7 are judged relevant, 9 is not; query b: nothing more is known.
     pairs = np.array([[0, 3], [0, 7], [0, 9]]).T
@@ -460,7 +461,7 @@ def test_top_lists_of_several_models_are_pooled(command, world, index_folder, se
         expected = set()
         for index in indexes:
             embeddings = index.query_encoder().encode_query([split.query_texts[q]])
-            expected |= set(index.search(embeddings, 3, split.excluded[q : q + 1])[0][0].tolist())
+            expected |= set(index.search(embeddings, 3, split.excluded.take([q]))[0][0].tolist())
         held = pool[q][pool[q] >= 0].tolist()
         assert set(held) == expected
         assert len(held) == len(expected)
@@ -526,7 +527,9 @@ def test_pooled_indexes_may_hold_the_items_in_another_order(world, encoder, inde
     # Queries that are items themselves, so that what is left out of a list has to be translated too.
     split = load_split(str(world), "train", first.catalog)
     pairs = split.feedback_queries, split.feedback_items
-    split = make_split("train", split.query_ids, split.query_texts, *pairs, np.arange(len(split))[:, None])
+    split = make_split(
+        "train", split.query_ids, split.query_texts, *pairs, from_padded(np.arange(len(split))[:, None])
+    )
     pool = pooled_lists([first, second], split, 3)
     assert np.array_equal(pool[:, :3], base_lists(first, split, 3)[0])
     assert (pool[:, 3:] == -1).all()  # the same encoder: nothing of the second list is new

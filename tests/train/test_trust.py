@@ -14,6 +14,7 @@ from novelret.data.split import make_split
 from novelret.label.table import make_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
+from novelret.row_lists import from_padded
 from novelret.train import trust, trust_features
 from novelret.train.config import TrainConfig
 from novelret.train.example_weights import example_weights, is_pair
@@ -44,7 +45,9 @@ IS_TRUE = OF_QUERY[:, None] == LISTS // SIZE
 
 def make_material(verdicts, lists=LISTS, reward="eq7"):
     feedback = np.stack([np.repeat(np.arange(Q), 2), LISTS[:, :2].ravel()])
-    split = make_split("train", [str(q) for q in range(Q)], ["x"] * Q, *feedback, np.full((Q, 1), -1))
+    split = make_split(
+        "train", [str(q) for q in range(Q)], ["x"] * Q, *feedback, from_padded(np.full((Q, 1), -1))
+    )
     queries = np.repeat(np.arange(Q), DEPTH)
     labels = make_table(queries, LISTS.ravel(), np.asarray(verdicts).ravel().astype(np.int8), N)
     return gather_material(split, lists, L, labels, load_reward(reward))

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from novelret.data.split import make_split
+from novelret.row_lists import from_padded
 from novelret.train.validation import Point, best_first, hold_back, make_point, pareto
 
 
 def split_of(texts):
     rows = np.arange(len(texts))
-    return make_split("train", [str(row) for row in rows], texts, rows, rows, np.full((len(texts), 1), -1))
+    return make_split(
+        "train", [str(row) for row in rows], texts, rows, rows, from_padded(np.full((len(texts), 1), -1))
+    )
 
 
 def test_a_share_is_held_back_by_the_seed():

@@ -1,0 +1,71 @@
+"""Catalog rows that each query has any number of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RowLists:
+    """Lists of catalog rows, one a query, in memory that grows with the rows and not with the longest list.
+
+    Attributes:
+        starts: (Q + 1,) int64; the rows of query q are those from starts[q] to starts[q + 1].
+        rows: (n,) int64.
+    """
+
+    starts: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(Q,) int64 lengths of the lists."""
+        return np.diff(self.starts)
+
+    def padded(self, queries: np.ndarray, width: int | None = None) -> np.ndarray:
+        """The lists of some queries as an array: (b, width) int64, −1 padded.
+
+        As wide as the longest list of all queries unless told otherwise, so that batches are alike.
+        """
+        counts = self.counts
+        if width is None:
+            width = int(counts.max(initial=0))
+        inside = np.arange(width) < counts[queries][:, None]
+        found = np.full(inside.shape, -1, dtype=np.int64)
+        places = self.starts[:-1][queries][:, None] + np.arange(width)
+        found[inside] = self.rows[places[inside]]
+        return found
+
+    def take(self, queries: np.ndarray) -> RowLists:
+        """The lists of some queries alone, in their order."""
+        counts = self.counts[queries]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        moved = np.repeat(self.starts[:-1][queries] - starts[:-1], counts)
+        return RowLists(starts, self.rows[np.arange(starts[-1]) + moved])
+
+    def followed_by(self, others: RowLists) -> RowLists:
+        """These lists, and behind them those of other queries."""
+        starts = np.concatenate([self.starts, self.starts[-1] + others.starts[1:]])
+        return RowLists(starts, np.concatenate([self.rows, others.rows]))
+
+    def pairs(self, catalog_size: int) -> np.ndarray:
+        """The (query, item) pairs: (n,) int64, query × catalog size + catalog row."""
+        return np.repeat(np.arange(len(self)), self.counts) * np.int64(catalog_size) + self.rows
+
+
+def row_lists(queries: np.ndarray, rows: np.ndarray, count: int) -> RowLists:
+    """Lists of `count` queries, of (n,) pairs of query and catalog row; in a list they keep their order."""
+    order = np.argsort(queries, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(queries, minlength=count))])
+    return RowLists(starts.astype(np.int64), np.asarray(rows, dtype=np.int64)[order])
+
+
+def from_padded(lists: np.ndarray) -> RowLists:
+    """Lists from an array: (Q, E), −1 padded."""
+    query, column = np.nonzero(lists >= 0)
+    return row_lists(query, lists[query, column], len(lists))
