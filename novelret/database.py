@@ -24,7 +24,8 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
         OSError: it cannot be opened or made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
+    # One thread after another: a notebook's asks in another thread than the one that opened the file.
+    connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
     deadline = time.monotonic() + _WAIT
     while True:
         try:

@@ -22,12 +22,19 @@ PASSING = (
 )
 """Faults that may be gone when the request is repeated."""
 
-_UNSENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")  # what the client's transport says before sending
+# What the client's transport says before a request is sent.
+_UNSENT = (
+    "ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol",
+    "LocalProtocolError", "InvalidURL",
+)  # fmt: skip
+_GATEWAY_GAVE_UP = (504, 524)  # while what is behind it may have answered
 _TELLING = 8  # letters from which on a secret is told apart from a word
 
 
 def check_key() -> str:
     """The API key from OPENAI_API_KEY.
+
+    An OPENAI_BASE_URL that is set and empty is unset: the client would take it for a URL.
 
     Raises:
         UserError: it is not set, or the endpoint in OPENAI_BASE_URL is no URL.
@@ -39,7 +46,9 @@ def check_key() -> str:
         )
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry; export it again")
-    url = os.environ.get("OPENAI_BASE_URL", "")
+    url = os.environ.get("OPENAI_BASE_URL", "").strip()
+    if not url:
+        os.environ.pop("OPENAI_BASE_URL", None)
     try:
         parts = urlsplit(url)
         fits = not url or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
@@ -92,11 +101,12 @@ def shown_url(url: str) -> str:
 def may_be_answered(error: openai.OpenAIError) -> bool:
     """Whether a request was sent and its answer got lost on the way, so that it may be on the bill."""
     if not isinstance(error, openai.APIConnectionError):
-        return isinstance(error, openai.APIResponseValidationError)
+        gave_up = getattr(error, "status_code", None) in _GATEWAY_GAVE_UP
+        return gave_up or isinstance(error, openai.APIResponseValidationError)
     return type(error.__cause__ or error.__context__).__name__ not in _UNSENT
 
 
-def reason_of(error: openai.OpenAIError) -> str:
+def reason_of(error: Exception) -> str:
     """A fault in words: what lies at its root, where the client only says that there is no connection."""
     root: BaseException = error
     if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):

@@ -20,6 +20,8 @@ _REFUSALS: dict[str | None, tuple[int, str, dict[str, str]]] = {
     "429-for-an-hour": (429, "the day is over", {"Retry-After": "3600"}),
     "500": (500, "oops", {}),
     "400": (400, "content filtered", {}),
+    "403": (403, "this text is not allowed", {}),
+    "504": (504, "the gateway gave up", {}),
     "error": (200, "model overloaded", {}),
 }
 
@@ -28,7 +30,7 @@ class LoopbackJudge:
     """Answers Yes where query and item share a word; `faults` are used up one per request, in order.
 
     A fault is one of: "408", "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
-    "400", "slow", "late" (by a second), "trickle" (space by space, without end), "echo" (of the key), "429-for-an-hour",
+    "400", "403", "504", "slow", "late" (by a second), "trickle" (space by space, without end), "echo" (of the key), "429-for-an-hour",
     "no-usage", "error" (in a reply of status 200), and "filtered" and "length", replies without text. `always` is the fault of every request
     that has none of its own. `delivered` counts the replies with a usage: what a vendor puts on the bill.
 
@@ -38,7 +40,9 @@ class LoopbackJudge:
     Batches are answered `batch_delay` seconds after they were made; `batch_faults` are used up one per batch:
     "expired" (every second request has no answer), "errors" (every third is refused, every third fails),
     "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
-    breaks), "create-500" (not made), "create-refused" (not made, for good).
+    breaks), "create-500" (not made), "create-refused" (not made, for good). The first `cut_files` times that a
+    file is asked for it breaks off as if that were all of it, the first `html_pages` times that a batch is,
+    there comes a page of HTML.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class LoopbackJudge:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.delay = delay
+        self.cut_files = self.html_pages = 0
         self.billed: Counter[str] = Counter()
         self.seen: list[dict] = []
         self.authorization: set[str] = set()
@@ -209,7 +214,20 @@ class LoopbackJudge:
         """GET /batches, /batches/ID and /files/ID/content."""
         url = urlsplit(request.path)
         words = url.path.split("/")
-        if words[-1] == "content":
+        if words[-1] == "content" and words[-2] not in self.files:
+            send(request, 404, json.dumps({"error": {"message": "no such file"}}))
+        elif words[-1] == "content" and self.cut_files:
+            self.cut_files -= 1
+            data = self.files[words[-2]]
+            request.send_response(200)
+            request.send_header("Connection", "close")  # without a length: the end of the reply is its end
+            request.end_headers()
+            request.wfile.write(data[: len(data) // 2])
+            request.close_connection = True
+        elif words[-1] in self.batches and self.html_pages:
+            self.html_pages -= 1
+            send(request, 200, "<html>gateway</html>", {"Content-Type": "text/html"})
+        elif words[-1] == "content":
             send(request, 200, self.files[words[-2]].decode(), {"Content-Type": "application/octet-stream"})
         elif words[-1] == "batches":
             after = dict(parse_qsl(url.query)).get("after")

@@ -24,7 +24,7 @@ from novelret.label.cost import Caps, Price
 from novelret.label.judge import Judge
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
 from novelret.label.ledger import Ledger
-from novelret.label.questions import Feed, Messages, Reader, Tally
+from novelret.label.questions import Feed, Messages, Reader, Readings, Tally
 from novelret.label.store import Answer, Store, key_function
 from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
@@ -122,6 +122,7 @@ def ask_and_write(
     may_be_empty: bool = False,
     earlier: Manifest | None = None,
     halt: Event | None = None,
+    readings: Readings | None = None,
 ) -> dict[str, Any]:
     """Have the candidates judged and write judgements.parquet, with failures.jsonl beside it.
 
@@ -142,6 +143,7 @@ def ask_and_write(
         earlier: LABELS that this goes on from; the caps count what they cost, and what was spent on `out`
             by runs that were killed or left (its folder's asking.json).
         halt: set from another thread to have the asking end soon.
+        readings: of the askings that this one follows, which it adds to.
 
     Returns:
         Counts and cost, as they go into the manifest.
@@ -159,7 +161,9 @@ def ask_and_write(
         caps=caps,
         run=_run_of(out.parent),
         halt=halt or Event(),
+        readings=readings or Readings(),
     )
+    reading = tally.readings
     with closing(Store(store_path)) as store:
         feed = Feed(
             index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
@@ -167,7 +171,7 @@ def ask_and_write(
 
         def status() -> str:
             cost = f"${tally.cost:.2f} " if judge.price and judge.price.of(1, 1) else ""
-            useless = f"{tally.unusable} unusable, " if tally.unusable else ""
+            useless = f"{reading.unusable} unusable, " if reading.unusable else ""
             return f"{cost}{useless}{tally.retries} retries, {len(tally.failed)} failed {tally.note}"
 
         if send:
@@ -186,13 +190,13 @@ def ask_and_write(
             f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: "
             f"{reason}); see to that and run the same command again"
         )
-    if tally.stopped and tally.stopped != tally.hopeless and not judged and not may_be_empty:
+    if tally.stopped and tally.stopped != reading.hopeless and not judged and not may_be_empty:
         fault = f" (the last fault: {tally.fault})" if tally.fault else ""
         raise UserError(f"{judge.name}: nothing is judged, {tally.stopped}{fault}")
     usable = judged - counts[VERDICTS[UNKNOWN]]
-    if tally.hopeless and not usable and not may_be_empty:
+    if reading.hopeless and not usable and not may_be_empty:
         raise UserError(
-            f"{judge.name}: {tally.hopeless}; another --prompt or --answer may fit (the answers are "
+            f"{judge.name}: {reading.hopeless}; another --prompt or --answer may fit (the answers are "
             "kept, and another --answer reads them anew)"
         )
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}

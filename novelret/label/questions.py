@@ -48,6 +48,43 @@ class Question(NamedTuple):
 
 
 @dataclass
+class Readings:
+    """Whether a judge's answers can be read; shared by askings that follow each other.
+
+    Attributes:
+        usable: answers that could be read.
+        unusable: answers that could not.
+        recent: whether each of the last answers could.
+        hopeless: why nothing more is to be asked: hardly an answer can be read.
+    """
+
+    usable: int = 0
+    unusable: int = 0
+    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    hopeless: str | None = None
+
+    def look_at(self, text: str, usable: bool, *, cut: bool = False) -> None:
+        """Take note of an answer; where none of the first can be read, or few of the last, give up.
+
+        Args:
+            text: the answer.
+            usable: whether it can be read.
+            cut: whether the limit on its length ended it.
+        """
+        self.usable += usable
+        self.unusable += not usable
+        self.recent.append(usable)
+        useless = len(self.recent) - sum(self.recent)
+        if usable or self.hopeless or not (useless == len(self.recent) == _FIRST or useless >= _USELESS):
+            return
+        usable_ones = len(self.recent) - useless
+        which = f"but for {usable_ones}, none of the last" if self.usable else "none of the first"
+        example = f"for instance {text[:120]!r}" if text else "for instance one without any text"
+        remedy = "; give the prompt a higher max_tokens, in a file of your own" if cut or not text else ""
+        self.hopeless = f"{which} {len(self.recent)} answers is usable, {example}{remedy}"
+
+
+@dataclass
 class Tally:
     """What asking has come to so far.
 
@@ -69,10 +106,7 @@ class Tally:
         run: identity of the output that is made; what it submits in batches is on its bill.
         in_flight: requests that are sent and not back; a kill leaves it open whether they are paid for.
         in_flight_cost: dollars that these may cost at most.
-        usable: answers of this run that could be read.
-        unusable: answers that could not.
-        recent: whether each of the last answers could.
-        hopeless: why nothing more is to be asked: hardly an answer can be read.
+        readings: whether the answers can be read.
         halt: set from another thread to have asking end once the requests under way are back.
         save: writes down what was spent, so that a kill does not hide it from the caps.
     """
@@ -94,10 +128,7 @@ class Tally:
     run: str = ""
     in_flight: int = 0
     in_flight_cost: float = 0.0
-    usable: int = 0
-    unusable: int = 0
-    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    hopeless: str | None = None
+    readings: Readings = field(default_factory=Readings)
     halt: Event = field(default_factory=Event)
     save: Callable[[], None] = lambda: None
 
@@ -105,26 +136,6 @@ class Tally:
         """The cap that so many requests and dollars beyond those counted would exceed, as it is told."""
         requests += self.earlier_requests + self.requests
         return self.caps.reached(requests, self.earlier_cost + self.cost + cost)
-
-    def look_at(self, text: str, usable: bool, *, cut: bool = False) -> None:
-        """Take note of an answer; where none of the first can be read, or few of the last, give up.
-
-        Args:
-            text: the answer.
-            usable: whether it can be read.
-            cut: whether the limit on its length ended it.
-        """
-        self.usable += usable
-        self.unusable += not usable
-        self.recent.append(usable)
-        useless = len(self.recent) - sum(self.recent)
-        if usable or self.hopeless or not (useless == len(self.recent) == _FIRST or useless >= _USELESS):
-            return
-        usable_ones = len(self.recent) - useless
-        which = f"but for {usable_ones}, none of the last" if self.usable else "none of the first"
-        example = f"for instance {text[:120]!r}" if text else "for instance one without any text"
-        remedy = "; give the prompt a higher max_tokens, in a file of your own" if cut or not text else ""
-        self.hopeless = f"{which} {len(self.recent)} answers is usable, {example}{remedy}"
 
     def bill(
         self,

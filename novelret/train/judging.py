@@ -28,6 +28,7 @@ from novelret.label.cost import Caps
 from novelret.label.judge import make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.labels import READ, judgement_rows, table_of
+from novelret.label.questions import Readings
 from novelret.label.table import UNKNOWN, LabelTable, empty_table, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.train.config import TrainConfig
@@ -81,6 +82,7 @@ class Judging:
         self.fresh: list[LabelTable] = []
         self.spent: dict[str, Any] = {"requests": 0, "cost": 0.0}
         self.silent = 0  # steps in a row of which no question got an answer
+        self.readings = Readings()  # of all steps: one step's answers may be too few to tell
         self.submitted: list[Future[LabelTable]] = []
         self.halt = Event()
         self.thread = ThreadPoolExecutor(1, "judging") if processes.is_first else None
@@ -179,27 +181,24 @@ class Judging:
             path,
             Reporter(),
             retry_unusable=False,
-            send=True,
+            send=self.readings.hopeless is None,
             may_be_empty=True,
             caps=Caps(
                 _left(self.asking.max_requests, self.spent["requests"]),
                 _left(self.asking.max_cost, self.spent["cost"]),
             ),
             halt=self.halt,
+            readings=self.readings,
         )
         # What a killed run spent on this step was not known yet.
         self.spent["requests"] += facts["requests"] + facts["earlier"]["requests"]
         self.spent["cost"] += (facts["cost"] or 0.0) + facts["earlier"]["cost"]
         write_json(self.folder / "spent.json", self.spent)
         (self.folder / NOTE).unlink(missing_ok=True)
-        if facts["stopped"] and not self.spent.get("stopped"):
-            self.spent["stopped"] = facts["stopped"]
-            capped = facts["stopped"].startswith("--")
-            why = "--max-requests or --max-cost is reached" if capped else facts["stopped"]
-            self.report.warn(
-                f"step {step}: no more questions are asked, {why}; policy states without a label are left "
-                "out from here on"
-            )
+        stopped = self.readings.hopeless or facts["stopped"]
+        if stopped and not self.spent.get("stopped"):
+            self.spent["stopped"] = stopped
+            self.report.warn(f"step {step}: {_say_stopped(stopped, self.readings)}")
         self._check_alive(facts, step)
         if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):
             self.spent["failed"] = True
@@ -247,6 +246,13 @@ def _as_labelled(config: TrainConfig, report: Reporter) -> dict[str, Any]:
         elif config.answer is None and config.threshold is None:
             return {"answer": made["answer"], "threshold": made["threshold"]}
     return {}
+
+
+def _say_stopped(stopped: str, readings: Readings) -> str:
+    if stopped != readings.hopeless and not stopped.startswith("--"):
+        return f"not all was asked, {stopped}; the next steps try again"
+    why = "--max-requests or --max-cost is reached" if stopped.startswith("--") else stopped
+    return f"no more questions are asked, {why}; policy states without a label are left out from here on"
 
 
 def _left(limit: Any, spent: Any) -> Any:

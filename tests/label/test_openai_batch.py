@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sqlite3
 import time
 from contextlib import closing
@@ -14,8 +15,9 @@ import pytest
 from novelret.cli import main
 from novelret.label import judge, ledger
 from novelret.label.judges import openai_batch
-from novelret.label.ledger import Ledger
+from novelret.label.ledger import Ledger, Spending, Submission
 from novelret.label.questions import Feed
+from novelret.label.store import Store
 from tests import loopback
 from tests.killing import start
 from tests.loopback import LoopbackJudge
@@ -497,3 +499,69 @@ def test_killed_at_random_moments_no_pair_is_submitted_twice(world, index_folder
         assert len(asked) == len(set(asked)) == 20 * 27
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+def test_a_batch_whose_answers_are_gone_does_not_block_the_store(ask, tmp_path):
+    with LoopbackJudge(batch_delay=60) as server:
+        assert ask(server, "--no-wait", "--price", "1,2")[0] == 3
+        batch = next(iter(server.batches.values()))
+        batch["due"] = 0
+        server.shown("batch_0")
+        del server.files[batch["output_file_id"]]
+        code, _, err = ask(server, "--price", "1,2", "--max-requests", 200)
+        assert code == 2
+        assert "the endpoint no longer holds the answers of batch batch_0" in err
+        server.batch_delay = 0
+        # They are paid for, so the cap counts them, and it is for the user to have them asked again.
+        code, facts, err = ask(server, "--price", "1,2", "--max-requests", 200)
+        assert (code, facts["pairs"], facts["stopped"]) == (0, 80, "--max-requests 200 reached"), err
+        code, facts, err = ask(server, "--price", "1,2", "--max-requests", 240, "--force")
+        assert (code, facts["pairs"]) == (0, 120), err
+
+
+def test_what_breaks_off_or_is_no_batch_is_looked_at_again(ask):
+    with LoopbackJudge() as server:
+        server.cut_files, server.html_pages = 2, 2
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120), err
+        assert (server.cut_files, server.html_pages, len(server.batches)) == (0, 0, 1)
+        assert set(server.billed.values()) == {1}
+
+
+def test_room_that_another_process_makes_is_noticed(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(openai_batch, "_POLL", 0.0)
+    with (
+        LoopbackJudge(batch_faults=["crowded"]) as server,
+        closing(Store(tmp_path / "store.sqlite")) as store,
+    ):
+        other = Ledger(store, "openai:tiny")
+        other.begin(Submission("theirs", "batch_theirs", 1, 0.0, "their run"), [b"theirs"])
+        server.batches["batch_theirs"] = {
+            "id": "batch_theirs", "object": "batch", "status": "in_progress", "due": time.time() + 3600,
+            "metadata": {"novelret": "theirs"}, "fault": None, "made": 0,
+        }  # fmt: skip
+        looks = []
+
+        def sleep(_):
+            looks.append(len(server.batches))
+            assert len(looks) < 50
+            if len(looks) == 5:
+                other.settle("theirs", [b"theirs"], {}, "their run", Spending(1, 1, 1, 0.0))
+
+        monkeypatch.setattr(openai_batch.time, "sleep", sleep)
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"]) == (0, 120), err
+        assert looks[:5] == [2] * 5
+
+
+def test_answers_to_another_prompt_say_nothing_about_this_one(ask, tmp_path):
+    with LoopbackJudge(batch_delay=60) as server:
+        assert ask(server, "--no-wait", "--prompt", "query-document", out="other")[0] == 3
+        batch = server.batches["batch_0"]
+        batch["due"] = 0
+        server.shown("batch_0")
+        name = batch["output_file_id"]
+        server.files[name] = re.sub(rb'"content": "[^"]*"', b'"content": "Who knows"', server.files[name])
+        server.batch_delay = 0
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["verdicts"]["unusable"]) == (0, 120, 0), err

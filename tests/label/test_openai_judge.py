@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -14,16 +15,20 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import openai
 import pyarrow.parquet as pq
 import pytest
 
+from novelret.artifacts import put_aside
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
+from novelret.endpoint import check_key, may_be_answered
 from novelret.label import judge, label
 from novelret.label import questions as questions_module
 from novelret.label.claims import Claims
 from novelret.label.judges import endpoint
 from novelret.label.judges import openai as judge_module
+from novelret.label.label import LabelConfig, build_labels
 from novelret.label.store import Store, key_function
 from tests.conftest import make_world
 from tests.killing import start
@@ -873,10 +878,11 @@ def test_a_cap_holds_where_a_run_is_broken_off_after_the_asking(arguments, tmp_p
         assert facts["earlier"]["requests"] == 20
         assert not (tmp_path / "labels" / "asking.json").exists()
         # As a kill leaves it between two renames, when more is asked in place of what is there.
-        (tmp_path / "labels").rename(tmp_path / "labels.old")
+        aside = put_aside(tmp_path / "labels")
+        (tmp_path / "labels").rename(aside)
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *more[:-1], 30)
         assert (code, len(server.seen)) == (0, 30), err
-        assert not (tmp_path / "labels.old").exists()
+        assert not aside.exists()
 
 
 def key_of_body(body):
@@ -954,3 +960,76 @@ def test_eval_asks_for_what_no_one_has_judged_yet(
         code, again, _ = ask(capsys, server, monkeypatch, [*evaluation, str(tmp_path / "again")])
         assert (code, again["models"], len(server.seen)) == (0, found["models"], before)
         assert set(server.billed.values()) == {1}
+
+
+def test_a_text_that_is_refused_fails_alone_once_the_key_is_known(arguments, tmp_path, capsys, monkeypatch):
+    """Some endpoints answer 403 to a text that they find harmful, and to a key that may not ask."""
+    with LoopbackJudge([*[None] * 9, "403"]) as server:
+        one = (*arguments, "--concurrency", "1", "--out")
+        code, facts, err = ask(capsys, server, monkeypatch, one, tmp_path / "labels")
+        assert (code, facts["failed"], facts["pairs"]) == (0, 1, 119), err
+        assert "this text is not allowed" in err
+        server.faults.append("403")  # the first thing that a run hears: it may be about the key
+        code, _, err = ask(capsys, server, monkeypatch, one, tmp_path / "labels", "--force")
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert len(rows_of(tmp_path / "labels")) == 119
+    with LoopbackJudge(["403"]) as server:
+        code, _, err = ask(capsys, server, monkeypatch, one, tmp_path / "new", "--depth", 12)
+        assert (code, len(err.strip().splitlines()), len(server.seen)) == (2, 1, 1)
+
+
+def test_a_limit_that_names_no_time_fails_no_question(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_module, "_ATTEMPTS", 3)
+    with LoopbackJudge(["429"] * 12) as server:
+        code, facts, err = ask(
+            capsys, server, monkeypatch, arguments, "--concurrency", 1, "--out", tmp_path / "labels"
+        )
+        assert (code, facts["failed"], facts["pairs"], facts["retries"]) == (0, 0, 120, 12), err
+
+
+def test_what_a_gateway_gave_up_on_may_be_paid_for(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge(["504"]) as server:
+        code, facts, err = ask(
+            capsys, server, monkeypatch, arguments, "--concurrency", 1, "--out", tmp_path / "labels"
+        )
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 121), err
+
+
+def test_what_never_left_this_machine_is_not_paid_for(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_module, "_DEAD_AFTER", 0.1)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://judge.invalid/v1")
+    caps = ("--max-requests", "120", "--out", str(tmp_path / "labels"))
+    assert main([*arguments, *caps, "--quiet"]) == 2
+    assert "has answered nothing at all" in capsys.readouterr().err
+    monkeypatch.delenv("HTTP_PROXY")
+    with LoopbackJudge() as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *caps)
+        assert (code, facts["pairs"]) == (0, 120), err
+    error = openai.APIConnectionError(request=None)
+    for name, paid in [("UnsupportedProtocol", False), ("ProxyError", False), ("ReadError", True)]:
+        error.__cause__ = type(name, (Exception,), {})()
+        assert may_be_answered(error) == paid
+
+
+def test_an_empty_url_is_none(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", " ")
+    check_key()
+    assert openai.OpenAI(api_key="k").base_url == "https://api.openai.com/v1/"
+
+
+def test_a_notebook_may_label(arguments, world, index_folder, tmp_path, monkeypatch):
+    """Its cells run inside of an event loop."""
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        config = LabelConfig(
+            str(world), str(index_folder), "openai:tiny", prompt="query-keyword", base_depth=3, depth=9,
+            store=str(tmp_path / "store.sqlite"),
+        )  # fmt: skip
+
+        async def cell() -> None:
+            build_labels(config, tmp_path / "labels")
+
+        asyncio.run(cell())
+        assert len(rows_of(tmp_path / "labels")) == len(server.billed) == 120

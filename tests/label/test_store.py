@@ -14,6 +14,7 @@ from novelret.errors import UserError
 from novelret.label.claims import Claims
 from novelret.label.store import KEY_SIZE, Store, key_function
 from novelret.label.table import make_table
+from novelret.row_lists import from_padded
 from tests.label.test_injections import HOSTILE
 
 
@@ -79,12 +80,12 @@ def test_judgements_of_items_that_a_query_leaves_out_are_dropped():
         np.array([0, 0, 1, 1]), np.array([3, 4, 3, 5]), np.array([1, 0, 1, 1], dtype=np.int8), 9,
         grades=np.array([1, 0, np.nan, 0.7]),
     )  # fmt: skip
-    found = table.without(np.array([[3, -1], [-1, 5], [3, 4]]))
+    found = table.without(from_padded(np.array([[3, -1], [-1, 5], [3, 4]])))
     assert found.query_rows.tolist() == [0, 1]
     assert found.item_rows.tolist() == [4, 3]
     assert found.verdicts.tolist() == [0, 1]
     assert np.array_equal(found.grades, [0, np.nan], equal_nan=True)
-    assert table.without(np.full((3, 1), -1)).keys.tolist() == table.keys.tolist()
+    assert table.without(from_padded(np.full((3, 1), -1))).keys.tolist() == table.keys.tolist()
 
 
 def test_what_is_no_store_is_told_in_a_line(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from novelret.label.table import UNKNOWN
 _ATTEMPTS = 8
 _PAID_ATTEMPTS = 4  # of a question whose answers got lost, which may be paid for each time
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-_PATIENCE = 600.0  # seconds that a question waits on an endpoint which only says "later"
+_PATIENCE = 600.0  # seconds that a question is put off by an endpoint which only says "later"
 _SYNC = 0.5  # seconds between two times that answers are brought onto the disk
 _CONNECT = 10.0  # seconds until a host that does not answer counts as absent
 _TIMED_OUT = 408  # a status for which the client has no error of its own
@@ -101,12 +102,34 @@ def ask_all(
     with Claims(store) as claims:
         ledger = Ledger(store, f"openai:{model}")
         asking = _Asking(model, parameters, count_tokens, read, store, claims, ledger, limits, tally, say)
-        asyncio.run(_ask_all(_ours(asking, questions, advance), asking, advance))
+        _run(_ask_all(_ours(asking, questions, advance), asking, advance), tally)
     if asking.in_batches and tally.stopped is None:
         tally.stopped = (
             f"{asking.in_batches:,} questions lie in batches under way, to be collected by the command that "
             f"submitted them, with --judge openai-batch:{model}"
         )
+
+
+def _run(work: Coroutine[Any, Any, None], tally: Tally) -> None:
+    """Run it to its end; in a thread where this one has a loop that runs already, as a notebook's has."""
+    if not _a_loop_runs():
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1, "asking") as thread:
+        asked = thread.submit(asyncio.run, work)
+        try:
+            asked.result()
+        except KeyboardInterrupt:
+            tally.halt.set()  # what is under way is stored before the thread ends
+            raise
+
+
+def _a_loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _ask_all(
@@ -210,6 +233,12 @@ class _Asking:
         self.pace = Pace(self.limits.rpm, self.limits.tpm)
 
     @property
+    def is_known(self) -> bool:
+        """Whether the endpoint has let this key ask before."""
+        asked_before = self.tally.requests + self.tally.earlier_requests > 0
+        return self.heard or asked_before or bool(self.tally.readings.recent)
+
+    @property
     def stopping(self) -> bool:
         """Whether nothing more is to be sent."""
         return self.ending or self.tally.halt.is_set()
@@ -240,11 +269,11 @@ class _Asking:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
         self.heard = True
         prompt, completion = tokens_of(usage)
+        self.bill(question, prompt, completion)  # also where the answer can be stored nowhere
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
             self.failed_in_a_row = 0
-            self.tally.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
-        self.bill(question, prompt, completion)
+            self.tally.readings.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
 
     def bill(self, question: Question, prompt: int | None = None, completion: int | None = None) -> None:
         """Count a reply, or one that may have been; it costs the most it can where no tokens are told."""
@@ -349,8 +378,8 @@ async def _work(
         if question is None:
             await asyncio.sleep(_OTHERS if asking.waits else 0)
             continue
-        if asking.tally.hopeless:
-            asking.tally.stopped = asking.tally.hopeless
+        if asking.tally.readings.hopeless:
+            asking.tally.stopped = asking.tally.readings.hopeless
             return
         counting = price is not None or asking.pace.tpm is not None
         tokens = asking.count_tokens(question.messages) if counting else 0
@@ -369,7 +398,7 @@ async def _work(
 async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens: int, worst: float) -> None:
     """One question until it has an answer, cannot have one, has failed too often, or the caps say no."""
     clock = asyncio.get_running_loop().time
-    begun, attempt = clock(), 0
+    attempt, put_off = 0, 0.0
     while await asking.reserve(worst):
         try:
             await _sleep_until(asking, asking.pace.slot(clock(), tokens))
@@ -397,10 +426,17 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         attempt += 1
         # "Later" is no fault of the question's: it is repeated until patience ends.
         most = _PAID_ATTEMPTS if fault.paid else _ATTEMPTS
-        if (fault.silence is None and attempt >= most) or clock() - begun > _PATIENCE:
+        if (not fault.later and attempt >= most) or put_off > _PATIENCE:
             asking.fail(question, f"{attempt} attempts, last {fault.reason}")
             return
-        await _wait(asking, attempt, fault.silence)
+        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+        pause = fault.silence or random.uniform(longest / 2, longest)
+        if fault.later:
+            # The next slot is after it, for everybody. Turns that are waited for do not count as put off.
+            put_off += pause
+            asking.pace.refuse(clock(), pause)
+        else:
+            await _sleep_until(asking, clock() + pause)
 
 
 async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fault | None:
@@ -415,17 +451,16 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
     except TimeoutError:
         asking.bill(question)
         return _Fault(f"no answer within --timeout {asking.limits.timeout:g}", paid=True)
+    except asyncio.CancelledError:  # Ctrl-C for the second time: it is sent, and may be answered
+        asking.bill(question)
+        raise
     except FATAL as error:
+        if isinstance(error, openai.PermissionDeniedError) and asking.is_known:  # of this text alone
+            asking.fail(question, hide_secrets(str(error)))
+            return None
         raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
     except PASSING as error:
-        if getattr(error, "code", None) == "insufficient_quota":
-            raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
-        silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
-        later = silence is not None or isinstance(error, openai.RateLimitError)
-        paid = may_be_answered(error)
-        if paid:
-            asking.bill(question)
-        return _Fault(reason_of(error), silence, later, paid)
+        return _passing_fault(asking, question, error)
     except openai.APIStatusError as error:
         if error.status_code == _TIMED_OUT:
             return _Fault(reason_of(error))
@@ -448,14 +483,15 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
     return None
 
 
-async def _wait(asking: _Asking, attempt: int, silence: float | None) -> None:
-    """Back off: as long as the endpoint says, else exponentially with jitter."""
-    now = asyncio.get_running_loop().time()
-    if silence is not None:
-        asking.pace.refuse(now, silence)  # the next slot is after it, for everybody
-        return
-    longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-    await _sleep_until(asking, now + random.uniform(longest / 2, longest))
+def _passing_fault(asking: _Asking, question: Question, error: openai.OpenAIError) -> _Fault:
+    if getattr(error, "code", None) == "insufficient_quota":
+        raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+    silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
+    later = silence is not None or isinstance(error, openai.RateLimitError)
+    paid = may_be_answered(error)
+    if paid:
+        asking.bill(question)
+    return _Fault(reason_of(error), silence, later, paid)
 
 
 async def _sleep_until(asking: _Asking, time: float) -> None:

@@ -17,18 +17,19 @@ from typing import IO, Any
 
 import openai
 from openai import OpenAI
-from openai.types import Batch
+from openai.types import Batch, FileObject
 
 from novelret.endpoint import PASSING, check_key, hide_secrets, reason_of, shown_url
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.label.claims import Claims
-from novelret.label.judges.batch_output import replies_in
+from novelret.label.judges.batch_output import OddReply, Reply, all_batches, check_reply, replies_in
 from novelret.label.judges.endpoint import longest_answer
 from novelret.label.judges.openai import Limits
 from novelret.label.ledger import Ledger, Spending, Submission
 from novelret.label.questions import Messages, Question, Reader, Tally
 from novelret.label.store import Store
 from novelret.label.table import UNKNOWN
+from novelret.search import nothing
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
 """What one file of the Batch API may hold."""
@@ -60,7 +61,7 @@ class _Run:
     advance: Callable[[int], None]
     waiting_for: set[str] = field(default_factory=set)  # submissions that hold questions of this run
     missing: bool = True  # whether questions may be neither answered nor under way
-    crowded: bool = False  # whether the endpoint takes no more until something is done
+    crowding: set[str] = field(default_factory=set)  # of these submissions one has to go before more fit
     held_back: bool = False  # whether the caps allow no more until it is known what is under way costs
 
 
@@ -116,12 +117,12 @@ def ask_in_batches(
                             f"{store.path}: another novelret submits batches with this store; run again when "
                             "it is done"
                         )
-                    if is_ours and run.missing and not run.crowded:
+                    if is_ours and run.missing and not run.crowding:
                         sent = _submit(run, unanswered)
                         if sent:
                             say(f"submitted {sent:,} requests")
                 lost = 0
-            except PASSING as error:
+            except (*PASSING, OddReply) as error:
                 lost += 1
                 if lost >= _LOST or not wait:
                     raise UserError(
@@ -138,9 +139,19 @@ def ask_in_batches(
             count = sum(s.requests for s in under_way)
             tally.note = f"{count:,} requests in {len(under_way)} batches"
             if not wait:
-                raise BatchesUnderWay(len(under_way), count)
+                raise _left_under_way(model, len(under_way), count)
             time.sleep(_POLL)
         ledger.forget(tally.failed)
+
+
+def _left_under_way(model: str, batches: int, requests: int) -> Exception:
+    """Why a run that does not wait ends before all is answered."""
+    if batches:
+        return BatchesUnderWay(batches, requests)
+    return UserError(
+        f"openai-batch:{model}: what is missing is being asked by another process, or does not fit beside "
+        "what lies in batches already; run the same command again later"
+    )
 
 
 def _collect(run: _Run) -> None:
@@ -150,6 +161,8 @@ def _collect(run: _Run) -> None:
     gone = run.waiting_for - {s.id for s in submissions}
     run.waiting_for -= gone
     run.missing = run.missing or bool(gone)
+    if not run.crowding <= {s.id for s in submissions}:
+        run.crowding.clear()
     settled, refused = 0, ""
     _take_note(run)  # of what others settled
     for submission in submissions:
@@ -170,12 +183,12 @@ def _collect(run: _Run) -> None:
             _take_note(run)
             settled += 1
     if settled:
-        run.crowded = False
+        run.crowding.clear()
         run.missing = run.missing or run.held_back
     elif refused:
-        if not run.ledger.open():
+        run.crowding = {s.id for s in run.ledger.open()}
+        if not run.crowding:
             raise UserError(f"openai-batch:{run.model}: {refused}")
-        run.crowded = True
 
 
 def _take_note(run: _Run) -> None:
@@ -197,7 +210,7 @@ def _batch_of(run: _Run, submission: Submission) -> Batch | None:
     """A submission's batch as it stands now; None where the endpoint never got it."""
     if submission.batch is not None:
         try:
-            return run.client.batches.retrieve(submission.batch)
+            return check_reply(run.client.batches.retrieve(submission.batch), Batch)
         except openai.NotFoundError:
             raise UserError(
                 f"openai-batch:{run.model}: this endpoint does not know {submission.batch}, submitted "
@@ -228,7 +241,7 @@ def _drop_refused(run: _Run, submission: Submission, batch: Batch) -> str:
 
 def _find(run: _Run, submission: str) -> Batch | None:
     """The batch that carries a submission's id, if the endpoint has one."""
-    for batch in run.client.batches.list(limit=100):
+    for batch in all_batches(run.client):
         if (batch.metadata or {}).get("novelret") == submission:
             return batch
     return None
@@ -237,45 +250,73 @@ def _find(run: _Run, submission: str) -> Batch | None:
 def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
     """Store what a finished batch brought, and what it cost for the run that submitted it."""
     keys = run.ledger.keys_in(submission.id)
+    # What another run asked with another prompt says nothing about how this one's answers can be read.
+    concerns_us = submission.run in (run.tally.run, None) or submission.id in run.waiting_for
+    advance = run.advance if concerns_us else nothing
     replies = prompts = completions = untold = 0
+    is_whole = True
     answered: set[bytes] = set()
     failed: dict[bytes, str] = {}
     arrived: list[tuple[bytes, str, int | None, int | None]] = []
-    for file in (batch.output_file_id, batch.error_file_id):
-        for key, text, usage, reason, delivered, cut in replies_in(run.client, file):
-            if key and (key not in keys or key in answered):
-                continue
-            prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-            if delivered:  # paid for, even if there is nothing to read
-                replies += 1
-                if isinstance(prompt, int) and isinstance(completion, int):
-                    prompts, completions = prompts + prompt, completions + completion
-                else:
-                    untold += 1
-            if text is not None:
-                arrived.append((key, text, prompt, completion))
-                answered.add(key)
-                usable = run.read(text)[0] != UNKNOWN
-                run.tally.look_at(text, usable, cut=cut)
-                if not usable:
-                    run.tally.settled.add(key)
-            elif reason is not None:
-                failed[key] = hide_secrets(reason)
-            if len(arrived) >= _AT_ONCE:
-                _keep(run, arrived)
-                arrived = []
-    _keep(run, arrived)
+    for reply in _replies(run, batch):
+        if reply is None:
+            is_whole = False
+            continue
+        key, text, usage, reason, delivered, cut = reply
+        if key and (key not in keys or key in answered):
+            continue
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if delivered:  # paid for, even if there is nothing to read
+            replies += 1
+            if isinstance(prompt, int) and isinstance(completion, int):
+                prompts, completions = prompts + prompt, completions + completion
+            else:
+                untold += 1
+        if text is not None:
+            arrived.append((key, text, prompt, completion))
+            answered.add(key)
+            if concerns_us:
+                _look_at(run, key, text, cut)
+        elif reason is not None:
+            failed[key] = hide_secrets(reason)
+        if len(arrived) >= _AT_ONCE:
+            _keep(run, arrived, advance)
+            arrived = []
+    _keep(run, arrived, advance)
+    if not is_whole:  # asked again only when the user says so: they are paid for
+        lost = keys - answered - failed.keys()
+        failed |= dict.fromkeys(lost, f"the endpoint no longer holds the answers of batch {batch.id}")
+        replies, untold = replies + len(lost), untold + len(lost)
     # Replies that tell no tokens cost the most they can, the prompt too.
     spending = Spending(replies, prompts, completions, untold * submission.cost / submission.requests)
     run.ledger.settle(submission.id, answered, failed, submission.run or run.tally.run, spending)
-    run.tally.retries += len(keys) - len(answered) - len(failed)
+    if concerns_us:
+        run.tally.retries += len(keys) - len(answered) - len(failed)
     run.waiting_for.discard(submission.id)
     run.missing = run.missing or len(answered) < len(keys)
 
 
-def _keep(run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]]) -> None:
+def _look_at(run: _Run, key: bytes, text: str, cut: bool) -> None:
+    usable = run.read(text)[0] != UNKNOWN
+    run.tally.readings.look_at(text, usable, cut=cut)
+    if not usable:
+        run.tally.settled.add(key)
+
+
+def _replies(run: _Run, batch: Batch) -> Iterator[Reply | None]:
+    """What a batch brought, and None for a file that is gone: files are deleted after some time."""
+    for file in (batch.output_file_id, batch.error_file_id):
+        try:
+            yield from replies_in(run.client, file)
+        except openai.NotFoundError:
+            yield None
+
+
+def _keep(
+    run: _Run, arrived: list[tuple[bytes, str, int | None, int | None]], advance: Callable[[int], None]
+) -> None:
     run.store.add(f"openai:{run.model}", arrived)
-    run.advance(len(arrived))
+    advance(len(arrived))
 
 
 def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
@@ -291,7 +332,7 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     for some in _in_hundreds(unanswered()):
         for question in _to_submit(run, some):
             worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-            reached = tally.stopped or tally.hopeless or tally.reached(requests + 1, cost + worst)
+            reached = tally.stopped or tally.readings.hopeless or tally.reached(requests + 1, cost + worst)
             if reached and not requests:
                 tally.stopped = reached
             if reached or run.held_back:
@@ -387,16 +428,20 @@ class _File:
         self.lines.seek(0)
         client = self.run.client
         file = client.files.create(file=(f"novelret-{submission}.jsonl", self.lines), purpose="batch")
+        check_reply(file, FileObject)
         for attempt in range(_ATTEMPTS):
             try:
                 # Not repeated blindly: the first request may have arrived, and a second batch costs twice.
-                return client.with_options(max_retries=0).batches.create(
-                    input_file_id=file.id,
-                    endpoint="/v1/chat/completions",
-                    completion_window="24h",
-                    metadata={"novelret": submission},
+                return check_reply(
+                    client.with_options(max_retries=0).batches.create(
+                        input_file_id=file.id,
+                        endpoint="/v1/chat/completions",
+                        completion_window="24h",
+                        metadata={"novelret": submission},
+                    ),
+                    Batch,
                 )
-            except PASSING:
+            except (*PASSING, OddReply):
                 time.sleep(_PAUSE * 2**attempt)
                 batch = _find(self.run, submission)
                 if batch is not None:
