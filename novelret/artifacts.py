@@ -230,6 +230,7 @@ def open_output(
         UserError: `out` exists and `force` is off, an unfinished run with other settings lies there, or
             the place cannot be written.
     """
+    out = _real(out)
     check_output(out, force=force)
     partial = out.with_name(out.name + ".partial")
     with writable(out):
@@ -253,7 +254,7 @@ def open_output(
             raise RuntimeError(f"{partial} has no manifest")
         old = put_aside(out)
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
             out.replace(old)
         partial.replace(out)
         (out / STATE).unlink(missing_ok=True)  # until here a kill leaves something to resume
@@ -261,8 +262,14 @@ def open_output(
 
 
 def put_aside(out: Path) -> Path:
-    """Where an artifact lies for the moment in which another takes its place."""
-    return out.with_name(out.name + ".old")
+    """Where an artifact lies for the moment in which another takes its place; nobody's own name."""
+    out = _real(out)
+    return out.with_name(f".{out.name}.replaced-by-novelret")
+
+
+def _real(out: Path) -> Path:
+    """The folder itself where `out` is a link to it, as to a larger disk: the link stays one."""
+    return out.resolve() if out.is_symlink() else out
 
 
 @contextlib.contextmanager

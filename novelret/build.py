@@ -38,6 +38,7 @@ from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
 
 _TRAIN_ROWS_PER_CENTROID = 64
+_TRAIN_ROWS_FOR_CODES = 65_536  # 256 for each of the 256 words of a codebook
 _PROBED, _NEIGHBOURS = 256, 16  # imported items whose texts are encoded, and how many of them are consecutive
 _STRANGE = 0.1  # share of these nearest to their own text below which it is told
 _COPY_ROWS = 65_536  # at a time
@@ -267,7 +268,8 @@ def _copy_embeddings(
             raise UserError(
                 f"{source.name}: row {start + int(bad[0])} holds values that are not finite in {config.dtype}"
             )
-        bad = np.flatnonzero(np.abs(lengths - 1) > (0.01 if source.lossy is None else 0.5))
+        # 0 is a length, too: an encoder may know none of an item's words.
+        bad = np.flatnonzero((np.abs(lengths - 1) > (0.01 if source.lossy is None else 0.5)) & (lengths > 0))
         if normalized and len(bad):
             raise UserError(
                 f"{source.name}: row {start + int(bad[0])} has length {lengths[bad[0]]:.4f}, not 1, though "
@@ -275,7 +277,7 @@ def _copy_embeddings(
                 "similarity_fn_name to dot"
             )
         if normalized and source.lossy is not None:
-            block = (block / lengths[:, None]).astype(config.dtype)
+            block = (block / np.where(lengths > 0, lengths, 1)[:, None]).astype(config.dtype)
         return block
 
     shape = (source.rows, source.dimension)
@@ -385,7 +387,7 @@ def _build_faiss(config: IndexConfig, folder: Path, report: Reporter) -> None:
     index = _empty_faiss(config, embeddings.shape[1])
     if not index.is_trained:
         centroids = getattr(faiss.try_extract_index_ivf(index), "nlist", 256)
-        wanted = min(len(embeddings), centroids * _TRAIN_ROWS_PER_CENTROID)
+        wanted = min(len(embeddings), max(centroids * _TRAIN_ROWS_PER_CENTROID, _TRAIN_ROWS_FOR_CODES))
         sample = np.sort(np.random.default_rng(0).choice(len(embeddings), wanted, replace=False))
         try:
             index.train(np.ascontiguousarray(embeddings[sample], dtype=np.float32))

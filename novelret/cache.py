@@ -18,10 +18,13 @@ from novelret.progress import Reporter
 _WAIT = 0.2  # seconds between looks at whether another process is done
 
 
-def kept_lists(cache: Path, depth: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first places of the shortest lists in the cache that are long enough, memory-mapped."""
+def kept_lists(cache: Path, depth: int, *, cut: bool = True) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first places of the shortest lists in the cache that are long enough, memory-mapped.
+
+    Without `cut` only lists that are just as long.
+    """
     depths = [int(path.stem[5:]) for path in cache.glob("rows-*.npy") if path.stem[5:].isdigit()]
-    longer = min((kept for kept in depths if kept >= depth), default=None)
+    longer = min((kept for kept in depths if kept == depth or (cut and kept > depth)), default=None)
     if longer is None:
         return None
     rows, scores = (np.load(cache / f"{what}-{longer}.npy", mmap_mode="r") for what in ("rows", "scores"))

@@ -197,6 +197,16 @@ def _make_direct(index: Any, path: Path) -> None:
         ivf = faiss.extract_index_ivf(index)
     except RuntimeError:
         return
+    if isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan):  # faiss crashes where it is asked to
+        raise UserError(f"{path}: {_name(ivf)} cannot give its vectors back; pass them by --embeddings")
+    lists: Any = faiss.downcast_InvertedLists(ivf.invlists)  # type: ignore[arg-type]
+    elsewhere = getattr(lists, "filename", "")  # "" where faiss maps the lists of this very file
+    if elsewhere:
+        raise UserError(
+            f"{path}: its lists lie in another file, {elsewhere}, which an INDEX would depend on; write "
+            "it with lists in memory (faiss.read_index without IO_FLAG_MMAP, then replace_invlists), or pass "
+            "the vectors by --embeddings"
+        )
     if ivf.direct_map.no():
         _check_labels(ivf, path)
         ivf.make_direct_map()

@@ -128,6 +128,7 @@ def fingerprint_encoder(model: SentenceTransformer) -> str:
         model.default_prompt_name,
         model.max_seq_length,
         model.truncate_dim,
+        *(() if is_normalized(model) else ("dot",)),
     )
 
 

@@ -135,8 +135,9 @@ def base_lists(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The deployed model's top lists for a split, T_depth(q).
 
-    Computed once per (index, split) and kept in the index's cache, from which they come memory-mapped; a
-    shorter depth reads a longer one.
+    Computed once per (index, split) and kept in the index's cache, from which they come memory-mapped. Of an
+    exact index a shorter depth reads a longer one; an approximate one may find other items when asked for
+    more (where it ranks anew as many candidates as are asked for), so that lists of one depth are compared.
 
     Returns:
         (Q, depth) catalog rows, int32 or int64, and (Q, depth) float64 scores; neither to be written to.
@@ -148,7 +149,8 @@ def base_lists(
     if depth > len(index):
         raise UserError(f"--depth {depth}: more than the catalog's {len(index)} items; lower it")
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
-    kept = kept_lists(cache, depth)
+    is_exact = index.faiss_index is None
+    kept = kept_lists(cache, depth, cut=is_exact)
     if kept is None:
         embeddings = base_query_embeddings(index, split, device=device, report=report)
         dtype = np.int32 if len(index) < 2**31 else np.int64
@@ -171,7 +173,7 @@ def base_lists(
             except OSError:  # a read-only or full index folder costs the cache, not the run
                 rows, scores = zip(*search(0), strict=True)
                 return np.concatenate(rows), np.concatenate(scores)
-        kept = kept_lists(cache, depth)
+        kept = kept_lists(cache, depth, cut=is_exact)
         assert kept is not None
     return kept
 

@@ -27,15 +27,16 @@ class RowLists:
         """(Q,) int64 lengths of the lists."""
         return np.diff(self.starts)
 
-    def padded(self, queries: np.ndarray, width: int | None = None) -> np.ndarray:
-        """The lists of some queries as an array: (b, width) int64, −1 padded.
+    @property
+    def longest(self) -> int:
+        """The length of the longest list."""
+        return int(self.counts.max(initial=0))
 
-        As wide as the longest list of all queries unless told otherwise, so that batches are alike.
-        """
-        counts = self.counts
-        if width is None:
-            width = int(counts.max(initial=0))
-        inside = np.arange(width) < counts[queries][:, None]
+    def padded(self, queries: np.ndarray) -> np.ndarray:
+        """The lists of some queries: (b, w) int64, w the length of the longest of them, −1 padded."""
+        counts = self.counts[queries]
+        width = int(counts.max(initial=0))
+        inside = np.arange(width) < counts[:, None]
         found = np.full(inside.shape, -1, dtype=np.int64)
         places = self.starts[:-1][queries][:, None] + np.arange(width)
         found[inside] = self.rows[places[inside]]

@@ -96,7 +96,7 @@ def _groups(excluded: RowLists | None) -> Iterator[tuple[slice | np.ndarray, np.
     group_of = np.searchsorted(_GROUPED, counts)
     for number in np.unique(group_of):
         group = np.flatnonzero(group_of == number)
-        left_out = excluded.padded(group, int(counts[group].max()))
+        left_out = excluded.padded(group)
         yield (slice(None) if len(group) == len(excluded) else group), left_out
 
 

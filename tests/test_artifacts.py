@@ -157,3 +157,24 @@ def test_an_array_is_known_by_its_values_shape_and_type():
     changed[2, 3] = 0
     different = (changed, array.astype(np.int32), array.reshape(4, 3), array[:2], array[:0])
     assert len({fingerprint_array(other) for other in (array, *different)}) == 6
+
+
+def test_what_lies_beside_an_output_is_nobodys_to_remove(tmp_path):
+    """A backup that somebody made of it, say."""
+    out = tmp_path / "out"
+    make(tmp_path / "out.old", "a backup")
+    make(out, "first")
+    make(out, "second", "b", force=True)
+    assert (tmp_path / "out.old" / "content").read_text() == "a backup"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
+
+
+def test_an_output_that_is_a_link_is_replaced_where_it_leads(tmp_path):
+    (tmp_path / "large-disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "large-disk" / "there")
+    for text in ("first", "second", "third"):
+        make(out, text, text, force=True)
+        assert out.is_symlink()
+        assert (tmp_path / "large-disk" / "there" / "content").read_text() == text
+    assert [path.name for path in (tmp_path / "large-disk").iterdir()] == ["there"]

@@ -357,6 +357,15 @@ def test_faiss_files_that_do_not_fit_are_named(world, encoder, deployed, ids, tm
     index.add_with_ids(matrix, np.arange(N) + 5)
     faiss.write_index(index, str(path))
     assert f"its labels are not 0 to {N - 1}" in refused("--faiss", path, "--ids", ids)
+    lists = faiss.OnDiskInvertedLists(3, 4 * D, str(tmp_path / "lists.ivfdata"))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, 3, faiss.METRIC_INNER_PRODUCT)
+    index.train(matrix)
+    index.replace_invlists(lists)
+    index.add(matrix)
+    faiss.write_index(index, str(path))
+    assert "its lists lie in another file" in refused("--faiss", path, "--ids", ids)
+    write_faiss(path, np.tile(matrix, (4, 1)), "IVF3,PQ4x4fs")
+    assert "cannot give its vectors back; pass them by --embeddings" in refused("--faiss", path, "--ids", ids)
     write_faiss(path, matrix, "Flat")
     assert "deployed.faiss (no --ids given): id '0' is not in the corpus" in refused(
         "--faiss", path
@@ -372,3 +381,11 @@ def test_faiss_files_that_do_not_fit_are_named(world, encoder, deployed, ids, tm
     assert "deployed.faiss: 16 dimensions, but --model" in fails(
         capsys, world, other, tmp_path, "--faiss", path, "--ids", ids
     )
+
+
+def test_a_row_of_zeros_is_an_embedding_too(world, encoder, deployed, ids, tmp_path):
+    matrix = deployed[0].copy()
+    matrix[3] = 0
+    np.save(tmp_path / "items.npy", matrix)
+    index = imported(world, encoder, tmp_path / "index", embeddings=tmp_path / "items.npy", ids=ids)
+    assert (np.linalg.norm(index.embeddings, axis=1) == 0).sum() == 1

@@ -16,7 +16,7 @@ from novelret.build import IndexConfig, build_index
 from novelret.cache import _held
 from novelret.data.split import load_split
 from novelret.errors import UserError
-from novelret.index import base_lists, open_index
+from novelret.index import base_lists, base_query_embeddings, open_index
 from novelret.progress import Reporter
 from tests.conftest import make_encoder
 
@@ -150,9 +150,10 @@ def test_whatever_decides_an_embedding_is_part_of_an_encoders_identity(encoder):
         changed(lambda model: model.tokenizer.add_tokens(["blueish"])),
         changed(lambda model: model[0].model.pooler.dense.bias.data.add_(1)),
         changed(shorten),
+        changed(lambda model: setattr(model, "similarity_fn_name", "dot")),  # whether it is normalised
     ]
     assert same == encode.fingerprint_encoder(encode.load_encoder(encoder))
-    assert len({same, *others}) == 7
+    assert len({same, *others}) == 8
 
 
 def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):
@@ -278,3 +279,16 @@ def test_mended_data_may_be_indexed_where_broken_data_failed(world, encoder, tmp
         build(data, encoder, tmp_path / "index")
     (data / "corpus.jsonl").write_text(lines)
     assert len(build(data, encoder, tmp_path / "index")) == 40
+
+
+def test_lists_that_depend_on_how_many_are_asked_for_are_searched_as_deep(world, encoder, tmp_path):
+    """An index that ranks anew as many candidates as are asked for finds better ones when asked for more."""
+    config = IndexConfig(str(world), str(encoder), factory="PCA2,SQ4,RFlat", device="cpu")
+    index = build_index(config, tmp_path / "index")
+    split = load_split(str(world), "train", index.catalog)
+    deep, _ = base_lists(index, split, 12)
+    lists, _ = base_lists(index, split, 4)
+    searched, _ = index.search(base_query_embeddings(index, split), 4, split.excluded)
+    assert (lists == searched).all()
+    assert (lists != deep[:, :4]).any()
+    assert (base_lists(index, split, 12)[0] == deep).all()

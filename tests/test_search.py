@@ -114,7 +114,8 @@ def test_lists_of_rows_take_no_more_room_than_their_rows():
     assert again.padded(np.array([2, 0, 1])).tolist() == [
         lists[2], [-1] * 7, lists[1] + [-1] * 4
     ]  # fmt: skip
-    assert again.padded(np.array([4, 3]), 1).tolist() == [lists[4], [-1]]
+    assert again.padded(np.array([4, 3])).tolist() == [lists[4], [-1]]
+    assert again.padded(np.array([3, 0])).shape == (2, 0)
     some = again.take(np.array([4, 2, 2, 0]))
     assert some.rows.tolist() == lists[4] + lists[2] + lists[2]
     assert some.counts.tolist() == [1, 7, 7, 0]

@@ -17,11 +17,13 @@ from novelret.data.source import read_jsonl, read_lines
 from novelret.errors import UserError
 from novelret.progress import Reporter
 
-_TAG = re.compile(r"<[^>]+>")
+_TAG = re.compile(r"</?[A-Za-z!?][^<>]*>")  # a bare < is a letter like another
 _TITLE = re.compile(r"<(TITLE|HEADLINE|TTL|HL)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _DOCNO = re.compile(r"<DOCNO>(.*?)</DOCNO>", re.IGNORECASE | re.DOTALL)
 _NUMBER = re.compile(r"<num>\s*(?:Number:)?\s*([^\s<]+)", re.IGNORECASE)
-_TOPIC_TITLE = re.compile(r"<(?:title|query)>\s*(?:Topic:)?\s*(.*?)\s*(?=<|\Z)", re.IGNORECASE | re.DOTALL)
+_TOPIC_TITLE = re.compile(
+    r"<(?:title|query)>\s*(?:Topic:)?\s*(.*?)\s*(?=</?[A-Za-z]|\Z)", re.IGNORECASE | re.DOTALL
+)
 _ATTRIBUTE = re.compile(r"<topic[^>]*\bnumber\s*=\s*[\"']([^\"']+)", re.IGNORECASE)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from novelret.artifacts import (
     Manifest,
+    check_output,
     drop_partial,
     fingerprint_of,
     fsync_file,
@@ -212,6 +213,7 @@ def open_writer(
         UserError: a split's name is unusable, a source file is missing, or `out` exists and `force` is off.
     """
     check_splits(splits)
+    check_output(out, force=force, kind="data", inputs=[str(path) for path in files])
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: no such file")

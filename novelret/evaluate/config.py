@@ -143,14 +143,18 @@ def _named(option: str, values: list[tuple[str, str, str]]) -> dict[str, str]:
     for value, name, path in values:
         if not name or not path:
             raise UserError(f"{option} {value}: expected NAME=PATH")
-        if "/" in name or name.startswith("."):
-            raise UserError(f"{option} {value}: the name {name!r} cannot be a file name")
-        if any(letter.isspace() for letter in name):
-            raise UserError(f"{option} {value}: the name {name!r} holds a space, which run files cannot")
+        _check_name(f"{option} {value}", name)
         if name in named:
             raise UserError(f"{option} {value}: the name {name!r} is given twice")
         named[name] = path
     return named
+
+
+def _check_name(given: str, name: str) -> None:
+    if "/" in name or name.startswith("."):
+        raise UserError(f"{given}: the name {name!r} cannot be a file name")
+    if any(letter.isspace() for letter in name):
+        raise UserError(f"{given}: the name {name!r} holds a space, which run files cannot")
 
 
 def _expanded(models: dict[str, str]) -> dict[str, str]:
@@ -163,10 +167,12 @@ def _expanded(models: dict[str, str]) -> dict[str, str]:
     for name, path in models.items():
         folders = [part.parent for part in sorted(Path(path).glob("*/modules.json"))]
         # What a kill left is no model yet; an artifact is none of several models.
-        folders = [folder for folder in folders if folder.suffix not in (".partial", ".old")]
+        folders = [f for f in folders if f.suffix != ".partial" and not f.name.startswith(".")]
         inside = {f"{name}-{folder.name}": str(folder) for folder in folders}
         if not inside or (Path(path) / "modules.json").is_file() or (Path(path) / MANIFEST).is_file():
             inside = {name: path}
+        for inner, folder in inside.items():
+            _check_name(f"--model {name}={folder}", inner)
         twice = inside.keys() & found.keys()
         if twice:
             raise UserError(f"--model {name}={path}: the name {min(twice)!r} is given twice")

@@ -63,7 +63,7 @@ from novelret.label.asking import NOTE, Plan, ask_and_write, plan_asking
 from novelret.label.judge import split_judge
 from novelret.label.label import check_plan, stopped_early, what_is_asked
 from novelret.label.labels import read_table
-from novelret.label.table import UNKNOWN, LabelTable, join_tables, make_table
+from novelret.label.table import IRRELEVANT, UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
 from novelret.tradeoff import keeps_recall
 
@@ -152,7 +152,8 @@ def evaluate_models(
         judged = None if config.judge is None else judged_share(lists, deployed)
         _warn_of_weak_figures(config, means, report)
         if judged is not None:
-            _warn_of_few_verdicts(config, means, judged, report)
+            has_noes = bool((table.verdicts == IRRELEVANT).any())
+            _warn_of_few_verdicts(config, means, judged, report, has_noes=has_noes)
         weights = gathered.weights
         evaluation = Evaluation(
             config=config,
@@ -250,7 +251,12 @@ def _keeps(of: dict[str, float], base: dict[str, float], k: int, max_recall_drop
 
 
 def _warn_of_few_verdicts(
-    config: EvalConfig, means: dict[str, dict[str, float]], judged: float, report: Reporter
+    config: EvalConfig,
+    means: dict[str, dict[str, float]],
+    judged: float,
+    report: Reporter,
+    *,
+    has_noes: bool,
 ) -> None:
     """Say where counts of relevant items fall short, as too few items are judged."""
     deepest = max(config.k)
@@ -275,11 +281,13 @@ def _warn_of_few_verdicts(
     remedy = (
         "Pass --missing irrelevant if the file lists all that is relevant" if is_file else "Have more judged"
     )
+    others = ", or decide by Precision and NovelPrecision, which leave out what is not judged"
+    if not has_noes:
+        others = ". It never says no, so that Precision and NovelPrecision are 1 wherever it says anything"
     report.warn(
         f"{config.judge} judged {of_novel}{judged:.1%} of all items in the lists: RelevantNovel, "
         "MergedDensity and MergedCoverage count the others as irrelevant and are lower bounds (≥), "
-        f"KnownRecall is of what was judged alone (~). {remedy}, or decide by Precision and NovelPrecision, "
-        "which leave out what is not judged"
+        f"KnownRecall is of what was judged alone (~). {remedy}{others}"
     )
 
 

@@ -105,7 +105,8 @@ def gather(config: EvalConfig, report: Reporter, *, sends: bool = True) -> Gathe
         if behind is not None and not memory_modules(behind):
             adapters[name] = behind
         _warn_of_training(name, path, config, split, report)
-    depth = max(longest, config.base_depth)
+    # As deep as the models' where it matters how many are asked for; else once, deep enough for T_L too.
+    depth = longest if index.faiss_index is not None else max(longest, config.base_depth)
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     found[BASE] = base_lists(index, split, depth, device=device, report=report)
     pool = pooled_lists(indexes, split, config.base_depth, device=device, report=report)

@@ -32,7 +32,7 @@ def commands(evaluation: Evaluation) -> list[str]:
     lines = list(dict.fromkeys(indexes))
     labels: dict[str, None] = {}
     trained = []
-    for path in evaluation.models.values():
+    for path in dict.fromkeys(map(_model_of, evaluation.models.values())):
         if not is_kind(Path(path), "model"):
             continue
         settings = read_manifest(Path(path), "model").config
@@ -45,6 +45,13 @@ def commands(evaluation: Evaluation) -> list[str]:
             lines.append(f"{_line('label', settings, _label_defaults())} --out {shlex.quote(folder)}")
     last = _line("eval", asdict(config), _defaults(type(config)))
     return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
+
+
+def _model_of(path: str) -> str:
+    """The MODEL that a kept checkpoint lies in, or the path itself."""
+    folder = Path(path)
+    is_checkpoint = folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file()
+    return str(folder.parent.parent) if is_checkpoint else path
 
 
 def _index_lines(manifest: Manifest, folder: str) -> list[str]:

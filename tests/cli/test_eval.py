@@ -547,6 +547,29 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_a_judge_that_never_says_no_is_not_to_be_decided_by(common, world, models, capsys, tmp_path):
+    yeses = tmp_path / "yeses.tsv"
+    lines = (world / "judgements.tsv").read_text().splitlines()
+    yeses.write_text("\n".join(line for line in lines if not line.endswith("\t0")) + "\n")
+    asked = [f"file:{yeses}" if str(part).startswith("file:") else part for part in common]
+    asked = [part for part in asked if part not in ("--missing", "irrelevant")]
+    code, _, err = run(capsys, *asked, "--model", f"new={models[1][0]}", "--out", tmp_path / "report")
+    assert code == 0, err
+    words = " ".join(err.split())
+    assert "It never says no, so that Precision and NovelPrecision are 1" in words
+    assert "or decide by Precision" not in words
+
+
+def test_models_of_a_folder_have_names_that_run_files_can_hold(common, models, capsys, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "a b").symlink_to(models[1][0])
+    code, _, err = run(capsys, *common, "--model", f"s={tmp_path / 'sweep'}", "--out", tmp_path / "report")
+    assert (code, "the name 's-a b' holds a space, which run files cannot" in " ".join(err.split())) == (
+        2,
+        True,
+    )
+
+
 def test_a_judge_that_saw_none_of_the_lists_is_reported(common, world, capsys, tmp_path):
     write(tmp_path / "judge.tsv", "q01\ti01\t1\n")
     judge = ["--judge", f"file:{tmp_path / 'judge.tsv'}", "--missing", "unknown"]

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from novelret.artifacts import Manifest, write_manifest
 from novelret.cli import main
+from tests import commands
 from tests.convert.helpers import convert, fails, pairs_of, rows_of, write_lines
 
 
@@ -101,7 +103,7 @@ SGML = """<DOC>
 <HEADLINE> Sofa &amp; chairs </HEADLINE>
 <TEXT>
 Grey <b>sofas</b> are
-cheap.
+cheap, < $5.
 </TEXT>
 </DOC>
 <DOC>
@@ -119,7 +121,7 @@ Identify organizations.
 </top>
 <top>
 <num> Number: 302
-<title> Poliomyelitis
+<title> Poliomyelitis < cholera
 <desc> Description:
 x
 </top>
@@ -145,12 +147,12 @@ def test_trec_markup(tmp_path, capsys):
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert rows_of(tmp_path / "out" / "corpus.jsonl") == [
-        {"_id": "FBIS3-1", "title": "Sofa & chairs", "text": "Grey sofas are cheap."},
+        {"_id": "FBIS3-1", "title": "Sofa & chairs", "text": "Grey sofas are cheap, < $5."},
         {"_id": "FT911-3", "title": "", "text": "Lamps."},
     ]
     assert rows_of(tmp_path / "out" / "queries.jsonl") == [
         {"_id": "301", "text": "International Organized Crime"},
-        {"_id": "302", "text": "Poliomyelitis"},
+        {"_id": "302", "text": "Poliomyelitis < cholera"},
     ]
     assert pairs_of(tmp_path / "out" / "qrels" / "test.tsv") == [
         ("301", "FBIS3-1", 1), ("301", "FT911-3", 0), ("302", "FT911-3", 2),
@@ -395,3 +397,12 @@ def test_hugging_face_columns_and_splits_are_checked(dataset, tmp_path, capsys):
     common = ["hf", "--dataset", dataset, "--out", tmp_path / "out"]
     assert "has no column 'query' (it has: question, answers, n)" in fails(capsys, *common)
     assert "has no split 'dev'" in fails(capsys, *common, "--split", "dev")
+
+
+def test_force_replaces_data_alone(tmp_path, capsys):
+    log = write_lines(tmp_path / "log.tsv", ["a query\ta keyword\t3"])
+    out = tmp_path / "out"
+    out.mkdir()
+    write_manifest(out, Manifest("index", {}, {}, "x"))
+    said = commands.fails(capsys, "convert", "query-keyword", "--pairs", log, "--out", out, "--force")
+    assert "is an INDEX, which --force does not replace by a data folder" in said
