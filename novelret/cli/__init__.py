@@ -6,6 +6,7 @@ Stages are imported inside the commands, so that `--help` and typing errors answ
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -104,7 +105,8 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    if is_first_process():
-        line = " ".join(message.split())  # messages quote files that may hold anything
-        error_console().print(f"[bold red]error:[/] {shown(line)}", soft_wrap=True, highlight=False)
+    line = " ".join(message.split())  # messages quote files that may hold anything
+    # Of several processes each says its own: on another machine a file may be missing, or a GPU be full.
+    who = "" if is_first_process() else f" process {os.environ['RANK']}:"
+    error_console().print(f"[bold red]error:[/]{who} {shown(line)}", soft_wrap=True, highlight=False)
     return code

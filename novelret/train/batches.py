@@ -112,7 +112,7 @@ def top_items(run: Run, embeddings: torch.Tensor, queries: np.ndarray) -> tuple[
     """
     assert run.config.support is not None
     excluded = run.material.split.excluded
-    support = min(run.config.support, len(run.index) - int(excluded.counts.max(initial=0)))
+    support = min(run.config.support, len(run.index) - excluded.longest)
     if run.index.faiss_index is None:
         left_out = torch.from_numpy(excluded.padded(queries)).to(embeddings.device)
         return run.items.top_k(embeddings, support, left_out)

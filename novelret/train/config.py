@@ -272,7 +272,7 @@ def _check_numbers(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not holds(value):
                 raise UserError(f"{_flag(name)} {value}: must be {says}")
-    if not min(config.alpha, config.gamma, config.beta) >= 0:
+    if not all(share >= 0 for share in (config.alpha, config.gamma, config.beta)):  # nor are they nan
         raise UserError(
             f"--alpha {config.alpha} --gamma {config.gamma}: neither may be below 0, nor their sum above 1"
         )

@@ -57,7 +57,8 @@ def list_losses(
             losses = gumbel_threshold.pathwise(logits[:, :k], logits[:, k], kappa, credit[:, :k])
         return losses, rewards[:, :k]
     if config.objective == "expected-threshold":
-        log_t = _expected_time(embeddings, items, excluded, tau, k)
+        available = len(items) - material.split.excluded.longest
+        log_t = _expected_time(embeddings, items, excluded, tau, k, available)
         return expected_threshold.credited(logits, log_t, credit), rewards
     if config.objective in ("ca-pg", "ca-pg-loo"):
         best, _ = items.top_k(embeddings, k, excluded)
@@ -100,9 +101,13 @@ def _known(rewards: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(~np.isnan(rewards)).to(like.device)
 
 
-def _expected_time(embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int) -> Tensor:
-    """When K clocks have rung on average: the top items one by one, the others by their mass."""
-    available = len(items) - excluded.shape[1]  # to a query that leaves out the most
+def _expected_time(
+    embeddings: Tensor, items: ItemMatrix, excluded: Tensor, tau: float, k: int, available: int
+) -> Tensor:
+    """When K clocks have rung on average: the top items one by one, the others by their mass.
+
+    `available` is how many items there are to a query that leaves out the most.
+    """
     top, _ = items.top_k(embeddings, min(_EXACT_PER_ITEM * k, available), excluded)
     rest = _log_rest(embeddings, items, excluded, top, tau)
     return expected_threshold.log_time(_logits(embeddings, items, top, tau), rest, k)

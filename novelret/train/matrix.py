@@ -101,16 +101,17 @@ class ItemMatrix:
             places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         if self.shard is None:
             return _Asked(queries, excluded, places, slice(None))
-        most = torch.tensor([len(queries)], device=queries.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        short = int(most) - len(queries)
+        shape = torch.tensor(excluded.shape, device=queries.device)
+        dist.all_reduce(shape, dist.ReduceOp.MAX)
+        most, widest = shape.tolist()
+        short = most - len(queries)
         # Padding queries are 0: any draw will do for them, as nobody looks at it.
         padded = (
             pad(queries, (0, 0, 0, short)),
-            pad(excluded, (0, 0, 0, short), value=-1),
+            pad(excluded, (0, widest - excluded.shape[1], 0, short), value=-1),
             pad(places, (0, short)),
         )
-        first = dist.get_rank() * int(most)
+        first = dist.get_rank() * most
         asked, left_out, at = (from_all(part).flatten(0, 1) for part in padded)
         return _Asked(asked, left_out, at, slice(first, first + len(queries)))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from novelret import encode
 from novelret.artifacts import is_kind, read_manifest
-from novelret.blocks import check_embeddings
+from novelret.blocks import check_embeddings, read_rows
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.index import (
@@ -36,6 +36,9 @@ from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
 from novelret.train.trust import weigh_labels
 from novelret.train.validation import Validation, hold_back, known_pairs
 from novelret.trained import training_of
+
+_LIKE_COSINES = 3.0  # products of lengths up to which, and down to its inverse, temperatures suit
+_SOME_ITEMS = 1_000  # whose lengths are looked at
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def prepare(
     if not processes.is_first:
         processes.wait()  # the first one searches, the others read what it found
     found = _search(config, inputs, model, whole, device, report)
+    if not index.normalized:
+        _warn_of_temperature(config, index, base_query_embeddings(index, whole, device=device), report)
     mirror, mirrored = inputs.mirror, None
     if mirror is not None:
         mirrored = _search(config, inputs, model, mirror.split, device, report)
@@ -157,7 +162,9 @@ def prepare(
         table = _rows_of(inputs.labels, mine, len(whole))
         split = whole.subset(mine)
         known = known_pairs(split, table, config.recall_of)
-        validation = Validation(split, known, found.lists[mine, : config.base_depth], found.pool[mine], table)
+        pool = found.pool[mine]
+        # T_L of the model that is finetuned against, searched as deep as the encoders will be.
+        validation = Validation(split, known, pool[:, : config.base_depth], pool, table)
     return Prepared(material, validation, tower, len(validation_rows))
 
 
@@ -169,6 +176,23 @@ def _warn_of_window(config: TrainConfig, report: Reporter) -> None:
         report.warn(
             f"--window {window[0]:g},{window[1]:g}: ends at rank {last}, beyond --depth {config.depth}; the "
             f"negatives are ranks {first + 1} to {end}, raise --depth for more"
+        )
+
+
+def _warn_of_temperature(config: TrainConfig, index: Index, queries: np.ndarray, report: Reporter) -> None:
+    """Say where scores are dot products of a size that the temperatures, meant for cosines, do not suit."""
+    some = np.linspace(0, len(index) - 1, min(len(index), _SOME_ITEMS)).astype(np.int64)
+    lengths = (np.linalg.norm(rows, axis=1).mean() for rows in (queries, read_rows(index.embeddings, some)))
+    scale = float(np.prod(list(lengths)))
+    names = ("temperature", "sampling_temperature")
+    as_it_comes = all(getattr(config, name) == getattr(TrainConfig, name) for name in names)
+    if as_it_comes and not 1 / _LIKE_COSINES < scale < _LIKE_COSINES:
+        alike = " ".join(
+            f"--{name.replace('_', '-')} {getattr(TrainConfig, name) * scale:.2g}" for name in names
+        )
+        report.warn(
+            f"{index.folder}: scores are dot products of vectors whose lengths multiply to {scale:.3g}; "
+            f"temperatures are given for cosines, alike would be {alike}"
         )
 
 
@@ -187,7 +211,8 @@ def _warn_of_start(
     before = read_manifest(training.folder, "model")
     if before.inputs["split"] != split.fingerprint:
         return
-    if before.facts.get("refit"):
+    is_kept = training.folder.resolve() != Path(str(config.init)).resolve()
+    if before.facts.get("refit") or (is_kept and before.facts.get("checkpoints_refit")):
         report.warn(
             f"--init {config.init}: was trained anew on all of these queries in the end, those that are held "
             "back here too, and looks better on them than it is; train it with --no-refit"

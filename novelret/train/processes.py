@@ -120,6 +120,9 @@ def join(device: str) -> Iterator[Processes]:
         return
     rank = int(os.environ["RANK"])
     if device.startswith("cuda"):
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"torchrun --nproc-per-node {here}: this machine has {gpus} GPUs; start as many")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     backend = "nccl" if device != "cpu" else "gloo"

@@ -21,7 +21,7 @@ RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(verdicts, grades, in_base) → rewards, all of one shape: verdicts int8 as in `novelret.label.table`;
 grades float32, the judge's own scale (1 and 0 where it only says yes or no), NaN where unknown; in_base bool,
 whether a deployed model's top L holds the item, of several models whether any does; rewards float32, NaN for
-none."""
+none. What a user's own gives where there is no verdict is not kept: a reward there would be no judge's."""
 
 
 def eq6(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def load_reward(name: str) -> RewardFunction:
         sys.path.append(here)  # a console script does not look there by itself
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # the latter of an empty or relative name
         raise UserError(f"--reward {name}: the module cannot be imported ({error})") from None
     except AttributeError:
         raise UserError(f"--reward {name}: {module_name} has no function {function_name}") from None
@@ -80,6 +80,6 @@ def load_reward(name: str) -> RewardFunction:
             raise UserError(
                 f"--reward {name}: returned {got}, expected a tensor of shape {tuple(verdicts.shape)}"
             )
-        return reward.float()
+        return reward.float().masked_fill(verdicts == UNKNOWN, torch.nan)
 
     return checked

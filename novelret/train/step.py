@@ -15,7 +15,7 @@ from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
 from novelret.train.objectives.supervised import infonce as infonce_loss
 from novelret.train.sampler import Key
-from novelret.train.states import Batch, Material
+from novelret.train.states import FEEDBACK, Batch, Material
 from novelret.train.step_loss import StepLoss
 
 
@@ -50,7 +50,7 @@ def batch_loss(
     place = np.searchsorted(passes, batch.passes[here])
     feedback = embeddings.new_zeros(())
     states = embeddings.new_zeros(())
-    rewards = batch.rewards[here[~infonce[here]]]
+    rewards = batch.rewards[here[batch.sources[here] != FEEDBACK]]
     paired, rewarded = infonce[here], ~infonce[here] & (weights[here] > 0)
     of_pairs, of_states = here[paired], here[rewarded]
     if len(of_pairs):
@@ -157,7 +157,8 @@ def _negatives(
     first, last = negative_ranks(config)
     if config.loss == "inclusion":
         excluded = torch.from_numpy(material.split.excluded.padded(queries)).to(embeddings.device)
-        last = min(last, max(1, len(items) - excluded.shape[1]))  # of a tiny catalog all there is
+        # Of a tiny catalog all there is to a query that leaves out the most.
+        last = min(last, max(1, len(items) - material.split.excluded.longest))
         first = min(first, last - 1)
         return items.top_k(embeddings, last, excluded)[0][:, first:].cpu().numpy()
     return material.base_rows[queries, first:last].astype(np.int64)

@@ -35,7 +35,8 @@ class Labelled:
 
     def warn(self, run: Run) -> None:
         """Say so, once, if hardly any has."""
-        if not self.is_told and self.known < _LEAST_LABELLED * self.drawn:
+        is_second = run.validation is None and run.config.validation_fraction > 0  # the first has said it
+        if not (self.is_told or is_second) and self.known < _LEAST_LABELLED * self.drawn:
             others = ", draw what is labelled (--draw queries)" if run.config.draw == "plain" else ""
             if run.config.objective == "pg-ret":
                 others += ", or pass --judge"

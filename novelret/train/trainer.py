@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from novelret import encode
 from novelret.artifacts import MANIFEST, check_output, fingerprint_of, open_output
@@ -78,7 +79,10 @@ def train_model(
         _check_judge(config)
     with join(encode.pick_device(config.device)) as processes:
         report = (report if processes.is_first else None) or Reporter()
-        points = _train(config, out, processes, force=force, report=report)
+        try:
+            points = _train(config, out, processes, force=force, report=report)
+        except torch.OutOfMemoryError as error:
+            raise UserError(_too_small(config, processes)) from error
     order = best_first(points, config.max_recall_drop)
     return Trained(out, order[0] if order else None, points)
 
@@ -190,6 +194,14 @@ def _is_worth_refitting(config: TrainConfig, points: list[Point], share: float) 
     if not config.refit or config.judge is not None or share < _LEAST_SHARE:
         return False
     return any(steps_to_keep(points, config.max_recall_drop, config.keep))  # step 0 is the start
+
+
+def _too_small(config: TrainConfig, processes: Processes) -> str:
+    part = config.micro_batch or -(-config.batch_size // processes.size)
+    less = [f"--micro-batch {max(1, part // 4)} (the same run goes on with it)"]
+    if config.tune in ("full", "lora"):
+        less += [f"{flag} (a new run)" for flag in ("--precision bf16", "--gradient-checkpointing")]
+    return f"{processes.device}: its memory is too small; pass {', '.join(less)}, or use torchrun"
 
 
 def _check_judge(config: TrainConfig) -> None:

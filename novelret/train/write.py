@@ -85,6 +85,7 @@ def write_model(
         "steps": steps,
         "chosen": None if chosen is None else asdict(chosen),
         "refit": is_refit,
+        "checkpoints_refit": run.folder != folder,  # also where the chosen one is the start
         "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
         "asked": spent,
         "items_as_queries": mirrored,

@@ -457,7 +457,12 @@ def test_an_encoder_whose_scores_are_dot_products(world, encoder, capsys, tmp_pa
     words = ["label", *common, *judge, "--base-depth", 3, "--depth", 12, "--out", tmp_path / "labels"]
     assert run(capsys, *words)[0] == 0
     out = tmp_path / "model"
-    train(capsys, ["train", *common, "--labels", tmp_path / "labels", *SHORT, *TUNE, "--temperature", 1], out)
+    words = ["train", *common, "--labels", tmp_path / "labels", *SHORT, *TUNE]
+    code, _, said = run(capsys, *words, "--temperature", 1, "--out", out)
+    assert (code, "temperatures are given for cosines" in said) == (0, False), said
+    code, _, said = run(capsys, *words, "--out", tmp_path / "as-it-comes")
+    assert code == 0, said
+    items = np.linalg.norm(index.open_index(folder).embeddings, axis=1).mean()
     finetuned, deployed = load(out), encode.load_encoder(tmp_path / "dot")
     queries = encode.encode_queries(deployed, TEXTS)
     expected = encode.encode_queries(finetuned, TEXTS)
@@ -466,6 +471,8 @@ def test_an_encoder_whose_scores_are_dot_products(world, encoder, capsys, tmp_pa
     memory, matrix = read_memory(finetuned[2], finetuned[3]), finetuned[4].linear.weight.detach().numpy()
     split = load_split(str(world), "train", index.open_index(folder).catalog)
     lengths = np.linalg.norm(encode.encode_queries(deployed, split.query_texts), axis=1)
+    like_cosines = f"--temperature {0.03 * lengths.mean() * items:.2g} --sampling-temperature"
+    assert f"temperatures are given for cosines, alike would be {like_cosines}" in " ".join(said.split())
     sharpness = 1 / np.linalg.norm(memory.keys, axis=1)
     # Of those that are not held back, and but for the metric, which makes keys shorter or longer.
     assert np.median(sharpness) == pytest.approx(0.06 * lengths.mean(), rel=0.15)

@@ -122,3 +122,20 @@ def test_a_judge_is_not_asked_about_a_second_training(command, world, capsys, tm
     judge = ("--alpha", 0.25, "--judge", f"file:{world / 'judgements.tsv'}", "--missing", "irrelevant")
     train(capsys, command, tmp_path / "model", *ADAPTER, *judge)
     assert not facts_of(tmp_path / "model")["refit"]
+
+
+def test_kept_checkpoints_are_known_to_be_of_the_second_training(command, capsys, tmp_path):
+    """Also where the chosen model is the start, which no training has touched."""
+    train(
+        capsys, command, tmp_path / "model", "--tune", "adapter", "--learning-rate", 1e-9, "--keep", 100,
+        "--blends", 1,
+    )  # fmt: skip
+    assert facts_of(tmp_path / "model")["chosen"]["step"] == 0
+    assert (tmp_path / "model" / "refit" / "log.jsonl").is_file()
+    assert not facts_of(tmp_path / "model")["refit"]
+    kept = next(path for path in (tmp_path / "model" / "checkpoints").iterdir() if path.name != "step-0")
+    for start, warned in ((tmp_path / "model", False), (kept, True)):
+        _, err = train(
+            capsys, command, tmp_path / f"from-{warned}", "--tune", "adapter", "--init", start, "--steps", 2
+        )
+        assert ("was trained anew on all of these queries in the end" in " ".join(err.split())) == warned

@@ -32,7 +32,12 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(Path.cwd()))])
     monkeypatch.chdir(tmp_path)  # as a console script finds it: beside the user
-    assert load_reward("mine:twice")(VERDICTS, GRADES, IN_BASE).tolist() == [2, 2, 0, 0, 0, 0]
+    found = load_reward("mine:twice")(VERDICTS, GRADES, IN_BASE)
+    assert found[:4].tolist() == [2, 2, 0, 0]
+    assert torch.isnan(found[4:]).all()  # what was not judged has no reward, whatever the function gives
+    for name in (":twice", ".mine:twice"):
+        with pytest.raises(UserError, match="cannot be imported"):
+            load_reward(name)
     with pytest.raises(UserError, match=r"returned \(1,\), expected a tensor of shape \(6,\)"):
         load_reward("mine:short")(VERDICTS, GRADES, IN_BASE)
     with pytest.raises(UserError, match="has no function other"):

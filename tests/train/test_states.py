@@ -372,3 +372,14 @@ def test_bad_item_embeddings_are_refused():
         check_embeddings(bad, normalized=False, what="items")
     with pytest.raises(UserError, match=r"row 0 has length 2\.0000, not 1"):
         check_embeddings(ITEMS * 2, normalized=True, what="items")
+
+
+def test_labelled_states_count_as_labelled_whatever_loss_they_come_into(material):
+    """What is judged relevant is a pair to supervised-judged finetuning, and has a label all the same."""
+    settings = config(objective="supervised-judged", draw="plain", batch_size=6)
+    for step in range(5):
+        batch = draw_batch(material, settings, step)
+        embeddings = QUERIES[torch.from_numpy(batch.queries_of(np.arange(6)))]
+        found = batch_loss(embeddings, np.arange(6), batch, material, settings, MATRIX, step)
+        drawn = batch.sources != FEEDBACK
+        assert (found.drawn, found.known) == (drawn.sum(), (drawn & ~np.isnan(batch.rewards)).sum())

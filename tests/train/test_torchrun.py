@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
@@ -73,6 +74,12 @@ def wide(encoder, tmp_path_factory):
     pairs = [(f"q{q:02d}", f"i{i:05d}", 1) for q in range(40) for i in rng.choice(n, 300, replace=False)]
     write_qrels(folder / "qrels" / "train.tsv", pairs[::20])
     write_qrels(folder / "judgements.tsv", pairs)
+    # Some queries leave items out, each a number of its own, so that the processes' batches differ in width.
+    left_out = [
+        (f"q{q:02d}", f"i{i:05d}", 1) for q in range(0, 40, 3) for i in rng.choice(n, q, replace=False)
+    ]
+    known = {(query, item) for query, item, _ in pairs}
+    write_qrels(folder / "excluded" / "train.tsv", [pair for pair in left_out if pair[:2] not in known])
     common = ["--data", str(folder), "--quiet"]
     out = folder / "runs"
     for command in (
@@ -190,3 +197,37 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             assert np.allclose(theirs[name], tensor, atol=2e-4), name
             moved = max(moved, float(tensor.abs().max()))
     assert moved > 0
+
+
+def test_each_process_says_what_went_wrong_in_it(monkeypatch, capsys, tmp_path):
+    """On another machine a file may be missing, which the first process knows nothing of."""
+    monkeypatch.setenv("RANK", "3")
+    arguments = ["train", "--data", str(tmp_path / "nope"), "--index", str(tmp_path / "nope")]
+    assert main([*arguments, "--labels", str(tmp_path / "nope"), "--out", str(tmp_path / "model")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: process 3: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(UserError, match="--nproc-per-node 2: this machine has 1 GPUs"),
+        processes.join("cuda"),
+    ):
+        pass
+
+
+def test_a_device_that_is_too_small_is_named_with_a_remedy(monkeypatch, capsys, wide, tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("novelret.train.trainer.run_steps", full)
+    arguments = ["train", "--data", wide, "--index", wide / "runs" / "index", "--labels", wide / "runs" / "labels",
+                 "--base-depth", "5", "--depth", "2000", "--device", "cpu", "--tune", "full", "--batch-size", "21",
+                 "--out", tmp_path / "model", "--quiet"]  # fmt: skip
+    assert main([*map(str, arguments)]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "cpu: its memory is too small; pass --micro-batch 5 (the same run goes on with it)" in err

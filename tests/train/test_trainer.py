@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import types
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from novelret.cli import main
 from novelret.data.split import make_split
 from novelret.errors import UserError
 from novelret.index import base_lists, open_index, pooled_lists
+from novelret.label import questions
 from novelret.label.judges import openai as openai_judge
 from novelret.label.table import make_table
 from novelret.progress import Reporter
@@ -649,6 +651,17 @@ def test_a_judge_that_never_answers_stops_the_run_and_one_that_does_goes_on(
         assert server.billed
 
 
+def test_a_judge_that_nobody_can_read_is_asked_no_more(asking, capsys, tmp_path, monkeypatch):
+    """No step asks as many questions as it takes to tell; all together do."""
+    with LoopbackJudge(always="refusal") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setattr(questions, "_FIRST", 12)
+        _, err = train(capsys, asking, tmp_path / "model")
+        assert "no more questions are asked, none of the first 12 answers is usable" in " ".join(err.split())
+        most = max(Counter(line["step"] for line in log_of(tmp_path / "model")).values()) * 16
+        assert 12 <= len(server.seen) <= 12 + 2 * most
+
+
 def test_a_step_that_is_asked_ahead_ends_with_the_run(asking, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(openai_judge, "_ATTEMPTS", 1_000_000)
 
@@ -776,12 +789,22 @@ def test_a_loss_that_is_no_number_stops_with_its_step(command, capsys, tmp_path,
         return found if step < 9 else loop.StepLoss(found.loss * torch.nan, 0, 0)
 
     monkeypatch.setattr(loop, "batch_loss", breaks)
-    code, out, err = run(capsys, *command, *ADAPTER, "--out", tmp_path / "model")
+    # What was validated before is as good as it was.
+    found, err = train(capsys, command, tmp_path / "model", *ADAPTER, "--no-refit")
+    assert "step 9: the loss is nan; training stops there, the steps up to 8 are chosen from" in " ".join(
+        err.split()
+    )
+    whole = [point for point in found["points"] if point["share"] == 1]
+    assert [point["step"] for point in whole] == list(range(0, 9, whole[1]["step"]))
+    assert len(found["points"]) > len(whole)  # blends with the last of them
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / "model").values())
+    # Where nothing was, there is nothing to choose from.
+    code, out, err = run(capsys, *command, *ADAPTER, "--validation-fraction", 0, "--out", tmp_path / "unseen")
     assert (code, out) == (2, "")
-    assert "step 9: the loss is nan" in err
-    assert (tmp_path / "model.partial" / "resume" / "weights-8.safetensors").is_file()
-    monkeypatch.undo()
-    train(capsys, command, tmp_path / "model", *ADAPTER)
+    assert "step 9: the loss is nan, and nothing was validated before. Lower --learning-rate" in " ".join(
+        err.split()
+    )
+    assert not (tmp_path / "unseen").exists()
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(
@@ -798,9 +821,9 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(
         )  # 0, its slope is not
 
     monkeypatch.setattr(loop, "batch_loss", breaks)
-    code, _, err = run(capsys, *command, *ADAPTER, "--out", tmp_path / "model")
-    assert code == 2
-    assert "step 9: the gradient is no number" in err
+    _, err = train(capsys, command, tmp_path / "model", *ADAPTER, "--no-refit")
+    assert "step 9: the gradient is no number; training stops there" in " ".join(err.split())
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / "model").values())
 
 
 def test_embeddings_that_are_no_numbers_give_a_loss_that_is_none():
