@@ -34,7 +34,7 @@ class RowLists:
 
     def padded(self, queries: np.ndarray) -> np.ndarray:
         """The lists of some queries: (b, w) int64, w the length of the longest of them, −1 padded."""
-        counts = self.counts[queries]
+        counts = self.starts[1:][queries] - self.starts[:-1][queries]
         width = int(counts.max(initial=0))
         inside = np.arange(width) < counts[:, None]
         found = np.full(inside.shape, -1, dtype=np.int64)
@@ -64,9 +64,3 @@ def row_lists(queries: np.ndarray, rows: np.ndarray, count: int) -> RowLists:
     order = np.argsort(queries, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(queries, minlength=count))])
     return RowLists(starts.astype(np.int64), np.asarray(rows, dtype=np.int64)[order])
-
-
-def from_padded(lists: np.ndarray) -> RowLists:
-    """Lists from an array: (Q, E), −1 padded."""
-    query, column = np.nonzero(lists >= 0)
-    return row_lists(query, lists[query, column], len(lists))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from novelret import search
-from novelret.row_lists import from_padded, row_lists
+from novelret.row_lists import row_lists
+from tests.rows import from_padded
 
 
 def brute_force(queries, items, k, id_rank, excluded):

@@ -14,8 +14,8 @@ from novelret.errors import UserError
 from novelret.label.claims import Claims
 from novelret.label.store import KEY_SIZE, Store, key_function
 from novelret.label.table import make_table
-from novelret.row_lists import from_padded
 from tests.label.test_injections import HOSTILE
+from tests.rows import from_padded
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from novelret.row_lists import from_padded
 from novelret.train.config import TrainConfig
 from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
@@ -19,6 +18,7 @@ from novelret.train.objectives import ca_pg, expected_threshold, gumbel_threshol
 from novelret.train.objectives.lists import log_included, log_remaining
 from novelret.train.policy import log_partition
 from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
+from tests.rows import from_padded
 
 N, K, MANY = 6, 3, 150_000
 ITEMS = torch.eye(N, dtype=torch.float64)  # so that a query's coordinates are its logits

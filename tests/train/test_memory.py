@@ -25,7 +25,6 @@ from novelret.errors import UserError
 from novelret.export import export_model
 from novelret.label.table import make_table
 from novelret.memory import Memory, read_memory
-from novelret.row_lists import from_padded
 from novelret.train import memorise, prepare
 from novelret.train.rewards import load_reward
 from novelret.train.states import gather_material
@@ -33,6 +32,7 @@ from novelret.train.tower import adapter_tower
 from tests.commands import fails, run
 from tests.conftest import make_encoder
 from tests.killing import break_off_at, start
+from tests.rows import from_padded
 from tests.train.conftest import SHORT, weights_of
 
 TUNE = ("--tune", "memory", "--learning-rate", 0.02)

@@ -15,7 +15,6 @@ from novelret.index import open_index
 from novelret.label.labels import open_labels
 from novelret.label.table import RELEVANT, UNKNOWN, make_table
 from novelret.progress import Reporter
-from novelret.row_lists import from_padded
 from novelret.train import prepare
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.memorise import make_memory
@@ -24,6 +23,7 @@ from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material
 from tests.commands import fails, run
 from tests.conftest import make_world, write_jsonl, write_qrels
+from tests.rows import from_padded
 from tests.train.conftest import SHORT
 from tests.train.test_memory import same_weights
 from tests.train.test_refit import facts_of

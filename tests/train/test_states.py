@@ -10,12 +10,12 @@ from novelret.blocks import check_embeddings
 from novelret.data.split import make_split
 from novelret.errors import UserError
 from novelret.label.table import make_table
-from novelret.row_lists import from_padded
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.matrix import ItemMatrix
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material, shuffled
 from novelret.train.step import batch_loss
+from tests.rows import from_padded
 
 RNG = np.random.default_rng(0)
 Q, N, L, DEPTH = 12, 90, 5, 30

@@ -32,7 +32,6 @@ from novelret.label import questions
 from novelret.label.judges import openai as openai_judge
 from novelret.label.table import make_table
 from novelret.progress import Reporter
-from novelret.row_lists import from_padded
 from novelret.train import checkpoint, judging, loop, tower, trainer, write
 from novelret.train.config import TrainConfig
 from novelret.train.log import Log, read_log
@@ -53,6 +52,7 @@ from tests.commands import run
 from tests.conftest import make_encoder, write_jsonl
 from tests.killing import break_off_at, start
 from tests.loopback import LoopbackJudge
+from tests.rows import from_padded
 from tests.train.conftest import SHORT, weights_of
 
 ADAPTER = ("--tune", "adapter", "--learning-rate", 0.02)

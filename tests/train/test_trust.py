@@ -14,7 +14,6 @@ from novelret.data.split import make_split
 from novelret.label.table import make_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
-from novelret.row_lists import from_padded
 from novelret.train import trust, trust_features
 from novelret.train.config import TrainConfig
 from novelret.train.example_weights import example_weights, is_pair
@@ -24,6 +23,7 @@ from novelret.train.processes import Processes
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, draw_batch, gather_material, with_more_labels
 from novelret.train.step import batch_loss, negative_ranks
+from tests.rows import from_padded
 
 Q, CLUSTERS, SIZE, D, L, DEPTH = 200, 80, 15, 16, 5, 100
 N = CLUSTERS * SIZE

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from novelret.data.split import make_split
-from novelret.row_lists import from_padded
 from novelret.train.validation import Point, best_first, hold_back, make_point, pareto
+from tests.rows import from_padded
 
 
 def split_of(texts):
