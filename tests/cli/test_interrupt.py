@@ -55,6 +55,37 @@ def test_label_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, caps
         assert json.loads(capsys.readouterr().out)["pairs"] == len(server.seen) == 180
 
 
+def test_what_is_left_at_once_is_on_the_bill(world, index_folder, tmp_path):
+    """Ctrl-C for the second time leaves requests under way, which may be answered all the same."""
+    command = ["label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt",
+               "query-keyword", "--base-depth", 3, "--depth", 12, "--concurrency", 8,
+               "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels"]  # fmt: skip
+    with LoopbackJudge(delay=60) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "novelret", *map(str, command)],
+            env=os.environ | {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            deadline = time.time() + 120
+            while len(server.seen) < 8 and process.poll() is None and time.time() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            line = ""
+            while "Ctrl-C again leaves at once" not in line:
+                line += process.stderr.read(1)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=40)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    spent = json.loads((tmp_path / "labels.partial" / "asking.json").read_text())
+    assert spent["requests"] == len(server.seen) == 8
+
+
 def test_train_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, capsys):
     judge = f"file:{world / 'judgements.tsv'}"
     common = ["--data", world, "--index", index_folder, "--base-depth", 3, "--depth", 12]
