@@ -85,7 +85,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "default-inclusion": {"objective": "pg-ret", "tune": "memory", "loss": "inclusion", "gamma": 0.25},
     "default-catalog": {"objective": "pg-ret", "tune": "memory", "catalog_negatives": 4_096},
     "default": {"objective": "pg-ret", "tune": "memory"},
+    "whole-encoder": {"objective": "pg-ret", "tune": "full", "refit": False},
 }
+# Half an hour a run on a CPU, and at rates of its own: --rates 5e-5.
+ON_REQUEST = ("whole-encoder",)
 # An exact draw of lists from the whole catalog makes a step of the first two cost ten times another's.
 FIRST_L_ONLY = ("reinforce", "v-pg", "supervised-memory", "supervised-refit", "conservative-refit")
 OURS = "default"
@@ -175,7 +178,7 @@ def worth_on_validation(result: Result, max_recall_drop: float) -> tuple[float, 
 def choose_rates(
     pool: ProcessPoolExecutor, settings: list[Setting], methods: list[str]
 ) -> dict[tuple[str, int, str], float]:
-    """Learning rate of each method, by (set, L, method)."""
+    """Learning rate of each method, by (set, L, method); where there is only one, nothing is tried."""
     keys = [
         (s, m, rate)
         for s in settings
@@ -183,6 +186,8 @@ def choose_rates(
         if m not in UNTUNED
         for rate in s.options.rates
     ]
+    if all(len(s.options.rates) == 1 for s in settings):
+        return {(s.name, s.length, m): rate for s, m, rate in keys}
     # What is trained anew after the choice has no part in it.
     jobs = [s.job(m, METHODS[m] | {"refit": False}, TUNING_SEED, rate, None) for s, m, rate in keys]
     results = run_all(pool, run_piece, jobs, "learning rates")
@@ -199,7 +204,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default: all")
+    usual = ",".join(name for name in METHODS if name not in ON_REQUEST)
+    parser.add_argument(
+        "--methods", default=usual, help=f"comma-separated; default: all but {', '.join(ON_REQUEST)}"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="worker processes of one thread each")
     parser.add_argument("--L", dest="lengths", default="50,200", help="equal recall is measured at the first")

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,12 +196,21 @@ def test_a_path_goes_on_along_the_lines_with_less_of_the_memory() -> None:
 
 def test_published_methods_do_not_move_with_the_defaults() -> None:
     names = set(quality.NAMED)
-    tuned = set(quality.METHODS) - set(quality.UNTUNED)
+    tuned = set(quality.METHODS) - set(quality.UNTUNED) - set(quality.ON_REQUEST)
     assert all(names <= quality.METHODS[name].keys() for name in tuned)
     # Their identity holds no setting but those named; the default's holds all of the program's.
     assert quality.METHODS["default"].keys() == {"objective", "tune"}
+    assert not names <= quality.METHODS["whole-encoder"].keys()
     whole = quality_runs.explicit({"data": "d", "index": "i", "objective": "pg-ret"})
     assert {"loss", "temperature", "window"} <= whole.keys()
     one, other = ({"loss": loss} for loss in ("boundary", "aggressive"))
     assert quality_runs.identity("a", one, []) == quality_runs.identity("a", dict(one), [])
     assert quality_runs.identity("a", one, []) != quality_runs.identity("a", other, [])
+
+
+def test_one_rate_is_not_tried_before_it_is_taken() -> None:
+    setting = SimpleNamespace(
+        name="set", length=50, options=SimpleNamespace(rates=[0.01]), measured=lambda m: m
+    )
+    found = quality.choose_rates(None, [setting], ["supervised", "default"])
+    assert found == {("set", 50, "supervised"): 0.01}
