@@ -14,6 +14,7 @@ import pytest
 
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
+from novelret.evaluate import provenance
 from novelret.evaluate.breakdown import by_length, by_overlap, recall_spread, spread
 from novelret.evaluate.config import EvalConfig
 from novelret.evaluate.evaluate import evaluate_models
@@ -151,3 +152,12 @@ def test_spreads_are_shares_of_all_queries(evaluated):
         assert (lower, same, higher) == pytest.approx(
             ((change < 0).mean(), (change == 0).mean(), (change > 0).mean())
         )
+
+
+def test_a_kept_checkpoint_is_made_again_by_its_models_command(tmp_path):
+    kept = tmp_path / "model" / "checkpoints" / "step-4"
+    kept.mkdir(parents=True)
+    assert provenance._model_of(str(kept)) == str(tmp_path / "model")
+    assert provenance._model_of(str(tmp_path / "model")) == str(tmp_path / "model")
+    (kept / "manifest.json").write_text("{}")  # an artifact of its own
+    assert provenance._model_of(str(kept)) == str(kept)
