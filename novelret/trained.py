@@ -38,10 +38,15 @@ class Training:
         return {name: getattr(self, name) for name in told}
 
 
+def model_of(folder: Path) -> Path:
+    """The MODEL that a kept checkpoint lies in, or the folder itself."""
+    is_checkpoint = folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file()
+    return folder.parent.parent if is_checkpoint else folder
+
+
 def training_of(folder: Path) -> Training | None:
     """How the encoder in a folder was trained; None where nothing tells."""
-    if folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file():
-        folder = folder.parent.parent
+    folder = model_of(folder)
     if is_kind(folder, "export"):
         facts = read_manifest(folder, "export").facts.get("training")
         return Training(**facts, folder=folder) if facts else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from novelret.artifacts import MANIFEST, Manifest, is_kind, read_manifest
 from novelret.errors import UserError
+from novelret.trained import model_of
 
 if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
@@ -32,11 +33,11 @@ def commands(evaluation: Evaluation) -> list[str]:
     lines = list(dict.fromkeys(indexes))
     labels: dict[str, None] = {}
     trained = []
-    for path in dict.fromkeys(map(_model_of, evaluation.models.values())):
-        if not is_kind(Path(path), "model"):
+    for path in dict.fromkeys(model_of(Path(path)) for path in evaluation.models.values()):
+        if not is_kind(path, "model"):
             continue
-        settings = read_manifest(Path(path), "model").config
-        trained.append(f"{_line('train', settings, _train_defaults())} --out {shlex.quote(path)}")
+        settings = read_manifest(path, "model").config
+        trained.append(f"{_line('train', settings, _train_defaults())} --out {shlex.quote(str(path))}")
         given = settings.get("labels") or []
         labels |= dict.fromkeys([given] if isinstance(given, str) else given)
     for folder in labels:
@@ -45,13 +46,6 @@ def commands(evaluation: Evaluation) -> list[str]:
             lines.append(f"{_line('label', settings, _label_defaults())} --out {shlex.quote(folder)}")
     last = _line("eval", asdict(config), _defaults(type(config)))
     return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
-
-
-def _model_of(path: str) -> str:
-    """The MODEL that a kept checkpoint lies in, or the path itself."""
-    folder = Path(path)
-    is_checkpoint = folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file()
-    return str(folder.parent.parent) if is_checkpoint else path
 
 
 def _index_lines(manifest: Manifest, folder: str) -> list[str]:

@@ -155,15 +155,15 @@ def ask_and_write(
     spent, note = spent_on(earlier), out.with_name(NOTE)
     if note.is_file():
         spent = _sum(spent, read_json(note))
+    readings = readings or Readings()
     tally = Tally(
         earlier_requests=spent["requests"],
         earlier_cost=spent["cost"],
         caps=caps,
         run=_run_of(out.parent),
         halt=halt or Event(),
-        readings=readings or Readings(),
+        readings=readings,
     )
-    reading = tally.readings
     with closing(Store(store_path)) as store:
         feed = Feed(
             index, split, candidates, judge.render, key_function(judge.name, judge.parameters), out.parent
@@ -171,7 +171,7 @@ def ask_and_write(
 
         def status() -> str:
             cost = f"${tally.cost:.2f} " if judge.price and judge.price.of(1, 1) else ""
-            useless = f"{reading.unusable} unusable, " if reading.unusable else ""
+            useless = f"{readings.unusable} unusable, " if readings.unusable else ""
             return f"{cost}{useless}{tally.retries} retries, {len(tally.failed)} failed {tally.note}"
 
         if send:
@@ -190,13 +190,13 @@ def ask_and_write(
             f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: "
             f"{reason}); see to that and run the same command again"
         )
-    if tally.stopped and tally.stopped != reading.hopeless and not judged and not may_be_empty:
+    if tally.stopped and tally.stopped != readings.hopeless and not judged and not may_be_empty:
         fault = f" (the last fault: {tally.fault})" if tally.fault else ""
         raise UserError(f"{judge.name}: nothing is judged, {tally.stopped}{fault}")
     usable = judged - counts[VERDICTS[UNKNOWN]]
-    if reading.hopeless and not usable and not may_be_empty:
+    if readings.hopeless and not usable and not may_be_empty:
         raise UserError(
-            f"{judge.name}: {reading.hopeless}; another --prompt or --answer may fit (the answers are "
+            f"{judge.name}: {readings.hopeless}; another --prompt or --answer may fit (the answers are "
             "kept, and another --answer reads them anew)"
         )
     known = {name: int(n) for name, n in zip(candidates.sources, feed.known, strict=True)}

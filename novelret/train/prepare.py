@@ -116,13 +116,15 @@ def prepare(
     if not processes.is_first:
         processes.wait()  # the first one searches, the others read what it found
     found = _search(config, inputs, model, whole, device, report)
-    if not index.normalized:
-        _warn_of_temperature(config, index, base_query_embeddings(index, whole, device=device), report)
     mirror, mirrored = inputs.mirror, None
     if mirror is not None:
         mirrored = _search(config, inputs, model, mirror.split, device, report)
     is_weighed = config.trust and config.objective != "supervised" and len(inputs.labels) > 0
-    deployed = base_query_embeddings(index, whole, device=device, report=report) if is_weighed else None
+    deployed = None
+    if is_weighed or not index.normalized:
+        deployed = base_query_embeddings(index, whole, device=device, report=report)
+    if deployed is not None and not index.normalized:
+        _warn_of_temperature(config, index, deployed, report)
     if processes.is_first:
         processes.wait()
     train_rows, validation_rows = hold_back(whole, fraction, config.seed)
@@ -138,7 +140,7 @@ def prepare(
         _some(found.pool, train_rows),
     )
     _check_rewards(config, material)
-    if deployed is not None:
+    if deployed is not None and is_weighed:
         material = weigh_labels(
             material, _some(deployed, train_rows), index.embeddings, config.seed, processes, report
         )

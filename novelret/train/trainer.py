@@ -70,7 +70,8 @@ def train_model(
     Under `torchrun`, all processes train together and the first one writes.
 
     Raises:
-        UserError: unusable settings, data, labels or output; a loss that is no number.
+        UserError: unusable settings, data, labels or output; a loss that is no number before anything was
+            validated; a device that is too small.
     """
     read = (*config.indexes, *config.label_folders, config.init or "", config.judge or "")
     check_output(out, force=force, kind="model", inputs=read)

@@ -14,10 +14,10 @@ import pytest
 
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
-from novelret.evaluate import provenance
 from novelret.evaluate.breakdown import by_length, by_overlap, recall_spread, spread
 from novelret.evaluate.config import EvalConfig
 from novelret.evaluate.evaluate import evaluate_models
+from novelret.trained import model_of
 from tests.conftest import make_encoder
 
 EVIL = "<script>alert(1)</script> & 'sofa'"
@@ -157,7 +157,7 @@ def test_spreads_are_shares_of_all_queries(evaluated):
 def test_a_kept_checkpoint_is_made_again_by_its_models_command(tmp_path):
     kept = tmp_path / "model" / "checkpoints" / "step-4"
     kept.mkdir(parents=True)
-    assert provenance._model_of(str(kept)) == str(tmp_path / "model")
-    assert provenance._model_of(str(tmp_path / "model")) == str(tmp_path / "model")
+    assert model_of(kept) == tmp_path / "model"
+    assert model_of(tmp_path / "model") == tmp_path / "model"
     (kept / "manifest.json").write_text("{}")  # an artifact of its own
-    assert provenance._model_of(str(kept)) == str(kept)
+    assert model_of(kept) == kept
