@@ -40,9 +40,9 @@ class LoopbackJudge:
     Batches are answered `batch_delay` seconds after they were made; `batch_faults` are used up one per batch:
     "expired" (every second request has no answer), "errors" (every third is refused, every third fails),
     "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
-    breaks), "create-500" (not made), "create-refused" (not made, for good). The first `cut_files` times that a
-    file is asked for it breaks off as if that were all of it, the first `html_pages` times that a batch is,
-    there comes a page of HTML.
+    breaks), "create-500" (not made), "create-refused" (not made, for good). The first times that a file is asked
+    for it breaks off as if that were all of it, "in" a line or "after" one as `cut_files` says; the first
+    `html_pages` times that a batch is, there comes a page of HTML.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class LoopbackJudge:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.delay = delay
-        self.cut_files = self.html_pages = 0
+        self.cut_files: deque[str] = deque()
+        self.html_pages = 0
         self.billed: Counter[str] = Counter()
         self.seen: list[dict] = []
         self.authorization: set[str] = set()
@@ -217,12 +218,12 @@ class LoopbackJudge:
         if words[-1] == "content" and words[-2] not in self.files:
             send(request, 404, json.dumps({"error": {"message": "no such file"}}))
         elif words[-1] == "content" and self.cut_files:
-            self.cut_files -= 1
             data = self.files[words[-2]]
+            end = data.index(b"\n", len(data) // 2) + (1 if self.cut_files.popleft() == "after" else -9)
             request.send_response(200)
             request.send_header("Connection", "close")  # without a length: the end of the reply is its end
             request.end_headers()
-            request.wfile.write(data[: len(data) // 2])
+            request.wfile.write(data[:end])
             request.close_connection = True
         elif words[-1] in self.batches and self.html_pages:
             self.html_pages -= 1
@@ -287,6 +288,9 @@ class LoopbackJudge:
             if rows:
                 batch[field] = f"file-{len(self.files)}"
                 self.files[batch[field]] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        batch["request_counts"] = {
+            "total": len(requests), "completed": len(answers), "failed": len(errors)
+        }  # fmt: skip
         batch["status"] = "expired" if fault == "expired" else "completed"
 
 

@@ -521,10 +521,11 @@ def test_a_batch_whose_answers_are_gone_does_not_block_the_store(ask, tmp_path):
 
 def test_what_breaks_off_or_is_no_batch_is_looked_at_again(ask):
     with LoopbackJudge() as server:
-        server.cut_files, server.html_pages = 2, 2
+        server.html_pages = 2
+        server.cut_files.extend(["in", "after", "in", "after"])
         code, facts, err = ask(server)
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120), err
-        assert (server.cut_files, server.html_pages, len(server.batches)) == (0, 0, 1)
+        assert (len(server.cut_files), server.html_pages, len(server.batches)) == (0, 0, 1)
         assert set(server.billed.values()) == {1}
 
 

@@ -255,6 +255,7 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
     advance = run.advance if concerns_us else nothing
     replies = prompts = completions = untold = 0
     is_whole = True
+    seen: set[bytes] = set()
     answered: set[bytes] = set()
     failed: dict[bytes, str] = {}
     arrived: list[tuple[bytes, str, int | None, int | None]] = []
@@ -263,8 +264,9 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
             is_whole = False
             continue
         key, text, usage, reason, delivered, cut = reply
-        if key and (key not in keys or key in answered):
+        if key and (key not in keys or key in seen):
             continue
+        seen.add(key)
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if delivered:  # paid for, even if there is nothing to read
             replies += 1
@@ -304,12 +306,23 @@ def _look_at(run: _Run, key: bytes, text: str, cut: bool) -> None:
 
 
 def _replies(run: _Run, batch: Batch) -> Iterator[Reply | None]:
-    """What a batch brought, and None for a file that is gone: files are deleted after some time."""
-    for file in (batch.output_file_id, batch.error_file_id):
-        try:
-            yield from replies_in(run.client, file)
-        except openai.NotFoundError:
-            yield None
+    """What a batch brought, some of it perhaps twice, and None for a file that is gone."""
+    told = batch.request_counts.completed if batch.request_counts else 0
+    try:
+        count = 0
+        for reply in replies_in(run.client, batch.output_file_id):
+            yield reply
+            count += 1
+        if count < told:
+            # It may have broken off at the end of a line, and what is missing is paid for. Once more only: an
+            # endpoint that counts otherwise must not hold its answers back for ever.
+            yield from replies_in(run.client, batch.output_file_id)
+    except openai.NotFoundError:
+        yield None
+    try:
+        yield from replies_in(run.client, batch.error_file_id)
+    except openai.NotFoundError:
+        yield None
 
 
 def _keep(
