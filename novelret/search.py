@@ -83,6 +83,21 @@ def search_faiss(
     return rows, scores
 
 
+def merge_lists(
+    rows: np.ndarray, scores: np.ndarray, k: int, id_rank: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of lists that were found in parts of a catalog, as one search of all of it would give them.
+
+    Args:
+        rows: (Q, n) catalog rows, −1 where a part holds no more.
+        scores: (Q, n) of these, as `search_exact` gives them.
+        k: length of the lists.
+        id_rank: (N,) of all items.
+    """
+    best_rows, best, _ = _finish(rows, scores, k, id_rank, None)
+    return best_rows, best
+
+
 def _groups(excluded: RowLists | None) -> Iterator[tuple[slice | np.ndarray, np.ndarray | None]]:
     """Queries that leave out about as many rows each, and these rows, padded no wider than the group needs.
 

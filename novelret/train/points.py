@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from novelret.row_lists import RowLists
 from novelret.train import checkpoint
 from novelret.train.run import Run
+from novelret.train.shared_search import search_shared
 from novelret.train.validation import Point, make_point, measure
 
 _MEMORY_SHARES = (0.5, 0.25, 0.1)
@@ -49,6 +51,12 @@ def validate_blends(run: Run, points: list[Point], step: int) -> None:
 def _measure(run: Run, embeddings: list[np.ndarray]) -> list[np.ndarray]:
     """The figures of all processes' validation queries, as several encoders embed these."""
     assert run.validation is not None
-    whole = run.items.held if run.items.shard is None else None
-    found = measure(run.validation, embeddings, run.index, whole, run.processes.device)
-    return [run.processes.concatenate(figures) for figures in found]
+    index, items, processes = run.index, run.items, run.processes
+
+    def search(queries: np.ndarray, k: int, excluded: RowLists) -> np.ndarray:
+        if items.shard is not None and index.faiss_index is None:
+            return search_shared(items, processes, queries, k, index.id_rank, excluded)
+        held = items.held if items.shard is None else None
+        return index.search(queries, k, excluded, device=processes.device, items=held)[0]
+
+    return [processes.concatenate(figures) for figures in measure(run.validation, embeddings, search)]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from novelret.blocks import Items
 from novelret.data.split import Split, plain_texts
 from novelret.errors import UserError
 from novelret.evaluate.metrics import recall
 from novelret.evaluate.metrics.novelty import novel
-from novelret.index import Index
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
+from novelret.row_lists import RowLists
 from novelret.tradeoff import keeps_recall, unbeaten
 
 _NOT_SURE = 100  # judged novel items; few say little of those that are not judged
@@ -139,9 +138,7 @@ def known_pairs(split: Split, labels: LabelTable, recall_of: str) -> tuple[np.nd
 def measure(
     validation: Validation,
     embeddings: Sequence[np.ndarray],
-    index: Index,
-    items: Items | None,
-    device: str,
+    search: Callable[[np.ndarray, int, RowLists], np.ndarray],
 ) -> list[np.ndarray]:
     """Search the validation queries, as several encoders embed them, and compare with the deployed lists.
 
@@ -150,24 +147,15 @@ def measure(
     Args:
         validation: the queries and what is known of them.
         embeddings: (V, d) float32 of each encoder.
-        index: to search.
-        items: its embeddings, where they are on the device already.
-        device: where to search.
+        search: gives the catalog rows of queries' lists, of their length, without what each leaves out.
 
     Returns:
         Of each encoder (V, 5) float64 per query: novel items, relevant novel ones, judged novel ones, recall
         and the deployed model's recall, these two NaN where nothing is known to be relevant.
     """
     split, depth = validation.split, validation.base_rows.shape[1]
-    if len(split) == 0:
-        return [np.zeros((0, 5)) for _ in embeddings]
-    rows, _ = index.search(
-        np.concatenate(embeddings),
-        depth,
-        split.excluded.take(np.tile(np.arange(len(split)), len(embeddings))),
-        device=device,
-        items=items,
-    )
+    left_out = split.excluded.take(np.tile(np.arange(len(split)), len(embeddings)))
+    rows = search(np.concatenate(embeddings), depth, left_out)
     return [_compare(validation, found) for found in np.split(rows, len(embeddings))]
 
 

@@ -269,14 +269,14 @@ def test_recall_of_what_is_known_counts_relevant_labels_beside_feedback():
     of_feedback = known_pairs(split, labels, "feedback")
     assert np.array_equal(of_feedback, (split.feedback_queries, split.feedback_items))
 
-    class Search:
-        def search(self, *_, **__):
-            return np.array([[7, 9], [4, 5], [3, 8], [0, 1]]), None
+    def search(queries, k, excluded):
+        assert (len(queries), k, len(excluded)) == (4, 2, 4)
+        return np.array([[7, 9], [4, 5], [3, 8], [0, 1]])
 
     deployed = np.array([[3, 8], [0, 1]])
     for known, expected in ((of_feedback, [[0, 1], [1, 0]]), ((queries, items), [[1 / 3, 2 / 3], [1, 0]])):
         validation = Validation(split, known, deployed, deployed, labels)
-        figures, unmoved = measure(validation, [np.zeros((2, 2))] * 2, Search(), None, "cpu")
+        figures, unmoved = measure(validation, [np.zeros((2, 2))] * 2, search)
         assert unmoved[:, 0].tolist() == [0, 0]
         assert np.array_equal(unmoved[:, 3], unmoved[:, 4])
         assert figures[:, 3:] == pytest.approx(np.array(expected))
