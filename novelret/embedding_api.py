@@ -12,6 +12,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ class ApiEmbedding(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
         """Texts as they will be sent."""
         return {"texts": [(prompt or "") + str(text) for text in inputs]}
+
+    def count_unknown(self, texts: Sequence[str], prompt: str | None) -> int:
+        """How many of the texts the endpoint would be asked for, and paid for."""
+        asked = [(prompt or "") + text for text in texts]
+        keys = {_key(self.model, self.dimensions, text) for text in asked}
+        with closing(_open_cache()) as cache:
+            return len(keys) - sum(1 for _ in _find(cache, list(keys)))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding`, (n, d) float32, from the cache or the endpoint."""

@@ -110,6 +110,12 @@ def is_api(model: SentenceTransformer) -> bool:
     return any(isinstance(module, ApiEmbedding) for module in model)
 
 
+def count_unpaid(model: SentenceTransformer, texts: list[str]) -> int:
+    """How many queries an embedding API would have to be paid for; 0 with weights of one's own."""
+    modules = [module for module in model if isinstance(module, ApiEmbedding)]
+    return sum(module.count_unknown(texts, query_prompt(model)) for module in modules)
+
+
 def fingerprint_weights(model: torch.nn.Module) -> str:
     """Hash of a model's weights."""
     digest = hashlib.blake2b(digest_size=16)

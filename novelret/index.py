@@ -244,6 +244,8 @@ def base_query_embeddings(
 
 def embed_queries(model: SentenceTransformer, texts: list[str], report: Reporter) -> np.ndarray:
     """Query embeddings with a progress bar, (Q, d) float32."""
+    if unpaid := encode.count_unpaid(model, texts):
+        report.note(f"{unpaid:,} queries will be embedded by an API, which bills them")
     parts = []
     with report.bar("encoding queries", len(texts)) as advance:
         for start in range(0, len(texts), 4096):

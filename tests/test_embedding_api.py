@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -291,6 +292,26 @@ def test_the_whole_chain_in_front_of_imported_embeddings(api, world, tmp_path, c
     assert "--tune full: the query encoder is an embedding API; use --tune adapter or memory" in line
     line = fails(capsys, *train, "--tune", "lora", "--out", tmp_path / "lora")
     assert "--tune lora: ApiEmbedding is no transformer; use --tune adapter or memory" in line
+
+
+def test_how_many_queries_will_be_billed_is_said_before(api, world, tmp_path, capsys):
+    corpus = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
+    np.save(tmp_path / "items.npy", np.array([embedding(row["text"]) for row in corpus], dtype=np.float32))
+    (tmp_path / "ids.txt").write_text("".join(row["_id"] + "\n" for row in corpus))
+    index = ["index", "--data", world, "--embeddings", tmp_path / "items.npy", "--ids", tmp_path / "ids.txt",
+             "--model", "openai:m", "--out"]  # fmt: skip
+    label = ["label", "--data", world, "--judge", f"file:{world / 'judgements.tsv'}", "--missing", "irrelevant",
+             "--base-depth", 3, "--depth", 12, "--index"]  # fmt: skip
+    said = []
+    for n, split in enumerate(("train", "test", "train")):
+        assert main([*map(str, index), str(tmp_path / f"index{n}"), "--quiet"]) == 0
+        api.billed.clear()
+        folders = [tmp_path / f"index{n}", "--split", split, "--out", tmp_path / f"labels{n}"]
+        assert main([*map(str, label), *map(str, folders)]) == 0
+        err = " ".join(capsys.readouterr().err.split())
+        said.append(re.findall(r"([0-9,]+) queries will be embedded by an API, which bills them", err))
+        assert said[-1] == ([str(len(api.billed))] if api.billed else [])
+    assert [len(note) for note in said] == [1, 1, 0]  # the last one's were paid for before
 
 
 def test_an_endpoint_that_changed_its_model_is_refused(api, world, tmp_path, capsys):
