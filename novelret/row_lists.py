@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class RowLists:
         places = self.starts[:-1][queries][:, None] + np.arange(width)
         found[inside] = self.rows[places[inside]]
         return found
+
+    def tensor(self, queries: np.ndarray, device: torch.device) -> torch.Tensor:
+        """The same on a device."""
+        return torch.from_numpy(self.padded(queries)).to(device)
 
     def take(self, queries: np.ndarray) -> RowLists:
         """The lists of some queries alone, in their order."""

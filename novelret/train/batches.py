@@ -93,7 +93,7 @@ def _draw_from_policy(
     queries = batch.queries[places]
     tau = config.sampling_temperature
     if config.support is None:
-        left_out = torch.from_numpy(run.material.split.excluded.padded(queries)).to(embeddings.device)
+        left_out = run.material.split.excluded.tensor(queries, embeddings.device)
         draw = run.items.draw(embeddings, 1, key, tau, left_out, replacement=True)
     else:
         draw = draw_from_top(*top_items(run, embeddings, queries), 1, key, tau)
@@ -114,7 +114,7 @@ def top_items(run: Run, embeddings: torch.Tensor, queries: np.ndarray) -> tuple[
     excluded = run.material.split.excluded
     support = min(run.config.support, len(run.index) - excluded.longest)
     if run.index.faiss_index is None:
-        left_out = torch.from_numpy(excluded.padded(queries)).to(embeddings.device)
+        left_out = excluded.tensor(queries, embeddings.device)
         return run.items.top_k(embeddings, support, left_out)
     found = run.index.search(embeddings.cpu().numpy(), support, excluded.take(queries))
     rows, scores = (torch.from_numpy(array).to(embeddings.device) for array in found)

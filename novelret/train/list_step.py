@@ -40,7 +40,7 @@ def list_losses(
         (b,) losses and (b, K) float32 rewards of the drawn items, NaN where unknown.
     """
     k, tau = config.list_size, config.temperature
-    excluded = torch.from_numpy(material.split.excluded.padded(queries)).to(embeddings.device)
+    excluded = material.split.excluded.tensor(queries, embeddings.device)
     threshold_based = config.objective in ("gumbel-threshold", "swap")
     replacement = config.objective == "reinforce"
     drawn = items.draw(embeddings, k + threshold_based, key, tau, excluded, replacement=replacement)

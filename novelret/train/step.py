@@ -156,7 +156,7 @@ def _negatives(
     """
     first, last = negative_ranks(config)
     if config.loss == "inclusion":
-        excluded = torch.from_numpy(material.split.excluded.padded(queries)).to(embeddings.device)
+        excluded = material.split.excluded.tensor(queries, embeddings.device)
         # Of a tiny catalog all there is to a query that leaves out the most.
         last = min(last, max(1, len(items) - material.split.excluded.longest))
         first = min(first, last - 1)

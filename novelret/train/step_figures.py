@@ -106,7 +106,7 @@ def _policy_figures(run: Run, batch: Batch, step: int) -> Line:
     mine = some[run.processes.share(len(some))]
     with torch.no_grad():
         embeddings = run.embed(mine, step)
-        excluded = torch.from_numpy(run.material.split.excluded.padded(mine)).to(embeddings.device)
+        excluded = run.material.split.excluded.tensor(mine, embeddings.device)
         entropies = run.items.entropy(embeddings, run.config.temperature, excluded)
         values = run.processes.concatenate(entropies.double().cpu().numpy())
         figures: Line = {"entropy": round(float(values.mean()), 4)}
