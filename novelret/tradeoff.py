@@ -11,7 +11,8 @@ def keeps_recall(recall: float, base: float, max_drop: float) -> bool:
 
 
 def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """The Pareto set: whether no other point is at least as good in both figures and better in one."""
+    """The Pareto set: whether no other point is as good in both figures and better in one, rounding aside."""
+    rounded = [(round(x, 12), round(y, 12)) for x, y in points]
     return [
-        not any(x >= point[0] and y >= point[1] and (x, y) != point for x, y in points) for point in points
+        not any(x >= point[0] and y >= point[1] and (x, y) != point for x, y in rounded) for point in rounded
     ]

@@ -112,6 +112,10 @@ def evaluate(
         Path | None,
         typer.Option(help="A few pairs labelled by people, as to_label.tsv of --human-sample or as qrels."),
     ] = None,
+    human_threshold: Annotated[
+        float | None,
+        typer.Option(help="Lowest of these people's scores that is relevant. (default: anything above 0)"),
+    ] = None,
     human_sample: Annotated[
         int | None,
         typer.Option(help="Draw so many random pairs of the lists for people to label: OUT/to_label.tsv."),

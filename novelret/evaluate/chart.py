@@ -143,8 +143,10 @@ def _spread(heights: list[float], bottom: float) -> list[float]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Five or so round values that enclose a range."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / 4
+    span = high - low
+    if span <= 1e-9 * max(abs(low), abs(high)):  # the same, rounding aside
+        span = abs(high) or 1.0
+    raw = max(span, 1e-6) / 4  # no finer than ticks are rounded
     step = 10 ** math.floor(math.log10(raw))
     step *= next(f for f in (1, 2, 2.5, 5, 10) if f * step >= raw)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

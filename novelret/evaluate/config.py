@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class EvalConfig(Asking):
         base_depth: L, the deployed list's length: items beyond it are novel.
         k: cuts of the lists.
         human: a few (query, item) pairs labelled by people, drawn at random from the lists.
+        human_threshold: lowest of their scores that is relevant; by default anything above 0.
         human_sample: how many pairs to draw for people to label.
         max_recall_drop: how much of the base's recall the selected model may lose, relative.
         recall_of: what that recall counts: "feedback", or what is "known" to be relevant: feedback and what
@@ -54,6 +56,7 @@ class EvalConfig(Asking):
     base_depth: int = 50
     k: tuple[int, ...] = (10, 20, 50)
     human: str | None = None
+    human_threshold: float | None = None
     human_sample: int | None = None
     max_recall_drop: float = 0.01
     recall_of: str = "feedback"
@@ -121,6 +124,11 @@ def _check_judge(config: EvalConfig) -> None:
         split_judge(config.judge)
     if config.human is not None and config.judge is None:
         raise UserError("--human: corrects a judge's figures; give the judge too, with --judge")
+    if config.human_threshold is not None:
+        if config.human is None:
+            raise UserError("--human-threshold: is about people's scores; give these too, with --human")
+        if not math.isfinite(config.human_threshold):
+            raise UserError(f"--human-threshold {config.human_threshold}: must be a number")
     if config.recall_of not in RECALLS:
         raise UserError(f"--recall-of {config.recall_of}: unknown; choose from {', '.join(RECALLS)}")
     if config.recall_of == "known" and config.judge is None:

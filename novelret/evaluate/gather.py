@@ -89,7 +89,8 @@ def gather(config: EvalConfig, report: Reporter, *, sends: bool = True) -> Gathe
         judge = make_judge(str(config.judge), config, device=device, wait=config.wait, sends=sends)
     people = None
     if config.human is not None:
-        people = read_sample(Path(config.human), split.query_ids, index.catalog)
+        sample = Path(config.human)
+        people = read_sample(sample, split.query_ids, index.catalog, config.human_threshold, report)
     longest = max(config.k)
     read = {
         name: read_run(Path(path), split, index.catalog, longest, index.id_rank)

@@ -14,8 +14,10 @@ from novelret.data.catalog import Catalog
 from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
+from novelret.label.contradictions import warn_of_contradictions
 from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
 from novelret.membership import pairs_in
+from novelret.progress import Reporter
 
 _HEADER = "query-id\tcorpus-id\tscore\tquery\titem\n"
 
@@ -44,10 +46,17 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
             file.write(f"{split.query_ids[query]}\t{item_id}\t\t{shown}\n")
 
 
-def read_sample(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable:
-    """People's verdicts, from this table or from any qrels: a score above 0 is relevant.
+def read_sample(
+    path: Path, query_ids: list[str], catalog: Catalog, threshold: float | None, report: Reporter
+) -> LabelTable:
+    """People's verdicts, from this table or from any qrels; the last line about a pair counts.
 
-    Lines of other queries are passed over, since one file may serve several splits.
+    Args:
+        path: the file. Lines of other queries are passed over, since one file may serve several splits.
+        query_ids: the queries, in row order.
+        catalog: the indexed items.
+        threshold: lowest score that is relevant; by default anything above 0.
+        report: told how many lines contradict each other, and of scores that look like grades.
 
     Raises:
         UserError: a malformed line, an unknown item, or no labelled line about these queries.
@@ -64,6 +73,15 @@ def read_sample(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTabl
     if len(unknown):
         first = int(unknown[0])
         raise UserError(f"{wheres[first]}: item id {items[first]!r} is not in the catalog")
-    verdicts = np.where(np.array(scores) > 0, RELEVANT, IRRELEVANT).astype(np.int8)
+    values = np.array(scores)
+    if threshold is None and values.max() > 1:
+        report.warn(
+            f"{path}: holds scores up to {values.max():g}, and every one above 0 counts as relevant; say by "
+            "--human-threshold which is the lowest that does"
+        )
+    relevant = values > 0 if threshold is None else values >= threshold
     query_rows = np.array([row_of[query_id] for query_id in queries], dtype=np.int64)
-    return make_table(query_rows, rows, verdicts, len(catalog))
+    warn_of_contradictions(path, query_rows * len(catalog) + rows, relevant, report)
+    return make_table(
+        query_rows, rows, np.where(relevant, RELEVANT, IRRELEVANT).astype(np.int8), len(catalog)
+    )

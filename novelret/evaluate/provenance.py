@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from novelret.artifacts import MANIFEST, Manifest, is_kind, read_manifest
+from novelret.artifacts import Manifest, is_kind, read_manifest
 from novelret.errors import UserError
 from novelret.trained import model_of
 
@@ -23,29 +23,36 @@ _FIXED_BY_APPEND = ("model", "query_model", "factory", "search_params", "dtype")
 
 
 def commands(evaluation: Evaluation) -> list[str]:
-    """Shell lines that make the indexes, each model and this report again, in that order."""
+    """Shell lines that make the indexes, labels, models and this report again, each behind what it needs."""
     config = evaluation.config
     indexes = [
         line
         for folder in config.indexes
         for line in _index_lines(read_manifest(Path(folder), "index"), folder)
     ]
-    lines = list(dict.fromkeys(indexes))
-    labels: dict[str, None] = {}
-    trained = []
+    lines = dict.fromkeys(indexes)
     for path in dict.fromkeys(model_of(Path(path)) for path in evaluation.models.values()):
-        if not is_kind(path, "model"):
-            continue
-        settings = read_manifest(path, "model").config
-        trained.append(f"{_line('train', settings, _train_defaults())} --out {shlex.quote(str(path))}")
-        given = settings.get("labels") or []
-        labels |= dict.fromkeys([given] if isinstance(given, str) else given)
-    for folder in labels:
-        if (Path(folder) / MANIFEST).is_file():
-            settings = read_manifest(Path(folder), "labels").config
-            lines.append(f"{_line('label', settings, _label_defaults())} --out {shlex.quote(folder)}")
+        _add_lines(path, lines, set())
     last = _line("eval", asdict(config), _defaults(type(config)))
-    return [*lines, *trained, f"{last} --out {shlex.quote(str(evaluation.out))}"]
+    return [*lines, f"{last} --out {shlex.quote(str(evaluation.out))}"]
+
+
+def _add_lines(folder: Path, lines: dict[str, None], seen: set[Path]) -> None:
+    """Add the line that makes a MODEL or LABELS that still lies there, behind those of what went into it."""
+    verb = "train" if is_kind(folder, "model") else "label" if is_kind(folder, "labels") else None
+    if verb is None or folder in seen:  # a folder that was made anew since may seem to be made of itself
+        return
+    seen.add(folder)
+    settings = read_manifest(folder, "model" if verb == "train" else "labels").config
+    labels = settings.get("labels") or []
+    made_of = [labels] if isinstance(labels, str) else [*labels]
+    sources = [source.partition(":") for source in settings.get("sources") or []]
+    made_of += [name for kind, _, name in sources if kind in ("model", "yes")]
+    made_of += [settings["init"]] if settings.get("init") else []
+    for part in made_of:
+        _add_lines(model_of(Path(part)), lines, seen)
+    defaults = _train_defaults() if verb == "train" else _label_defaults()
+    lines[f"{_line(verb, settings, defaults)} --out {shlex.quote(str(folder))}"] = None
 
 
 def _index_lines(manifest: Manifest, folder: str) -> list[str]:

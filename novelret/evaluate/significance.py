@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 
 _CHUNK, _CELLS = 500, 1 << 24  # resamples at a time, and resamples × queries: memory stays flat
+_COLUMNS = 256  # differences of two models' figures at a time
 
 
 def bootstrap_intervals(
@@ -116,22 +117,23 @@ def compare_pairs(per_query: dict[str, dict[str, np.ndarray]], metrics: list[str
     pairs = list(combinations(per_query, 2))
     if not pairs or not metrics:
         return []
-    # One matrix, so that all pairs share the sign flips.
-    differences = np.stack(
-        [per_query[a][metric] - per_query[b][metric] for a, b in pairs for metric in metrics], axis=1
-    )
-    p_values = randomization_tests(differences).reshape(len(pairs), len(metrics))
-    corrected = holm(p_values)
-    tests = []
-    for row, (a, b) in enumerate(pairs):
-        for column, metric in enumerate(metrics):
-            values = differences[:, row * len(metrics) + column]
-            known = values[~np.isnan(values)]
-            mean = float(known.mean()) if len(known) else 0.0
-            tests.append(
-                PairTest(a, b, metric, mean, float(p_values[row, column]), float(corrected[row, column]))
-            )
-    return tests
+    means, p_values = [], []
+    step = max(1, _COLUMNS // len(metrics))
+    for start in range(0, len(pairs), step):
+        some = pairs[start : start + step]
+        differences = np.stack([per_query[a][m] - per_query[b][m] for a, b in some for m in metrics], axis=1)
+        known = ~np.isnan(differences)
+        sums = np.where(known, differences, 0.0).sum(axis=0)
+        means.append((sums / np.maximum(known.sum(axis=0), 1)).reshape(len(some), len(metrics)))
+        # By one seed, so that all pairs share the sign flips.
+        p_values.append(randomization_tests(differences).reshape(len(some), len(metrics)))
+    difference, p = np.concatenate(means), np.concatenate(p_values)
+    corrected = holm(p)
+    return [
+        PairTest(a, b, metric, *(float(of[row, column]) for of in (difference, p, corrected)))
+        for row, (a, b) in enumerate(pairs)
+        for column, metric in enumerate(metrics)
+    ]
 
 
 def stars(p_value: float | None) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from novelret.evaluate.evaluate import Evaluation
 
 _COLUMNS = (
-    "model", "metric", "value", "low", "high", "p", "p_holm", "mark",
+    "model", "metric", "value", "bound", "low", "high", "p", "p_holm", "mark",
     "human_value", "human_low", "human_high", "human_pairs",
 )  # fmt: skip
 
@@ -86,8 +86,10 @@ def _write_csv(evaluation: Evaluation, path: Path) -> None:
         writer.writeheader()
         for model, means in evaluation.means.items():
             for metric, value in means.items():
-                found = evaluation.significance[model].get(metric, {})
-                row = {"model": model, "metric": metric, "value": value}
+                bound = bound_of(metric, means, evaluation.judged)
+                # Of a bound there is neither an interval nor a test, here as in the other tables.
+                found = {} if bound else evaluation.significance[model].get(metric, {})
+                row = {"model": model, "metric": metric, "value": value, "bound": bound}
                 row |= {name: found[name] for name in ("low", "high", "p", "p_holm") if name in found}
                 row["mark"] = stars(found.get("p_holm"))
                 human = evaluation.human.get(model, {}).get(metric)

@@ -11,11 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy import stats
 
 from novelret.artifacts import read_manifest
 from novelret.data.source import read_part, read_qrels_file
 from novelret.data.split import load_queries
 from novelret.errors import UserError
+from novelret.label.contradictions import warn_of_contradictions
+from novelret.label.judge import check_threshold
 from novelret.label.table import RELEVANT, UNKNOWN
 from novelret.progress import Reporter
 
@@ -95,18 +98,18 @@ def measure_agreement(
         threshold: lowest human score that counts as relevant; by default anything above 0.
         show: how many disagreements to give texts for.
         seed: decides the resamples, and the order of equally bad disagreements.
-        report: warned where the agreement does not carry the labels.
+        report: warned where the agreement does not carry the labels, or people contradict each other.
 
     Raises:
-        UserError: a file cannot be read, the two share no pair, or the seed is below 0.
+        UserError: a file cannot be read, the two share no pair, the seed is below 0, or the threshold is no
+            number.
     """
     report = report or Reporter()
     if seed < 0:
         raise UserError(f"--seed {seed}: must be at least 0")
     manifest = read_manifest(labels, "labels")
-    scores = {(query, item): score for _, query, item, score in read_qrels_file(human)}
-    if not scores:
-        raise UserError(f"{human}: holds no judgements")
+    check_threshold(threshold)
+    scores = _scores(human, threshold, report)
     found = dict(_shared(labels / "judgements.parquet", scores))
     usable = [pair for pair, (verdict, _, _) in found.items() if verdict != UNKNOWN]
     if not usable:
@@ -145,6 +148,19 @@ def measure_agreement(
     )
     _warn(result, report)
     return result
+
+
+def _scores(path: Path, threshold: float | None, report: Reporter) -> dict[tuple[str, str], float]:
+    """People's score of each pair; the last line counts."""
+    lines = [(query, item, score) for _, query, item, score in read_qrels_file(path)]
+    if not lines:
+        raise UserError(f"{path}: holds no judgements")
+    scores = {(query, item): score for query, item, score in lines}
+    number = {pair: n for n, pair in enumerate(scores)}
+    pairs = np.array([number[query, item] for query, item, _ in lines])
+    relevant = np.array([_is_relevant(score, threshold) for _, _, score in lines])
+    warn_of_contradictions(path, pairs, relevant, report)
+    return scores
 
 
 def confusion_counts(judged: np.ndarray, people: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -187,9 +203,10 @@ def bootstrap_by_query(
     """Percentile bootstrap intervals of the four figures; whole queries are drawn.
 
     Pairs of one query share its difficulty, so drawing single pairs would give intervals that are too
-    narrow (cluster bootstrap, Davison and Hinkley, 1997). Where all pairs agree, or none does, resamples
-    cannot differ: the interval is then the exact one of that many pairs (Clopper and Pearson, 1934), as
-    surveys have it (Korn and Graubard, 1998), and kappa's what that accuracy gives at the same chance.
+    narrow (cluster bootstrap, Davison and Hinkley, 1997). Of few queries resamples differ too little: the
+    ends are moved away from the figure as Student's t does (Hesterberg, 2015). No interval is narrower than
+    the exact one of as many pairs that have nothing to do with each other (Clopper and Pearson, 1934), as
+    surveys have it (Korn and Graubard, 1998), and kappa's than what accuracy's gives at the same chance.
 
     Args:
         counts: (Q, 4) confusion counts per query.
@@ -218,20 +235,28 @@ def bootstrap_by_query(
 
 
 def _opened(counts: np.ndarray, ends: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
-    """The ends, (2, 4), with the exact ones of figures that are 0 or 1, which no resample moves."""
-    low, high = ends
-    total = counts.sum(axis=0)
-    both, judge_alone, people_alone, _ = total
+    """The ends, (2, 4), moved outwards: as few queries need it, and as far as those of independent pairs."""
+    total, queries = counts.sum(axis=0), len(counts)
     figures = agreement_figures(total[None])[0]
-    pairs = (total.sum(), both + judge_alone, both + people_alone)
-    for n, size in enumerate(pairs):
-        if figures[n] == 1:
-            low[n] = tail ** (1 / size)
-        elif figures[n] == 0:
-            high[n] = 1 - tail ** (1 / size)
-    if figures[3] == 1:
-        chance = _chance(pairs[1] / pairs[0], pairs[2] / pairs[0])
-        low[3] = (low[0] - chance) / (1 - chance)
+    few = stats.t.ppf(1 - tail, queries - 1) / stats.norm.ppf(1 - tail) * (queries / (queries - 1)) ** 0.5
+    low, high = figures + few * (ends - figures)
+    both, judge_alone, people_alone, neither = total
+    sizes = np.array([total.sum(), both + judge_alone, both + people_alone])
+    hits = np.array([both + neither, both, both])
+    with np.errstate(invalid="ignore"):
+        exact_low = np.where(hits > 0, stats.beta.ppf(tail, hits, sizes - hits + 1), 0.0)
+        exact_high = np.where(hits < sizes, stats.beta.ppf(1 - tail, hits + 1, sizes - hits), 1.0)
+    chance = _chance(sizes[1] / sizes[0], sizes[2] / sizes[0])
+    if chance < 1:
+        exact_low, exact_high = (
+            np.append(x, (x[0] - chance) / (1 - chance)) for x in (exact_low, exact_high)
+        )
+    else:  # both always say the same word
+        exact_low, exact_high = np.append(exact_low, np.nan), np.append(exact_high, np.nan)
+    least = np.array([0.0, 0.0, 0.0, -1.0])
+    low, high = np.maximum(np.minimum(low, exact_low), least), np.minimum(np.maximum(high, exact_high), 1.0)
+    undefined = np.isnan(figures)
+    low[undefined] = high[undefined] = np.nan
     return low, high
 
 

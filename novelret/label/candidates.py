@@ -15,6 +15,7 @@ from novelret.index import Index, base_lists, finetuned_query_embeddings, load_f
 from novelret.label.labels import open_labels
 from novelret.label.table import RELEVANT
 from novelret.progress import Reporter
+from novelret.row_lists import RowLists
 
 _QUERIES_AT_ONCE = 16_384
 
@@ -111,14 +112,37 @@ def _lists(
     if source == "base-top":
         return base_lists(index, split, base_depth, device=device, report=report)[0]
     if source == "random":
-        lists = rng.integers(len(index), size=(len(split), per_query or base_depth))
-        pairs = np.arange(len(split))[:, None] * len(index) + lists
-        return np.where(np.isin(pairs, split.excluded.pairs(len(index))), -1, lists)
+        return _random_items(len(index), per_query or base_depth, split.excluded, rng)
     if source.startswith("model:"):
         model = load_finetuned(source.removeprefix("model:"), index, device)
         embeddings = finetuned_query_embeddings(model, index, split, device=device, report=report)
         return index.search(embeddings, base_depth, split.excluded, device=device, report=report)[0]
     raise UserError(f"--from {source}: unknown; choose from {', '.join(SOURCES)}")
+
+
+def _random_items(size: int, count: int, excluded: RowLists, rng: np.random.Generator) -> np.ndarray:
+    """(Q, count) catalog rows at random, none twice for a query or left out of its lists; −1 where none is.
+
+    What is, is drawn anew: of a large catalog hardly anything. Much of a small one is drawn query by query.
+    """
+    n_queries = len(excluded)
+    if count + excluded.longest > size // 4:
+        lists = np.full((n_queries, count), -1, dtype=np.int64)
+        for query in range(n_queries):
+            left = np.setdiff1d(np.arange(size), excluded.padded(np.array([query])))
+            drawn = rng.permutation(left)[:count]
+            lists[query, : len(drawn)] = drawn
+        return lists
+    lists = rng.integers(size, size=(n_queries, count))
+    left_out = excluded.pairs(size)
+    while True:
+        order = np.argsort(lists, axis=1, kind="stable")
+        repeats = np.diff(np.take_along_axis(lists, order, axis=1), axis=1, prepend=-1) == 0
+        unfit = np.isin(np.arange(n_queries)[:, None] * size + lists, left_out)
+        np.put_along_axis(unfit, order, repeats | np.take_along_axis(unfit, order, axis=1), axis=1)
+        if not unfit.any():
+            return lists
+        lists[unfit] = rng.integers(size, size=int(unfit.sum()))
 
 
 def _named_pairs(path: Path, index: Index, split: Split, report: Reporter) -> tuple[np.ndarray, np.ndarray]:

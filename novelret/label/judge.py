@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -121,6 +122,16 @@ def same_judge(one: str, other: str) -> bool:
     return one.replace("openai-batch:", "openai:") == other.replace("openai-batch:", "openai:")
 
 
+def check_threshold(threshold: float | None) -> None:
+    """Refuse a lowest relevant score that is no number.
+
+    Raises:
+        UserError: it is none.
+    """
+    if threshold is not None and not math.isfinite(threshold):
+        raise UserError(f"--threshold {threshold}: must be a number")
+
+
 def check_asking(config: Asking) -> None:
     """Refuse caps and rates that make no sense.
 
@@ -128,6 +139,7 @@ def check_asking(config: Asking) -> None:
         UserError: one line naming the option.
     """
     _ = config.caps  # refuses what is below 0
+    check_threshold(config.threshold)
     if config.concurrency < 1:
         raise UserError(f"--concurrency {config.concurrency}: must be at least 1")
     above_zero = {"timeout": config.timeout, "rpm": config.rpm, "tpm": config.tpm}

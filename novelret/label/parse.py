@@ -100,7 +100,9 @@ def _is_meant(before: str, after: str) -> bool:
 
 
 def _parse_grade(answer: str, threshold: float) -> tuple[int, float | None]:
-    found = re.fullmatch(r"\W*(?:grade|score|relevance)?\W*([0-3])(?:\.0)?\W*", answer.strip(), re.IGNORECASE)
+    found = re.fullmatch(
+        r"\W*(?:grade|score|relevance)?\W*(?<![-−–])([0-3])(?:\.0)?\W*", answer.strip(), re.IGNORECASE
+    )
     if not found:
         return UNKNOWN, None
     return _graded(float(found[1]), threshold)

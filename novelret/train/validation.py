@@ -97,15 +97,17 @@ def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.
             "give more queries or another fraction"
         )
     # Queries of one text, as a log of events holds them, stay on one side. What is drawn are texts: of a draw
-    # of events, the frequent texts would be held back and hardly any of the others.
+    # of events, the frequent texts would be held back and hardly any of the others. No more than half of the
+    # texts: where one is most of the events, all others would be held back.
     text_of = _text_groups(split)
     sizes = np.bincount(text_of)
+    texts = max(1, round(max(fraction, 0.5) * len(sizes)))
     held_back = np.zeros(len(sizes), dtype=bool)
     for text in np.random.default_rng((seed % (1 << 32), 0x5EED)).permutation(len(sizes)):
         if sizes[text] <= count:
             held_back[text] = True
-            count -= sizes[text]
-        if count == 0:
+            count, texts = count - sizes[text], texts - 1
+        if count == 0 or texts == 0:
             break
     training, validation = np.flatnonzero(~held_back[text_of]), np.flatnonzero(held_back[text_of])
     for rows, what in ((training, "training"), (validation, "held-back")):

@@ -91,6 +91,30 @@ def test_people_who_labelled_everything_overrule_the_judge(common, world, models
         assert again["human"] == found["human"]
 
 
+def test_people_who_contradict_each_other_or_give_grades_are_told_of(common, world, models, capsys, tmp_path):
+    arguments = [*common, "--model", f"new={models[1][0]}"]
+    first = result(capsys, *arguments, "--out", tmp_path / "first")
+    truth = truth_of(world)
+    pairs = sorted({(q, i) for q, row in lists_of(tmp_path / "first", "new").items() for i in row})
+    # Grades, of which 1 is a no: without a word about that, all is relevant.
+    write_qrels(tmp_path / "grades.tsv", [(*pair, 1 + (pair in truth)) for pair in pairs])
+    grades = [*arguments, "--human", tmp_path / "grades.tsv"]
+    code, _, err = run(capsys, *grades, "--out", tmp_path / "a")
+    assert (code, "holds scores up to 2, and every one above 0 counts as relevant" in err) == (0, True)
+    code, _, err = run(capsys, *grades, "--human-threshold", 2, "--out", tmp_path / "b")
+    assert (code, "above 0 counts" in err) == (0, False)
+    figure = json.loads((tmp_path / "b" / "metrics.json").read_text())["human"]["new"]["Precision@5"]
+    assert figure["value"] == pytest.approx(first["models"]["new"]["Precision@5"])
+    # A second annotator who says no to everything.
+    lines = [(*pair, int(pair in truth)) for pair in pairs]
+    write_qrels(tmp_path / "two.tsv", lines + [(*pair, 0) for pair in pairs])
+    code, _, err = run(capsys, *arguments, "--human", tmp_path / "two.tsv", "--out", tmp_path / "c")
+    said = (
+        f"two.tsv: {sum(of for *_, of in lines)} pairs called relevant in one line and irrelevant in another"
+    )
+    assert (code, said in err) == (0, True)
+
+
 def test_a_sample_is_drawn_labelled_and_read_back(common, world, models, capsys, tmp_path):
     arguments = [*common, "--model", f"new={models[1][0]}"]
     result(capsys, *arguments, "--human-sample", 120, "--out", tmp_path / "first")
@@ -196,6 +220,11 @@ def test_counts_that_few_verdicts_stand_behind_are_marked_as_bounds(
         assert f"judged {share:.1%} of the novel items in the top 5 of new" in " ".join(err.split())
         assert any("lower bounds" in warning for warning in found["warnings"])
         # In the terminal, the page and the tables: a bound, without a test or an interval.
+        with (folder / "metrics.csv").open(newline="") as file:
+            rows = {(row["model"], row["metric"]): row for row in csv.DictReader(file)}
+        row = rows["new", "RelevantNovel@5"]
+        assert [row[name] for name in ("bound", "low", "high", "p", "p_holm", "mark")] == ["≥", *[""] * 5]
+        assert rows["new", "Novelty@5"]["bound"] == "" != rows["new", "Novelty@5"]["low"]
         bound = f"≥{new['RelevantNovel@5']:.2f}"
         assert f"{bound} " in out
         assert f"RelevantNovel@5 ({bound})" in out
@@ -525,6 +554,9 @@ def test_bad_input_has_one_line_each(common, world, index_folder, models, capsys
             *without_judge, "--judge", f"file:{pair['alien']}"
         ],
         "--human: corrects a judge's figures": [*without_judge, "--human", pair["alien"]],
+        "--human-threshold: is about people's scores": [*common, "--human-threshold", 2],
+        "--human-threshold nan: must be a number": [*common, "--human", pair["words"], "--human-threshold", "nan"],
+        "--threshold nan: must be a number": [*common, "--threshold", "nan"],
         "--human /no/such: no such file": [*common, "--human", "/no/such"],
         "elsewhere.tsv: none of its pairs is in any list": [*common, "--human", pair["elsewhere"]],
         "--weights /no/such: no such file": [*common, "--weights", "/no/such"],

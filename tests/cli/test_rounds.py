@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
 from novelret.cli import main
+from novelret.evaluate.config import EvalConfig
+from novelret.evaluate.provenance import commands
 from novelret.index import open_index
 
 
@@ -63,6 +67,14 @@ def test_label_train_label_train(world, index_folder, capsys, tmp_path):
     assert (
         found["points"][0]["novelty"] == before["facts"]["chosen"]["novelty"]
     )  # it starts where that one ended
+    # A report names what both rounds are made by, in an order in which it can be made.
+    config = EvalConfig(str(world), str(index_folder))
+    made = SimpleNamespace(config=config, models={"new": str(tmp_path / "model2")}, out=tmp_path / "report")
+    lines = [line.split() for line in commands(made)]
+    assert [(words[1], Path(words[-1]).name) for words in lines] == [
+        ("index", index_folder.name), ("label", "labels1"), ("train", "model1"), ("label", "labels2"),
+        ("train", "model2"), ("eval", "report"),
+    ]  # fmt: skip
     # Both rounds' adapters stand in the saved encoder, which still loads by itself.
     again = SentenceTransformer(str(tmp_path / "model2"), device="cpu")
     assert [type(module).__name__ for module in again].count("Dense") == 2

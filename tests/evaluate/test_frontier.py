@@ -1,8 +1,12 @@
 """The Pareto set against its definition, and the choice within a recall budget."""
 
+import re
+
 import numpy as np
 
+from novelret.evaluate.chart import Mark, scatter
 from novelret.evaluate.frontier import make_frontier
+from novelret.tradeoff import unbeaten
 
 MEANS = {
     "base": {"Recall@5": 0.50, "Novelty@5": 0.0, "RelevantNovel@5": 0.0},
@@ -18,6 +22,18 @@ def test_pareto_sets_by_hand():
     assert [m for m, p in points.items() if p.pareto_novelty] == ["careful", "bold"]
     assert [m for m, p in points.items() if p.pareto_relevant_novel] == ["careful", "balanced", "bold"]
     assert abs(points["bold"].recall_change + 0.2) < 1e-12
+
+
+def test_rounding_decides_nothing():
+    assert unbeaten([(0.4000000000000001, 0.0), (0.39999999999999997, 5.0)]) == [False, True]
+    svg = scatter(
+        [Mark("a", 0.39999999999999997, 0), Mark("b", 0.4000000000000001, 1)], "x", "y", line_at=0.4
+    )
+    tiny = scatter([Mark("a", 0, 0), Mark("b", 2e-14, 3e-14)], "x", "y")
+    for picture in (svg, tiny):
+        places = [float(x) for x in re.findall(r' (?:cx|cy|x|y)="([^"]+)"', picture)]
+        assert all(0 <= place <= 740 for place in places)
+        assert len(re.findall('class="tick"', picture)) >= 4
 
 
 def test_the_budget_selects():

@@ -77,6 +77,16 @@ def test_pairs_of_models_against_scipy():
     assert compare_pairs({"x": figures["x"]}, ["a"]) == []
 
 
+def test_pairs_are_compared_the_same_however_many_at_once(monkeypatch):
+    rng = np.random.default_rng(2)
+    figures = {str(n): {m: rng.normal(n / 9, 1, 50) for m in "abc"} for n in range(6)}
+    figures["3"]["b"][:20] = np.nan
+    together = compare_pairs(figures, [*"abc"])
+    monkeypatch.setattr(significance, "_COLUMNS", 7)
+    assert compare_pairs(figures, [*"abc"]) == together
+    assert len(together) == 45
+
+
 def test_resamples_are_the_same_however_many_are_held_at_once(monkeypatch):
     values = np.random.default_rng(3).normal(size=(40, 3))
     whole = bootstrap_intervals(values)

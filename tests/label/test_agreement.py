@@ -43,7 +43,9 @@ def test_figures_are_those_of_scikit_learn(seed):
 
 
 def test_the_bootstrap_draws_whole_queries():
-    judged, people, rows = draw(7)
+    _, people, rows = draw(7)
+    # Wrong about some queries alone, so that pairs say less than as many that have nothing to do with another.
+    judged = people ^ (np.random.default_rng(8).random(len(rows)) < np.where(rows % 4 == 0, 0.6, 0.02))
     low, high = bootstrap_by_query(confusion_counts(judged, people, rows), samples=4000)
     rng = np.random.default_rng(1)
     drawn = []
@@ -57,7 +59,9 @@ def test_the_bootstrap_draws_whole_queries():
                 cohen_kappa_score(people[kept], judged[kept]),
             ]
         )
-    expected = np.quantile(drawn, [0.025, 0.975], axis=0)
+    figures = agreement_figures(confusion_counts(judged, people, rows).sum(axis=0)[None])[0]
+    few = scipy.stats.t.ppf(0.975, 29) / scipy.stats.norm.ppf(0.975) * (30 / 29) ** 0.5
+    expected = figures + few * (np.quantile(drawn, [0.025, 0.975], axis=0) - figures)
     assert np.abs(np.stack([low, high]) - expected).max() < 0.015
 
 
@@ -71,6 +75,28 @@ def test_few_pairs_that_all_agree_do_not_make_it_certain():
     low, high = bootstrap_by_query(np.array([[0, 2, 1, 0]] * 4))  # the judge is never right
     assert low[:3].tolist() == [0, 0, 0]
     assert high[:3] == pytest.approx([1 - exact_of(n) for n in (12, 8, 4)])
+
+
+def test_intervals_of_few_queries_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    for queries in (2, 3, 5):
+        held = 0
+        for seed in range(150):
+            right = rng.binomial(40, 0.84, size=queries)
+            counts = np.stack(
+                [right // 2, (40 - right) // 2, 40 - right - (40 - right) // 2, right - right // 2], axis=1
+            )
+            low, high = bootstrap_by_query(counts, samples=300, seed=seed)
+            held += low[0] <= 0.84 <= high[0]
+        assert held / 150 > 0.93, queries
+
+
+def test_no_interval_is_narrower_than_that_of_independent_pairs():
+    low, high = bootstrap_by_query(np.array([[2, 1, 0, 7]] * 10))  # no resample differs from another
+    for n, (hits, size) in enumerate(((90, 100), (20, 30), (20, 20))):
+        exact = scipy.stats.binomtest(hits, size).proportion_ci()
+        assert (low[n], high[n]) == pytest.approx((exact.low, exact.high))
+    assert low[3] < agreement_figures(np.array([[20, 10, 0, 70]]))[0, 3] < high[3]
 
 
 def exact_of(n):
@@ -127,6 +153,17 @@ def test_a_judge_that_people_share_is_trusted(labels, tmp_path, capsys):
     assert found["intervals"]["accuracy"] == pytest.approx([exact_of(len(rows)), 1])
     assert found["pairs"] == len(rows) == found["confusion"]["yes-yes"] + found["confusion"]["no-no"]
     assert found["disagreements"] == []
+    # A second annotator who contradicts the first one on two pairs; the last line counts, and that is said.
+    twice = rows + [row | {"verdict": 1 - row["verdict"]} for row in rows[:2]]
+    write_qrels(tmp_path / "two.tsv", [(r["query_id"], r["item_id"], r["verdict"]) for r in twice])
+    code, out, err = agree(capsys, "--labels", labels, "--human", tmp_path / "two.tsv", "--json")
+    assert json.loads(out)["figures"]["accuracy"] == pytest.approx(1 - 2 / len(rows))
+    assert (
+        "two.tsv: 2 pairs called relevant in one line and irrelevant in another; the last line"
+        in " ".join(err.split())
+    )
+    code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "two.tsv", "--threshold", "nan")
+    assert (code, err.strip()) == (2, "error: --threshold nan: must be a number")
     code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "people.tsv", "--seed", -1)
     assert (code, err.strip()) == (2, "error: --seed -1: must be at least 0")
 

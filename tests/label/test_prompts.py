@@ -66,6 +66,9 @@ def test_grades_and_json():
     assert parse(graded, "2") == (RELEVANT, 2)
     assert parse(graded, "Grade: 1") == (IRRELEVANT, 1)
     assert parse(graded, "4") == (UNKNOWN, None)
+    assert parse(graded, "Grade - 2") == (RELEVANT, 2)
+    for below in ("-2", "score: -2", "−1", "**-1**"):
+        assert parse(graded, below) == (UNKNOWN, None)
     as_json = Prompt("j", "", "{query}{item}", answer="json")
     assert parse(as_json, 'Sure: {"relevant": true}') == (RELEVANT, None)
     assert parse(as_json, '{"answer": "no"}') == (IRRELEVANT, None)

@@ -41,6 +41,9 @@ def test_frequent_texts_are_held_back_no_sooner_than_others():
         assert "often" not in {texts[row] for row in held_back}  # alone more than may be held back
         sizes.append(len(held_back))
     assert set(sizes) == {300}
+    # Alone nearly all of it: not all of the other texts are held back.
+    split = split_of(["often"] * 850 + [f"rare {n}" for n in range(150)])
+    assert {len(hold_back(split, 0.2, seed)[1]) for seed in range(20)} == {76}
     pairs = split_of([text for n in range(100) for text in [f"text {n}"] * (10 if n < 10 else 1)])
     drawn = [hold_back(pairs, 0.2, seed)[1] for seed in range(200)]
     share = np.mean([len({row // 10 for row in rows if row < 100}) / 10 for rows in drawn])

@@ -9,6 +9,7 @@ import numpy as np
 from novelret.data.catalog import Catalog
 from novelret.data.source import read_qrels_file
 from novelret.errors import UserError
+from novelret.label.contradictions import warn_of_contradictions
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make_table
 from novelret.progress import Reporter
 
@@ -63,12 +64,8 @@ def file_table(
     scores = np.array(grades)[known]
     relevant = scores > 0 if threshold is None else scores >= threshold
     pairs = np.array(queries, dtype=np.int64)[known] * len(catalog) + rows[known]
-    both = len(np.intersect1d(pairs[relevant], pairs[~relevant]))
-    if report is not None and both:
-        report.warn(
-            f"{path}: {both:,} pair{'s' * (both != 1)} called relevant in one line and irrelevant in "
-            "another; the last line counts"
-        )
+    if report is not None:
+        warn_of_contradictions(path, pairs, relevant, report)
     return make_table(
         np.array(queries, dtype=np.int64)[known],
         rows[known],
