@@ -38,6 +38,7 @@ def run_steps(run: Run, last: int | None = None, kept: Iterable[int] = ()) -> tu
 
     Raises:
         UserError: a loss that is no number before anything was validated.
+        Diverged: one in a second training, which validates nothing.
     """
     config, processes = run.config, run.processes
     last = config.steps if last is None else last
@@ -65,7 +66,7 @@ def run_steps(run: Run, last: int | None = None, kept: Iterable[int] = ()) -> tu
             began = time.perf_counter()
             try:
                 batch, loss, norm = _step(run, batches, parameters, optimizer, scaler, step)
-            except _Diverged as diverged:
+            except Diverged as diverged:
                 return points, _last_sound(points, diverged, run)
             took = time.perf_counter() - began
             labelled.count(loss)
@@ -170,14 +171,14 @@ def _step(
         total = total + part.detached()
     total = StepLoss.from_tensor(processes.sum(total.as_tensor(processes.device)))
     if not math.isfinite(total.loss.item()):
-        raise _Diverged(f"step {step}: the loss is {total.loss.item()}")
+        raise Diverged(f"step {step}: the loss is {total.loss.item()}")
     processes.sum_gradients(parameters)
     if all(parameter.grad is None for parameter in parameters):  # no state of the batch had a reward
         return batch, total, 0.0
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips the step and lowers its scale
-        raise _Diverged(f"step {step}: the gradient is no number")
+        raise Diverged(f"step {step}: the gradient is no number")
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
     scaler.step(optimizer)
@@ -186,19 +187,20 @@ def _step(
     return batch, total, norm
 
 
-class _Diverged(Exception):
+class Diverged(Exception):
     """A loss or a gradient that is no number; in all processes at once, as they sum both."""
 
 
-def _last_sound(points: list[Point], diverged: _Diverged, run: Run) -> int:
+def _last_sound(points: list[Point], diverged: Diverged, run: Run) -> int:
     """The last validated step, from whose weights and those before a model can still be chosen.
 
     Raises:
         UserError: there is none.
+        Diverged: in a second training.
     """
     remedy = "Lower --learning-rate or raise --temperature"
     if run.validation is None and run.config.validation_fraction > 0:
-        raise UserError(f"{diverged}, in the training on all queries; pass --no-refit, with --force")
+        raise diverged  # in a second training: what came of the first one is there
     if len(points) < 2:  # the first is of the start
         raise UserError(
             f"{diverged}, and nothing was validated before. {remedy}, with --force to drop this run"

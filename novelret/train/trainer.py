@@ -33,7 +33,7 @@ from novelret.train.choice import say_choice
 from novelret.train.config import TrainConfig
 from novelret.train.judging import Judging
 from novelret.train.log import check_wandb
-from novelret.train.loop import run_steps
+from novelret.train.loop import Diverged, run_steps
 from novelret.train.matrix import ItemMatrix, open_matrix
 from novelret.train.points import validate_blends
 from novelret.train.prepare import Inputs, Prepared, open_inputs, prepare
@@ -184,10 +184,29 @@ def _refit(
         replace(config, wandb=None), prepared.tower, prepared.material, None, inputs.indexes[0], items,
         folder / REFIT, processes, None, report,
     )  # fmt: skip
-    run_steps(run, max(kept), kept)
+    try:
+        run_steps(run, max(kept), kept)
+    except Diverged as diverged:
+        report.warn(
+            f"{diverged}, in the training on all queries; the model is the one that was chosen, which saw "
+            "none of the held-back queries"
+        )
+        run = _run_before(config, inputs, items, folder, processes)
     if processes.is_first:
         steps = max(point.step for point in points)
         write_model(config, run, folder, inputs, points, steps, None)
+
+
+def _run_before(
+    config: TrainConfig, inputs: Inputs, items: ItemMatrix, folder: Path, processes: Processes
+) -> Run:
+    """The run whose weights were chosen, which lie in the folder still."""
+    report = Reporter()
+    prepared = prepare(config, inputs, config.validation_fraction, processes, report)
+    return Run(
+        config, prepared.tower, prepared.material, prepared.validation, inputs.indexes[0], items, folder,
+        processes, None, report,
+    )  # fmt: skip
 
 
 def _is_worth_refitting(config: TrainConfig, points: list[Point], share: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from novelret.train import loop, trainer
@@ -40,6 +41,34 @@ def test_it_is_what_training_on_all_queries_gives(command, capsys, tmp_path, tun
     assert log_of(tmp_path / "refit") == log_of(tmp_path / "part")
     assert log_of(tmp_path / "refit" / "refit") == log_of(tmp_path / "all")
     assert "trained anew on all queries" in (tmp_path / "refit" / "README.md").read_text()
+    assert not list((tmp_path / "refit").rglob("resume"))
+
+
+def test_where_it_diverges_the_first_one_is_what_there_is(command, capsys, tmp_path, monkeypatch):
+    arguments = (*ADAPTER, "--keep", 3)
+    train(capsys, command, tmp_path / "part", *arguments, "--no-refit")
+    real = loop.batch_loss
+
+    def breaks(embeddings, here, batch, material, config, items, step):
+        found = real(embeddings, here, batch, material, config, items, step)
+        second = len(material.split) == 20
+        return loop.StepLoss(found.loss * torch.nan, 0, 0) if second and step == 3 else found
+
+    monkeypatch.setattr(loop, "batch_loss", breaks)
+    found, err = train(capsys, command, tmp_path / "refit", *arguments)
+    assert found["chosen"]["step"] > 0
+    said = "step 3: the loss is nan, in the training on all queries; the model is the one that was chosen"
+    assert said in " ".join(err.split())
+    assert same_weights(tmp_path / "refit", tmp_path / "part")
+    kept = [sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) for name in ("refit", "part")]
+    assert kept[0] == kept[1] != []
+    for name in kept[0]:
+        assert same_weights(
+            tmp_path / "refit" / "checkpoints" / name, tmp_path / "part" / "checkpoints" / name
+        )
+    facts = facts_of(tmp_path / "refit")
+    assert (facts["refit"], facts["checkpoints_refit"]) == (False, False)
+    assert "trained anew" not in (tmp_path / "refit" / "README.md").read_text()
     assert not list((tmp_path / "refit").rglob("resume"))
 
 
