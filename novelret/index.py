@@ -29,6 +29,7 @@ from novelret.data.catalog import Catalog, open_catalog
 from novelret.data.source import fingerprint_part
 from novelret.data.split import Split
 from novelret.errors import UserError
+from novelret.membership import is_in
 from novelret.progress import Reporter
 from novelret.row_lists import RowLists
 from novelret.search import search_exact, search_faiss
@@ -148,7 +149,7 @@ def base_lists(
     report = report or Reporter()
     if depth > len(index):
         raise UserError(f"--depth {depth}: more than the catalog's {len(index)} items; lower it")
-    cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
+    cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.searched)
     is_exact = index.faiss_index is None
     kept = kept_lists(cache, depth, cut=is_exact)
     if kept is None:
@@ -207,8 +208,7 @@ def pooled_lists(
     pool = np.concatenate(lists, axis=1)
     for start in range(depth, pool.shape[1], depth):
         part = pool[:, start : start + depth]
-        for row, known in zip(part, pool[:, :start], strict=True):
-            row[np.isin(row, known)] = -1
+        part[is_in(part, pool[:, :start])] = -1
     return pool
 
 
@@ -230,7 +230,7 @@ def base_query_embeddings(
 ) -> np.ndarray:
     """The deployed query embeddings of a split, (Q, d) float32, memory-mapped from the index's cache."""
     report = report or Reporter()
-    cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.fingerprint)
+    cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.searched)
     path = cache / "queries.npy"
     if not path.is_file():
         embeddings = embed_queries(index.query_encoder(device), split.query_texts, report)

@@ -166,6 +166,26 @@ def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):
     assert (again[1] == first[1][:, :5]).all()
 
 
+def test_more_feedback_leaves_the_lists_as_they_are(world, encoder, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(world, data)
+    index = build_index(IndexConfig(str(data), str(encoder), device="cpu"), tmp_path / "index")
+    before = base_lists(index, load_split(str(data), "train", index.catalog), 7)
+    lines = (data / "qrels" / "train.tsv").read_text().splitlines(keepends=True)
+    (data / "qrels" / "train.tsv").write_text("".join(lines[:-1]))
+    split = load_split(str(data), "train", index.catalog)
+    monkeypatch.setattr(index_module, "embed_queries", None)  # neither embedded nor searched again
+    assert np.array_equal(base_lists(index, split, 7)[0], before[0])
+    assert len(list((index.folder / "cache").iterdir())) == 1
+    # What is left out changes them.
+    (data / "excluded").mkdir()
+    (data / "excluded" / "train.tsv").write_text(
+        f"query-id\tcorpus-id\tscore\n{split.query_ids[0]}\ti00\t1\n"
+    )
+    other = load_split(str(data), "train", index.catalog)
+    assert other.searched != split.searched
+
+
 def test_what_a_kill_left_in_the_cache_is_passed_over(world, encoder, tmp_path):
     index = build(world, encoder, tmp_path / "index")
     split = load_split(str(world), "train", index.catalog)

@@ -16,6 +16,7 @@ from novelret.errors import UserError
 
 SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
 _BATCH = 65_536
+_LOOKED_UP = 1 << 23  # items at a time, of which 12 bytes each are held
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Catalog:
         wanted = pa.array(ids, pa.large_string())
         unique = wanted.unique()
         row_of_unique = np.full(len(unique), -1, dtype=np.int64)
-        start = 0
-        for chunk in self.ids.chunks:
-            position = pc.index_in(chunk, value_set=unique).fill_null(-1).to_numpy(zero_copy_only=False)
+        # Each call hashes the ids anew: about many chunks at once, and not all, for the memory of its reply.
+        for start in range(0, len(self.ids), _LOOKED_UP):
+            place = pc.index_in(self.ids.slice(start, _LOOKED_UP), value_set=unique)
+            position = place.fill_null(-1).to_numpy()
             found = np.flatnonzero(position >= 0)
             row_of_unique[position[found]] = found + start
-            start += len(chunk)
         pa.default_memory_pool().release_unused()  # the hash tables of each pass, else kept for the next
         return row_of_unique[pc.index_in(wanted, value_set=unique).to_numpy(zero_copy_only=False)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,15 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.query_ids)
+
+    @cached_property
+    def searched(self) -> str:
+        """Identity of what lists depend on, texts and what is left out: more feedback changes none."""
+        return fingerprint_of(
+            fingerprint_strings(self.query_texts),
+            fingerprint_array(self.excluded.starts),
+            fingerprint_array(self.excluded.rows),
+        )
 
     @property
     def clicked(self) -> int:

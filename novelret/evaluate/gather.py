@@ -32,7 +32,7 @@ from novelret.label.candidates import Candidates
 from novelret.label.judge import Judge, make_judge, same_judge, split_judge
 from novelret.label.judges.file import file_table
 from novelret.label.table import LabelTable, empty_table
-from novelret.membership import pairs_in
+from novelret.membership import pairs_in, sorted_union
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
 from novelret.trained import training_of
@@ -167,7 +167,7 @@ def candidates_of(gathered: Gathered) -> Candidates:
     size = len(gathered.index)
     pairs = np.empty(0, dtype=np.int64)
     for rows in (gathered.pool, *(rows for rows, _ in gathered.found.values())):
-        pairs = np.union1d(pairs, pairs_in(rows, size))
+        pairs = sorted_union(pairs, pairs_in(rows, size))  # one after another: most are in several
     return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
 
 

@@ -16,7 +16,7 @@ from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.label.contradictions import warn_of_contradictions
 from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
-from novelret.membership import pairs_in
+from novelret.membership import pairs_in, sorted_union
 from novelret.progress import Reporter
 
 _HEADER = "query-id\tcorpus-id\tscore\tquery\titem\n"
@@ -34,7 +34,7 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
     """
     pairs = np.empty(0, dtype=np.int64)
     for rows in lists:
-        pairs = np.union1d(pairs, pairs_in(rows, len(catalog)))
+        pairs = sorted_union(pairs, pairs_in(rows, len(catalog)))
     drawn = np.random.default_rng(0).permutation(pairs)[:size]
     queries, items = drawn // len(catalog), drawn % len(catalog)
     with path.open("w", encoding="utf-8") as file:

@@ -26,10 +26,10 @@ def write_run(
             present = chunk >= 0
             ids = iter(catalog.ids_at(chunk[present]))
             for q in range(len(chunk)):
-                query_id = query_ids[start + q]
+                query_id, count = query_ids[start + q], int(present[q].sum())
                 file.writelines(
-                    f"{query_id} Q0 {next(ids)} {rank} {scores[start + q, rank - 1]:.{DECIMALS}f} {name}\n"
-                    for rank in range(1, int(present[q].sum()) + 1)
+                    f"{query_id} Q0 {next(ids)} {rank} {score:.{DECIMALS}f} {name}\n"
+                    for rank, score in enumerate(scores[start + q, :count].tolist(), 1)
                 )
 
 

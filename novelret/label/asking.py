@@ -80,11 +80,12 @@ def plan_asking(
         feed = Feed(index, split, candidates, judge.render, key_function(judge.name, judge.parameters))
         again = judge.read if retry_unusable else None
         ledger = Ledger(store, judge.name)
+        is_under_way = bool(ledger.open())
         for question in feed.unanswered(store, tally, advance, again):
             if question is not None:
                 advance(1)
                 example = example or question.messages
-                if ledger.state(question.key)[0] is not None:
+                if is_under_way and ledger.state(question.key)[0] is not None:
                     in_batches += 1
                     continue
                 keys.append(int.from_bytes(question.key[:8], "little"))

@@ -87,6 +87,8 @@ def gather_candidates(
         drawn = [_at_most(per_query, *block, rng) for block in blocks]
         queries, items = (np.concatenate(column) for column in zip(*drawn, strict=True))
         parts.append((queries, items, np.full(len(queries), number, dtype=np.int16)))
+    if len(parts) == 1 and not sources[0].startswith(("pairs:", "yes:")):
+        return Candidates(*parts[0], sources)  # in order, and without repeats
     queries, items, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
     _, first = np.unique(queries * np.int64(len(index)) + items, return_index=True)
     # By query, and within it in the order the sources gave: base ranks stay in order.

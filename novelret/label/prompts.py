@@ -159,7 +159,7 @@ def tame(text: str) -> str:
 
 _FORGING = {ord(c): "'" for c in '"“”„‟«»‹›❝❞❮❯〝〞〟「」『』《》′″˝'} | {ord(c): " " for c in "<>[]{}`|"}
 _FORGING_BYTES = bytes.maketrans(b'"<>[]{}`|', b"'        ")
-_tame_query = lru_cache(maxsize=1024)(tame)  # a query's pairs come one after another
+_tame_query = lru_cache(maxsize=1 << 16)(tame)  # queries take turns
 
 
 @lru_cache(maxsize=16)

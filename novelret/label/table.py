@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from novelret.membership import find_sorted
+from novelret.membership import find_sorted, sorted_union
 from novelret.row_lists import RowLists
 
 RELEVANT, IRRELEVANT, UNKNOWN = 1, 0, -1
@@ -65,7 +65,7 @@ class LabelTable:
     def relevant_and(self, query_rows: np.ndarray, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The given pairs and those called relevant: (P,) query rows, ascending, and (P,) catalog rows."""
         given = np.asarray(query_rows, dtype=np.int64) * self.catalog_size + item_rows
-        keys = np.union1d(given, self.keys[self.verdicts == RELEVANT])
+        keys = sorted_union(given, self.keys[self.verdicts == RELEVANT])
         return keys // self.catalog_size, keys % self.catalog_size
 
     def without(self, excluded: RowLists) -> LabelTable:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from novelret.data.catalog import open_catalog, take_rows, write_catalog
+from novelret.data import catalog as data_catalog
+from novelret.data.catalog import Catalog, open_catalog, take_rows, write_catalog
 from novelret.data.source import read_part, read_qrels
 from novelret.data.split import load_split
 from novelret.errors import UserError
@@ -25,12 +26,19 @@ def catalog_of(data, tmp_path):
     return open_catalog(tmp_path / "items.arrow")
 
 
-def test_catalog_keeps_order_and_finds_rows(data, tmp_path):
+def test_catalog_keeps_order_and_finds_rows(data, tmp_path, monkeypatch):
     catalog = catalog_of(data, tmp_path)
     assert len(catalog) == 40
     assert catalog.ids_at([3, 0]) == ["i03", "i00"]
     assert catalog.texts_at([0]) == ["red sofa"]
     assert catalog.rows_of(["i05", "nope", "i05"]).tolist() == [5, -1, 5]
+    assert catalog.rows_of([]).tolist() == []
+    chunked = Catalog(
+        pa.chunked_array([["i0", "i1"], [], ["i2", "i3", "i4"], ["i5"]], pa.large_string()), catalog.texts
+    )
+    for at_once in (1, 2, 4, 100):
+        monkeypatch.setattr(data_catalog, "_LOOKED_UP", at_once)
+        assert chunked.rows_of(["i4", "i9", "i0", "i5", "i4", "i2"]).tolist() == [4, -1, 0, 5, 4, 2]
 
 
 def test_rows_are_taken_without_a_copy_of_the_column():

@@ -9,7 +9,7 @@ from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
 
 from novelret.evaluate import metrics
-from novelret.membership import is_in
+from novelret.membership import is_in, sorted_union
 from novelret.search import search_exact
 
 BASE = np.array([[1, 2, 3], [4, 5, 6]])
@@ -51,6 +51,13 @@ def test_a_query_without_feedback_has_no_recall():
         found = metric(ROWS, *feedback, 4)
         assert np.isnan(found[0])
         assert found[1] == pytest.approx(expected)
+
+
+def test_sorted_union_is_numpys():
+    rng = np.random.default_rng(0)
+    for sizes in ((0,), (0, 0), (5, 0), (300, 200, 100)):
+        arrays = [rng.integers(-50, 200, size) for size in sizes]
+        assert np.array_equal(sorted_union(*arrays), np.unique(np.concatenate(arrays)))
 
 
 def test_membership_against_python_sets():

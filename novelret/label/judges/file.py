@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -42,32 +43,31 @@ def file_table(
     if missing not in MISSING:
         raise UserError(f"--missing {missing}: unknown; choose from {', '.join(MISSING)}")
     row_of = {query_id: row for row, query_id in enumerate(query_ids)}
-    queries: list[int] = []
-    items: list[str] = []
-    grades: list[float] = []
+    queries, numbers, grades = array("q"), array("q"), array("d")
+    number_of: dict[str, int] = {}  # of each item that is named, once
     for _, query_id, item_id, score in read_qrels_file(path):
         row = row_of.get(query_id)
         if row is not None:
             queries.append(row)
-            items.append(item_id)
+            numbers.append(number_of.setdefault(item_id, len(number_of)))
             grades.append(score)
     if not queries:
         raise UserError(
             f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?"
         )
-    rows = catalog.rows_of(items)
+    rows = catalog.rows_of(list(number_of))[np.asarray(numbers)]
     known = rows >= 0
     unknown = int((~known).sum())
     if report is not None and unknown:
         lines = "1 line names an item that is" if unknown == 1 else f"{unknown} lines name items that are"
         report.warn(f"{path}: {lines} not in the catalog")
-    scores = np.array(grades)[known]
+    scores = np.asarray(grades)[known]
     relevant = scores > 0 if threshold is None else scores >= threshold
-    pairs = np.array(queries, dtype=np.int64)[known] * len(catalog) + rows[known]
+    pairs = np.asarray(queries)[known] * len(catalog) + rows[known]
     if report is not None:
         warn_of_contradictions(path, pairs, relevant, report)
     return make_table(
-        np.array(queries, dtype=np.int64)[known],
+        np.asarray(queries)[known],
         rows[known],
         np.where(relevant, RELEVANT, IRRELEVANT),
         len(catalog),

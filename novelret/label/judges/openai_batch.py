@@ -343,6 +343,7 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     tally.under_way.clear()
     file = _File(run)
     for some in _in_hundreds(unanswered()):
+        held_back = []
         for question in _to_submit(run, some):
             worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
             reached = tally.stopped or tally.readings.hopeless or tally.reached(requests + 1, cost + worst)
@@ -351,10 +352,11 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
             if reached or run.held_back:
                 # Go on all the same: what comes after may be under way or have failed.
                 run.held_back = True
-                run.claims.give_up([question.key])
+                held_back.append(question.key)
                 continue
             file.add(question, worst)
             requests, cost, sent = requests + 1, cost + worst, sent + 1
+        run.claims.give_up(held_back)
     file.send()
     if run.held_back:
         run.waiting_for |= {s.id for s in ours}
