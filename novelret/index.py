@@ -136,7 +136,7 @@ def base_lists(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The deployed model's top lists for a split, T_depth(q).
 
-    Computed once per (index, split) and kept in the index's cache, from which they come memory-mapped. Of an
+    Computed once for an index and a split's queries and kept in the index's cache, memory-mapped. Of an
     exact index a shorter depth reads a longer one; an approximate one may find other items when asked for
     more (where it ranks anew as many candidates as are asked for), so that lists of one depth are compared.
 
