@@ -24,3 +24,18 @@ def test_demo_brings_novel_items_at_no_loss_of_recall(tmp_path, capsys):
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     assert main(["demo", "--out", str(tmp_path / "mine")]) == 2
     assert "holds something else than a demo" in capsys.readouterr().err
+    (tmp_path / "demo" / ".novelret-demo").unlink()  # what a user made by the same commands is no demo
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
+    assert "holds something else than a demo" in capsys.readouterr().err
+
+
+def test_a_demo_that_was_killed_goes_on(tmp_path, capsys, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("novelret.build.encode_catalog", killed)
+        assert main(["demo", "--out", str(tmp_path / "demo"), "--quiet"]) == 130
+    monkeypatch.setattr("novelret.label.label.build_labels", killed)  # far enough
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--quiet"]) == 130
+    assert (tmp_path / "demo" / "index" / "manifest.json").is_file()

@@ -5,7 +5,9 @@ Stages are imported inside the commands, so that `--help` and typing errors answ
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -66,6 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
         0 when done, 2 when the user's input is wrong, 3 when batches are left under way (--no-wait), 130 when
         interrupted, 1 for anything else.
     """
+    for stream in (sys.stdout, sys.stderr):  # one that cannot show a sign shows another
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="replace")
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if not argument.isascii() and argument.encode("utf-8", "replace").decode() != argument:
+            return _fail(f"{argument!a}: is not UTF-8; type it anew, or rename what it names", 2)
     try:
         app(arguments, standalone_mode=True)
     except SystemExit as stop:

@@ -33,6 +33,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Run index, label, train and eval on the sample data: offline, no API key, a minute or two."""
+    from novelret.artifacts import writable
     from novelret.build import IndexConfig, build_index
     from novelret.cli.eval import render
     from novelret.errors import UserError
@@ -45,10 +46,12 @@ def demo(
     data = data or Path(__file__).parents[2] / "sample_data"
     if not (data / "deployed_model").is_dir():
         raise UserError(f"{data}: no sample data; run the demo from a checkout of novelret, or pass --data")
-    if out.is_file() or (
-        out.exists() and any(out.iterdir()) and not (out / "index" / "manifest.json").is_file()
-    ):
+    marker = out / ".novelret-demo"
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not marker.is_file()):
         raise UserError(f"{out}: holds something else than a demo; choose another --out")
+    with writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        marker.touch()
     report = reporter(quiet)
     names = {"index": out / "index", "labels": out / "labels", "report": out / "report"}
     judge = f"file:{data / 'judgements.tsv'}"

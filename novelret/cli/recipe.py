@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from novelret import recipe as recipes
-from novelret.artifacts import MANIFEST, read_json
+from novelret.artifacts import MANIFEST, is_kind, read_json
 from novelret.cli.options import ForceOption, JsonOption, QuietOption, error_console, show_result
 from novelret.errors import UserError
 
@@ -54,7 +54,11 @@ def list_recipes(as_json: JsonOption = False) -> None:
 @app.command()
 def show(name: NameArgument) -> None:
     """Print a recipe."""
-    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+    path = recipes.find(name)
+    try:
+        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from None
 
 
 @app.command()
@@ -93,11 +97,15 @@ def run(
         file.write_text(yaml.safe_dump(stages, sort_keys=False, allow_unicode=True), encoding="utf-8")
         for stage in stages:  # all of them before any, as what one stage pays for is spent
             _check_options(name, stage, file)
+        there = {
+            stage: out for stage, options in stages.items() if (out := _output_there(options)) is not None
+        }
+        for stage, out in there.items():
+            _check_settings(stage, out, file)
         ran = None
-        for stage, options in stages.items():
-            out = None if options.get("out") is None else Path(options["out"])
-            if out is not None and out.exists() and not _cap_was_raised(out, options):
-                _check_is_current(stage, out, file, ran)
+        for stage, out in ((stage, there.get(stage)) for stage in stages):
+            if out is not None:
+                _check_inputs(stage, out, file, ran)
                 if not quiet:
                     error_console().print(f"{stage}: {out} is there already", soft_wrap=True, markup=False)
                 continue
@@ -157,14 +165,44 @@ def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
     return any(then is not None and (options.get(name) or math.inf) > then for name, then in caps)
 
 
-def _check_is_current(stage: str, out: Path, file: Path, ran: str | None) -> None:
-    """Refuse an output that is not what the recipe would make now.
+def _output_there(options: dict[str, Any]) -> Path | None:
+    """A stage's output where it lies there, and is not to be gone on with."""
+    out = None if options.get("out") is None else Path(options["out"])
+    return out if out is not None and out.exists() and not _cap_was_raised(out, options) else None
+
+
+def _check_inputs(stage: str, out: Path, file: Path, ran: str | None) -> None:
+    """Refuse an output that was made from other artifacts than lie there now.
 
     Raises:
-        UserError: an earlier stage ran again, or settings differ.
+        UserError: one was made anew since, by this run or by another.
     """
-    if ran is not None:
-        raise UserError(f"{stage}: {out} was made before {ran} ran; remove it, to have it made again")
+    from novelret.evaluate.config import named_model
+
+    if not (out / MANIFEST).is_file():
+        if ran is not None:  # a file of its own, which does not say what it was made from
+            raise UserError(f"{stage}: {out} was made before {ran} ran; remove it, to have it made again")
+        return
+    made_from = read_json(out / MANIFEST).get("inputs", {}).values()
+    settings = _settings(stage, file)
+    named = [settings.get(option) or [] for option in ("index", "labels", "model", "init")]
+    folders = [str(each) for given in named for each in (given if isinstance(given, list) else [given])]
+    folders += [str(source).removeprefix("yes:") for source in settings.get("sources") or []]
+    for folder in dict.fromkeys(Path(named_model(folder)[1]) for folder in folders):
+        if not any(is_kind(folder, kind) for kind in ("index", "labels", "model")):
+            continue  # an encoder of somebody else's
+        there = read_json(folder / MANIFEST)
+        fits = {there["fingerprint"], there["inputs"].get("appended_to")}
+        if fits.isdisjoint(made_from):
+            raise UserError(f"{stage}: {out} was made before {folder} was; remove it, to have it made again")
+
+
+def _check_settings(stage: str, out: Path, file: Path) -> None:
+    """Refuse an output that was made with other settings than the recipe's.
+
+    Raises:
+        UserError: names them.
+    """
     path = out / "config.yaml"
     if not path.is_file():
         return  # export's and the like, which hold no settings

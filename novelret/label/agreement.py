@@ -108,6 +108,8 @@ def measure_agreement(
     if seed < 0:
         raise UserError(f"--seed {seed}: must be at least 0")
     manifest = read_manifest(labels, "labels")
+    if show < 0:
+        raise UserError(f"--show {show}: must be at least 0")
     check_threshold(threshold)
     scores = _scores(human, threshold, report)
     found = dict(_shared(labels / "judgements.parquet", scores))

@@ -238,6 +238,11 @@ def _prompt(config: Asking) -> Prompt:
             raise UserError(f"--answer {config.answer}: unknown; choose from {', '.join(ANSWERS)}")
         prompt = replace(prompt, answer=config.answer)
     if config.threshold is not None:
+        if prompt.answer not in ("grade", "json"):
+            raise UserError(
+                f"--threshold {config.threshold:g}: the prompt asks for yes or no, which has no grades; "
+                "leave it out, or ask for them (--answer grade, with a prompt that does)"
+            )
         prompt = replace(prompt, threshold=config.threshold)
     return prompt
 

@@ -295,6 +295,24 @@ def test_a_recipe_is_not_copied_onto_itself(capsys, tmp_path, monkeypatch):
     )
 
 
+def test_arguments_that_are_no_utf_8_are_one_line(world, index_folder, capsys, tmp_path):
+    label = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{world}/judgements.tsv"]
+    search = ["search", "--data", world, "--index", index_folder, "--base-depth", 5]
+    for arguments in ([*label, "--out", f"{tmp_path}/a\udce9"], [*search, "caf\udce9"]):
+        assert "is not UTF-8; type it anew" in fails(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert run(capsys, *search, "café")[0] == 0
+
+
+def test_a_terminal_that_cannot_show_a_sign_shows_another(world, index_folder):
+    search = ["search", "--data", world, "--index", index_folder, "--base-depth", 5, "sofà ≥ 3"]
+    command = [sys.executable, "-m", "novelret", *map(str, search)]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert "sofà ? 3" in done.stdout.decode("latin-1")
+
+
 def test_a_demo_does_not_go_into_a_file(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
     assert "holds something else than a demo" in fails(capsys, "demo", "--out", tmp_path / "file")

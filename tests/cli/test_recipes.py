@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 
 import pytest
 import typer
@@ -136,7 +137,12 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
     assert "new" in json.dumps(report)
     assert main(command) == 0
     assert capsys.readouterr().err.count("is there already") == 4
-    # Other settings are not passed over in silence.
+    # Other settings are not passed over in silence, and before any stage runs.
+    shutil.move(tmp_path / "runs" / "default" / "labels", tmp_path / "labels")
+    assert main([*command, "--set", "train.steps=6"]) == 2
+    capsys.readouterr()
+    assert not (tmp_path / "runs" / "default" / "labels").exists()
+    shutil.move(tmp_path / "labels", tmp_path / "runs" / "default" / "labels")
     assert main([*command, "--set", "train.steps=6"]) == 2
     assert "was made with other settings (steps 5 → 6)" in " ".join(capsys.readouterr().err.split())
     for setting, words in {
@@ -168,6 +174,9 @@ def test_show_and_copy(tmp_path, capsys):
     assert yaml.safe_load(shown)["train"]["negatives"] == 5
     assert "exists already" in fails(capsys, "recipe", "cp", "default", tmp_path / "my.yaml")
     assert main(["recipe", "show", str(tmp_path / "my.yaml")]) == 0
+    capsys.readouterr()
+    (tmp_path / "latin.yaml").write_bytes(b"index:\n  data: caf\xe9\n")
+    assert "latin.yaml: not readable as text" in fails(capsys, "recipe", "show", tmp_path / "latin.yaml")
 
 
 def test_what_is_no_recipe_is_one_line(tmp_path, capsys):
@@ -224,6 +233,12 @@ def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
         capsys.readouterr()
         assert main(["recipe", "run", "mine.yaml", "--set", f"label.{cap}=90"]) == 2
         assert len(server.seen) == 90
-        assert "train: model was made before label ran; remove it" in " ".join(
-            capsys.readouterr().err.split()
-        )
+        again = ["recipe", "run", "mine.yaml", "--set", f"label.{cap}=90"]
+        said = "train: model was made before labels was; remove it"
+        assert said in " ".join(capsys.readouterr().err.split())
+        # And once more, when no stage has run: the artifacts say so.
+        assert said in fails(capsys, *again, "--quiet")
+        assert len(server.seen) == 90
+        shutil.rmtree("model")
+        for _ in range(2):
+            assert main(again) == 0, capsys.readouterr().err

@@ -164,6 +164,8 @@ def test_a_judge_that_people_share_is_trusted(labels, tmp_path, capsys):
     )
     code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "two.tsv", "--threshold", "nan")
     assert (code, err.strip()) == (2, "error: --threshold nan: must be a number")
+    code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "people.tsv", "--show", -1)
+    assert (code, err.strip()) == (2, "error: --show -1: must be at least 0")
     code, _, err = agree(capsys, "--labels", labels, "--human", tmp_path / "people.tsv", "--seed", -1)
     assert (code, err.strip()) == (2, "error: --seed -1: must be at least 0")
 

@@ -259,7 +259,11 @@ def test_the_same_question_again_is_said_to_be_worth_nothing(made, label, capsys
     assert (code, pointless in err) == (0, True)
 
 
-def test_wrong_use_is_one_line(made, label, train, world, capsys, tmp_path):
+def test_wrong_use_is_one_line(made, label, train, world, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    assert "--threshold 2: the prompt asks for yes or no" in fails(
+        capsys, *label, "--judge", "openai:tiny", "--threshold", 2, "--out", tmp_path / "out"
+    )
     people = ["--judge", f"file:{world}/judgements.tsv", "--out", tmp_path / "out"]
     assert "no such folder; make it with `novelret label`" in fails(
         capsys, *label, *people, "--from", f"yes:{tmp_path}/none"
