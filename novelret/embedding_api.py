@@ -63,10 +63,10 @@ class ApiEmbedding(InputModule):
 
     def count_unknown(self, texts: Sequence[str], prompt: str | None) -> int:
         """How many of the texts the endpoint would be asked for, and paid for."""
-        asked = [(prompt or "") + text for text in texts]
+        asked = self.preprocess(texts, prompt)["texts"]
         keys = {_key(self.model, self.dimensions, text) for text in asked}
         with closing(_open_cache()) as cache:
-            return len(keys) - sum(1 for _ in _find(cache, list(keys)))
+            return len(keys) - sum(1 for _ in _rows(cache, "key", list(keys)))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding`, (n, d) float32, from the cache or the endpoint."""
@@ -255,11 +255,15 @@ def _open_cache() -> sqlite3.Connection:
 
 
 def _find(cache: sqlite3.Connection, keys: list[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
+    for key, blob in _rows(cache, "key, embedding", keys):
+        yield key, np.frombuffer(blob, dtype=np.float32)
+
+
+def _rows(cache: sqlite3.Connection, columns: str, keys: list[bytes]) -> Iterator[tuple[Any, ...]]:
     for start in range(0, len(keys), _KEYS_AT_ONCE):
         some = keys[start : start + _KEYS_AT_ONCE]
         marks = ",".join("?" * len(some))
-        for key, blob in cache.execute(f"SELECT key, embedding FROM embeddings WHERE key IN ({marks})", some):
-            yield key, np.frombuffer(blob, dtype=np.float32)
+        yield from cache.execute(f"SELECT {columns} FROM embeddings WHERE key IN ({marks})", some)
 
 
 def _keep(cache: sqlite3.Connection, keys: list[bytes], embeddings: np.ndarray) -> None:

@@ -103,7 +103,8 @@ def run(
         for stage, out in there.items():
             _check_settings(stage, out, file)
         ran = None
-        for stage, out in ((stage, there.get(stage)) for stage in stages):
+        for stage in stages:
+            out = there.get(stage)
             if out is not None:
                 _check_inputs(stage, out, file, ran)
                 if not quiet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from novelret.artifacts import MANIFEST
 from novelret.errors import UserError
 from novelret.evaluate.metrics import RECALLS
 from novelret.label.judge import Asking, check_asking, split_judge
+from novelret.label.scores import check_threshold
 
 BASE = "base"
 """The deployed model's name among those compared."""
@@ -127,8 +127,7 @@ def _check_judge(config: EvalConfig) -> None:
     if config.human_threshold is not None:
         if config.human is None:
             raise UserError("--human-threshold: is about people's scores; give these too, with --human")
-        if not math.isfinite(config.human_threshold):
-            raise UserError(f"--human-threshold {config.human_threshold}: must be a number")
+        check_threshold(config.human_threshold, "--human-threshold")
     if config.recall_of not in RECALLS:
         raise UserError(f"--recall-of {config.recall_of}: unknown; choose from {', '.join(RECALLS)}")
     if config.recall_of == "known" and config.judge is None:

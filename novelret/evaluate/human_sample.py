@@ -14,7 +14,7 @@ from novelret.data.catalog import Catalog
 from novelret.data.source import read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
-from novelret.label.contradictions import warn_of_contradictions
+from novelret.label.scores import are_relevant, warn_of_contradictions
 from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, make_table
 from novelret.membership import pairs_in, sorted_union
 from novelret.progress import Reporter
@@ -79,9 +79,7 @@ def read_sample(
             f"{path}: holds scores up to {values.max():g}, and every one above 0 counts as relevant; say by "
             "--human-threshold which is the lowest that does"
         )
-    relevant = values > 0 if threshold is None else values >= threshold
+    relevant = are_relevant(values, threshold)
     query_rows = np.array([row_of[query_id] for query_id in queries], dtype=np.int64)
     warn_of_contradictions(path, query_rows * len(catalog) + rows, relevant, report)
-    return make_table(
-        query_rows, rows, np.where(relevant, RELEVANT, IRRELEVANT).astype(np.int8), len(catalog)
-    )
+    return make_table(query_rows, rows, np.where(relevant, RELEVANT, IRRELEVANT), len(catalog))

@@ -17,8 +17,7 @@ from novelret.artifacts import read_manifest
 from novelret.data.source import read_part, read_qrels_file
 from novelret.data.split import load_queries
 from novelret.errors import UserError
-from novelret.label.contradictions import warn_of_contradictions
-from novelret.label.judge import check_threshold
+from novelret.label.scores import are_relevant, check_threshold, warn_of_contradictions
 from novelret.label.table import RELEVANT, UNKNOWN
 from novelret.progress import Reporter
 
@@ -120,7 +119,7 @@ def measure_agreement(
             f"`novelret label --from pairs:{human}`"
         )
     judged = np.array([found[pair][0] == RELEVANT for pair in usable])
-    people = np.array([_is_relevant(scores[pair], threshold) for pair in usable])
+    people = are_relevant(np.array([scores[pair] for pair in usable]), threshold)
     rows = np.unique([query for query, _ in usable], return_inverse=True)[1]
     counts = confusion_counts(judged, people, rows)
     total = counts.sum(axis=0)
@@ -160,7 +159,7 @@ def _scores(path: Path, threshold: float | None, report: Reporter) -> dict[tuple
     scores = {(query, item): score for query, item, score in lines}
     number = {pair: n for n, pair in enumerate(scores)}
     pairs = np.array([number[query, item] for query, item, _ in lines])
-    relevant = np.array([_is_relevant(score, threshold) for _, _, score in lines])
+    relevant = are_relevant(np.array([score for _, _, score in lines]), threshold)
     warn_of_contradictions(path, pairs, relevant, report)
     return scores
 
@@ -260,10 +259,6 @@ def _opened(counts: np.ndarray, ends: np.ndarray, tail: float) -> tuple[np.ndarr
     undefined = np.isnan(figures)
     low[undefined] = high[undefined] = np.nan
     return low, high
-
-
-def _is_relevant(score: float, threshold: float | None) -> bool:
-    return score > 0 if threshold is None else score >= threshold
 
 
 def _number(value: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,6 +15,7 @@ from novelret.label.judges.endpoint import longest_answer, parameters_for
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
 from novelret.label.questions import Messages, Question, Reader, Tally
+from novelret.label.scores import check_threshold
 from novelret.label.store import Store, default_store
 from novelret.label.tokens import TokenCounter, token_counter
 
@@ -120,16 +120,6 @@ def split_judge(judge: str) -> tuple[str, str]:
 def same_judge(one: str, other: str) -> bool:
     """Whether two judges, as given to --judge, are one; a batch is only another way to ask it."""
     return one.replace("openai-batch:", "openai:") == other.replace("openai-batch:", "openai:")
-
-
-def check_threshold(threshold: float | None) -> None:
-    """Refuse a lowest relevant score that is no number.
-
-    Raises:
-        UserError: it is none.
-    """
-    if threshold is not None and not math.isfinite(threshold):
-        raise UserError(f"--threshold {threshold}: must be a number")
 
 
 def check_asking(config: Asking) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from novelret.data.catalog import Catalog
 from novelret.data.source import read_qrels_file
 from novelret.errors import UserError
-from novelret.label.contradictions import warn_of_contradictions
+from novelret.label.scores import are_relevant, warn_of_contradictions
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make_table
 from novelret.progress import Reporter
 
@@ -62,7 +62,7 @@ def file_table(
         lines = "1 line names an item that is" if unknown == 1 else f"{unknown} lines name items that are"
         report.warn(f"{path}: {lines} not in the catalog")
     scores = np.asarray(grades)[known]
-    relevant = scores > 0 if threshold is None else scores >= threshold
+    relevant = are_relevant(scores, threshold)
     pairs = np.asarray(queries)[known] * len(catalog) + rows[known]
     if report is not None:
         warn_of_contradictions(path, pairs, relevant, report)
