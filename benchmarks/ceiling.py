@@ -89,7 +89,7 @@ def main() -> None:
     assert gathered.known is not None
     nobody = np.empty(0, dtype=np.int64)
     query, item = gathered.known.without(split.excluded).relevant_and(nobody, nobody)
-    is_novel = novel(item[:, None], gathered.pool[query], 1)[:, 0]
+    is_novel = novel(item[:, None], gathered.pool[query])[:, 0]
     relevant, wanted = (
         np.split(item[kept], np.searchsorted(query[kept], np.arange(1, len(split))))
         for kept in (np.ones_like(is_novel), is_novel)

@@ -104,13 +104,17 @@ def metric_times(options: argparse.Namespace) -> None:
     ranx.evaluate(of, theirs, names)
 
     def ours() -> dict[str, float]:
-        feedback = (feedback_queries, feedback_items)
+        feedback = metrics.feedback_hits(rows, feedback_queries, feedback_items)
         found = {}
         for k in (10, 100, depth):
-            found[f"recall@{k}"] = metrics.recall(rows, *feedback, k).mean()
-            found[f"ndcg@{k}"] = metrics.ndcg(rows, *feedback, k).mean()
-            found[f"mrr@{k}"] = metrics.reciprocal_rank(rows, *feedback, k).mean()
+            found[f"recall@{k}"] = metrics.recall(*feedback, k).mean()
+            found[f"ndcg@{k}"] = metrics.ndcg(*feedback, k).mean()
+            found[f"mrr@{k}"] = metrics.reciprocal_rank(*feedback, k).mean()
         return found
+
+    def novelty() -> list[np.ndarray]:
+        new = metrics.novel(rows, base)
+        return [metrics.novelty(new, k) for k in (10, 100, depth)]
 
     before = peak()
     ours()
@@ -120,7 +124,7 @@ def metric_times(options: argparse.Namespace) -> None:
     runs = {
         "ranx": lambda: ranx.evaluate(of, theirs, names),
         "novelret": ours,
-        "novelret, Novelty": lambda: [metrics.novelty(rows, base, k) for k in (10, 100, depth)],
+        "novelret, Novelty": novelty,
     }
     print(f"\nmetrics: {count:,} queries x {depth:,} results, recall, nDCG and MRR at 10, 100 and {depth}")
     best_of(runs, options.rounds)

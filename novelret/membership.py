@@ -34,17 +34,23 @@ def find_sorted(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.nd
     return keys[place] == wanted, place
 
 
-def feedback_hits(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray) -> np.ndarray:
-    """Which places of the lists hold feedback of their query; bool (Q, k).
+def feedback_hits(
+    rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which places of the lists hold feedback of their query, and how much each query has.
 
     Args:
         rows: (Q, k) catalog rows.
         feedback_queries: (P,) ascending query rows.
         feedback_items: (P,) catalog rows.
+
+    Returns:
+        (Q, k) bool and (Q,) int64.
     """
     ends = np.searchsorted(feedback_queries, np.arange(len(rows) + 1)).tolist()
     of_query = (feedback_items[ends[q] : ends[q + 1]] for q in range(len(rows)))
-    return _marked(rows, of_query, int(max(rows.max(initial=0), feedback_items.max(initial=0))))
+    hits = _marked(rows, of_query, int(max(rows.max(initial=0), feedback_items.max(initial=0))))
+    return hits, np.diff(ends)
 
 
 def _marked(rows: np.ndarray, wanted: Iterable[np.ndarray], highest: int) -> np.ndarray:

@@ -14,9 +14,8 @@ from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.evaluate import metrics
 from novelret.evaluate.config import BASE, named_model
-from novelret.evaluate.metrics.novelty import novel
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
-from novelret.label.judges.file import file_table
+from novelret.label.judges.file import MISSING, file_table
 from novelret.label.labels import Labels, read_table
 from novelret.label.table import UNKNOWN, LabelTable, empty_table
 from novelret.progress import Reporter
@@ -61,7 +60,15 @@ class CompareConfig:
 
 
 def compare_query(
-    data: str, index_folder: Path, model: str | None, query: str, *, k: int, base_depth: int, device: str
+    data: str,
+    index_folder: Path,
+    model: str | None,
+    query: str,
+    *,
+    k: int,
+    base_depth: int,
+    device: str,
+    report: Reporter | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Hits by name ("base", then the model's): id, text, score, rank in base (None beyond L), novel.
 
@@ -79,7 +86,8 @@ def compare_query(
     base_rank: dict[int, int] = {}
     for name, encoder in encoders.items():
         depth = max(k, base_depth) if name == "base" else k
-        rows, scores = index.search(encode.encode_queries(encoder, [query]), depth, device=device)
+        embedding, what = encode.encode_queries(encoder, [query]), f"top list of {name}"
+        rows, scores = index.search(embedding, depth, device=device, report=report, what=what)
         if name == "base":
             base_rank = {row: place + 1 for place, row in enumerate(rows[0, :base_depth].tolist())}
         places = np.flatnonzero(rows[0, :k] >= 0)
@@ -100,6 +108,8 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     report = report or Reporter()
     if config.most not in MOST:
         raise UserError(f"--most {config.most}: unknown; choose from {', '.join(MOST)}")
+    if config.missing not in MISSING:
+        raise UserError(f"--missing {config.missing}: unknown; choose from {', '.join(MISSING)}")
     if config.queries < 1:
         raise UserError(f"--queries {config.queries}: must be at least 1")
     index = open_index(config.index, config.data)
@@ -120,14 +130,20 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     rows, scores = index.search(
         embeddings, depth, split.excluded, device=device, report=report, what=f"top lists of {name}"
     )
-    feedback = (split.feedback_queries, split.feedback_items, config.base_depth)
-    change = metrics.recall(rows, *feedback) - metrics.recall(base_rows, *feedback)
+    after, before = (
+        metrics.recall(
+            *metrics.feedback_hits(of[:, : config.base_depth], split.feedback_queries, split.feedback_items),
+            config.base_depth,
+        )
+        for of in (rows, base_rows)
+    )
+    change = after - before
     verdicts = table.lookup(rows_there[:, None], rows)
     base_top = base_rows[:, : config.base_depth]
-    gain = metrics.novelty(rows, base_top, config.base_depth)
+    new = metrics.novel(rows, base_top)
+    gain = metrics.novelty(new, config.base_depth)
     if config.judgements is not None:
-        gain = metrics.relevant_novelty(rows, base_top, verdicts, config.base_depth)
-    new = novel(rows, base_top, depth)
+        gain = metrics.relevant_novelty(new, verdicts, config.base_depth)
     compared = []
     for q in _chosen(config, gain, change):
         base_rank = {row: place + 1 for place, row in enumerate(base_top[q].tolist())}

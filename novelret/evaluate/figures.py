@@ -58,24 +58,25 @@ def per_query_figures(
     config: EvalConfig,
 ) -> dict[str, np.ndarray]:
     """Every metric's figure per query; `known` are the (query row, item row) pairs known to be relevant."""
-    top = deployed.rows
-    feedback = (split.feedback_queries, split.feedback_items)
+    new = metrics.novel(lists.rows, deployed.rows)
+    feedback = metrics.feedback_hits(lists.rows, split.feedback_queries, split.feedback_items)
+    all_known = metrics.feedback_hits(lists.rows, *known) if config.judge is not None else feedback
     figures: dict[str, np.ndarray] = {}
     for k in config.k:
-        figures[f"Novelty@{k}"] = metrics.novelty(lists.rows, top, k)
-        figures[f"Recall@{k}"] = metrics.recall(lists.rows, *feedback, k)
-        figures[f"nDCG@{k}"] = metrics.ndcg(lists.rows, *feedback, k)
-        figures[f"MRR@{k}"] = metrics.reciprocal_rank(lists.rows, *feedback, k)
+        figures[f"Novelty@{k}"] = metrics.novelty(new, k)
+        figures[f"Recall@{k}"] = metrics.recall(*feedback, k)
+        figures[f"nDCG@{k}"] = metrics.ndcg(*feedback, k)
+        figures[f"MRR@{k}"] = metrics.reciprocal_rank(*feedback, k)
         if config.judge is not None:
-            figures[f"KnownRecall@{k}"] = metrics.recall(lists.rows, *known, k)
-            figures[f"RelevantNovel@{k}"] = metrics.relevant_novelty(lists.rows, top, lists.verdicts, k)
+            figures[f"KnownRecall@{k}"] = metrics.recall(*all_known, k)
+            figures[f"RelevantNovel@{k}"] = metrics.relevant_novelty(new, lists.verdicts, k)
             figures[f"Precision@{k}"] = metrics.precision(lists.verdicts, k)
             figures[f"Judged@{k}"] = metrics.judged(lists.rows, lists.verdicts, k)
-            figures[f"NovelJudged@{k}"] = metrics.novel_judged(lists.rows, top, lists.verdicts, k)
-            figures[f"NovelPrecision@{k}"] = metrics.novel_precision(lists.rows, top, lists.verdicts, k)
+            figures[f"NovelJudged@{k}"] = metrics.novel_judged(new, lists.verdicts, k)
+            figures[f"NovelPrecision@{k}"] = metrics.novel_precision(new, lists.verdicts, k)
     # The base beside itself adds nothing: its own list is what the others are merged behind.
-    rows = np.full_like(lists.rows, -1) if name == BASE else lists.rows
-    merged = metrics.merge(rows, top, lists.verdicts, deployed.verdicts, config.merge_budget)
+    added = np.zeros_like(new) if name == BASE else new
+    merged = metrics.merge(added, lists.verdicts, deployed.verdicts, config.merge_budget)
     figures["MergedAdded"] = merged.added
     if config.judge is not None:
         figures["MergedDensity"] = merged.density

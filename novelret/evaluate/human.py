@@ -80,10 +80,11 @@ def human_figures(
         cuts: cuts of the lists.
     """
     human = people.lookup(np.arange(len(rows))[:, None], rows)
+    new = novel(rows, base)
     figures = {}
     for k in cuts:
         figures[f"Precision@{k}"] = corrected_precision(rows, verdicts, human, k)
-        figures[f"RelevantNovel@{k}"] = corrected_relevant_novelty(rows, base, verdicts, human, k)
+        figures[f"RelevantNovel@{k}"] = corrected_relevant_novelty(new, verdicts, human, k)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -94,7 +95,7 @@ def is_uneven(rows: np.ndarray, base: np.ndarray, people: LabelTable) -> bool:
     drawn from other models' lists, or from novel items alone, biases the corrected figures.
     """
     labelled = people.lookup(np.arange(len(rows))[:, None], rows) != UNKNOWN
-    new = novel(rows, base, rows.shape[1])
+    new = novel(rows, base)
     places = np.array([new.sum(), ((rows >= 0) & ~new).sum()], dtype=np.float64)
     if places.min() == 0:
         return False
@@ -126,17 +127,10 @@ def corrected_precision(
 
 
 def corrected_relevant_novelty(
-    rows: np.ndarray,
-    base: np.ndarray,
-    verdicts: np.ndarray,
-    human: np.ndarray,
-    k: int,
-    *,
-    level: float = 0.95,
+    new: np.ndarray, verdicts: np.ndarray, human: np.ndarray, k: int, *, level: float = 0.95
 ) -> Corrected | None:
-    """RelevantNovel@k as people would measure it; `base` is (Q, width), −1 padded (see above)."""
-    places = novel(rows, base, k)
-    return _correct(places, np.ones(len(rows)), verdicts[:, :k], human[:, :k], level, float(k))
+    """RelevantNovel@k as people would measure it; `new` is (Q, K) bool, as of `metrics.novel` (see above)."""
+    return _correct(new[:, :k], np.ones(len(new)), verdicts[:, :k], human[:, :k], level, float(k))
 
 
 def _correct(

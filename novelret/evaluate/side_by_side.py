@@ -57,7 +57,7 @@ def _items(evaluation: Evaluation, name: str, query: int) -> str:
     deployed = evaluation.deployed.rows[query : query + 1]
     feedback = set(split.feedback_items[split.feedback_queries == query].tolist())
     rank_in_base = {row: place + 1 for place, row in enumerate(evaluation.base.rows[query].tolist())}
-    new = novel(lists.rows[query : query + 1], deployed, lists.rows.shape[1])[0]
+    new = novel(lists.rows[query : query + 1], deployed)[0]
     places = np.flatnonzero(lists.rows[query, :_SHOWN_ITEMS] >= 0).tolist()
     if name != "base":
         places += [place for place in np.flatnonzero(new).tolist() if place >= _SHOWN_ITEMS][:_FIRST_NOVEL]

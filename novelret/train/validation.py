@@ -10,8 +10,7 @@ import numpy as np
 
 from novelret.data.split import Split, plain_texts
 from novelret.errors import UserError
-from novelret.evaluate.metrics import recall
-from novelret.evaluate.metrics.novelty import novel
+from novelret.evaluate.metrics import feedback_hits, novel, recall
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 from novelret.row_lists import RowLists
 from novelret.tradeoff import keeps_recall, unbeaten
@@ -163,14 +162,13 @@ def measure(
 
 def _compare(validation: Validation, rows: np.ndarray) -> np.ndarray:
     split, depth = validation.split, validation.base_rows.shape[1]
-    new = novel(rows, validation.pool, depth)
+    new = novel(rows, validation.pool)
     verdicts = validation.labels.lookup(np.arange(len(split))[:, None], rows)
     figures = (
         new.sum(axis=1),
         (new & (verdicts == RELEVANT)).sum(axis=1),
         (new & (verdicts != UNKNOWN)).sum(axis=1),
-        recall(rows, *validation.known, depth),
-        recall(validation.base_rows, *validation.known, depth),
+        *(recall(*feedback_hits(of, *validation.known), depth) for of in (rows, validation.base_rows)),
     )
     return np.stack([np.asarray(figure, dtype=np.float64) for figure in figures], axis=1)
 

@@ -7,6 +7,7 @@ from scipy import stats
 from novelret.evaluate.config import EvalConfig
 from novelret.evaluate.figures import Lists, human_corrections
 from novelret.evaluate.human import corrected_precision, corrected_relevant_novelty, is_uneven
+from novelret.evaluate.metrics import novel
 from novelret.label.table import make_table
 from novelret.progress import Reporter
 
@@ -38,7 +39,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(miss, false):
     for trial in range(400):
         rows, base, verdicts, human, _ = draw_world(rng, 150, miss=miss, false=false, drawn=300)
         precision = corrected_precision(rows, verdicts, human, K)
-        relevant_novel = corrected_relevant_novelty(rows, base, verdicts, human, K)
+        relevant_novel = corrected_relevant_novelty(novel(rows, base), verdicts, human, K)
         held[trial] = [
             precision.low <= 0.375 <= precision.high,
             relevant_novel.low <= 0.375 * 6 <= relevant_novel.high,
@@ -62,7 +63,7 @@ def test_a_biased_judge_is_put_right_where_the_raw_figure_is_far_off():
 def test_everything_labelled_by_people_is_their_own_mean():
     rows, base, verdicts, _, truth = draw_world(np.random.default_rng(2), 200, miss=0.3, false=0.3, drawn=1)
     human = truth.astype(np.int8)
-    found = corrected_relevant_novelty(rows, base, verdicts, human, K)
+    found = corrected_relevant_novelty(novel(rows, base), verdicts, human, K)
     counts = truth[:, 4:K].sum(axis=1)
     assert found.value == pytest.approx(counts.mean())
     low, high = stats.t.interval(0.95, 199, counts.mean(), stats.sem(counts))

@@ -17,24 +17,26 @@ ROWS = np.array([[2, 7, 8, 1], [9, 4, -1, -1]])
 
 
 def test_novelty_by_hand():
-    assert metrics.novelty(ROWS, BASE, 1).tolist() == [0, 1]
-    assert metrics.novelty(ROWS, BASE, 3).tolist() == [2, 1]
-    assert metrics.novelty(ROWS, BASE, 4).tolist() == [2, 1]  # padding is not novel
+    new = metrics.novel(ROWS, BASE)
+    assert metrics.novelty(new, 1).tolist() == [0, 1]
+    assert metrics.novelty(new, 3).tolist() == [2, 1]
+    assert metrics.novelty(new, 4).tolist() == [2, 1]  # padding is not novel
     pooled = np.array([[1, 2, 3, 7, 8], [4, 5, 6, -1, -1]])
-    assert metrics.novelty(ROWS, pooled, 4).tolist() == [0, 1]
+    assert metrics.novelty(metrics.novel(ROWS, pooled), 4).tolist() == [0, 1]
 
 
 def test_judged_metrics_by_hand():
     verdicts = np.array([[1, 1, -1, 0], [0, 1, -1, -1]], dtype=np.int8)
-    assert metrics.relevant_novelty(ROWS, BASE, verdicts, 4).tolist() == [1, 0]
+    new = metrics.novel(ROWS, BASE)
+    assert metrics.relevant_novelty(new, verdicts, 4).tolist() == [1, 0]
     assert metrics.precision(verdicts, 4).tolist() == pytest.approx([2 / 3, 1 / 2])
     assert metrics.judged(ROWS, verdicts, 4).tolist() == [3 / 4, 1.0]
-    assert metrics.novel_judged(ROWS, BASE, verdicts, 4).tolist() == [1 / 2, 1.0]
-    assert np.isnan(metrics.novel_judged(BASE, BASE, np.zeros_like(BASE), 3)).all()
-    assert metrics.novel_precision(ROWS, BASE, verdicts, 4).tolist() == [1.0, 0.0]
+    assert metrics.novel_judged(new, verdicts, 4).tolist() == [1 / 2, 1.0]
+    assert np.isnan(metrics.novel_judged(metrics.novel(BASE, BASE), np.zeros_like(BASE), 3)).all()
+    assert metrics.novel_precision(new, verdicts, 4).tolist() == [1.0, 0.0]
     assert np.isnan(metrics.precision(np.full((1, 2), -1, dtype=np.int8), 2)).all()
     base_verdicts = np.array([[0, 1, 0], [0, 0, 0]], dtype=np.int8)
-    merged = metrics.merge(ROWS, BASE, verdicts, base_verdicts)
+    merged = metrics.merge(new, verdicts, base_verdicts)
     assert merged.added.tolist() == [2, 1]
     assert merged.density.tolist() == [2, 0]  # item 2 once, and the novel relevant item 7
     assert merged.covered.tolist() == [True, False]
@@ -48,7 +50,7 @@ def test_a_query_without_feedback_has_no_recall():
         (metrics.reciprocal_rank, 1 / 2),
         (metrics.ndcg, (1 / np.log2(3)) / (1 + 1 / np.log2(3))),
     ):
-        found = metric(ROWS, *feedback, 4)
+        found = metric(*metrics.feedback_hits(ROWS, *feedback), 4)
         assert np.isnan(found[0])
         assert found[1] == pytest.approx(expected)
 
@@ -90,10 +92,8 @@ def random_run():
 @pytest.mark.parametrize("k", [1, 5, 10, 30])
 def test_recall_ndcg_mrr_agree_with_ir_measures(random_run, k):
     rows, queries, items, qrels, run = random_run
-    ours = {
-        f"R@{k}": metrics.recall(rows, queries, items, k),
-        f"nDCG@{k}": metrics.ndcg(rows, queries, items, k),
-    }
+    hits = metrics.feedback_hits(rows, queries, items)
+    ours = {f"R@{k}": metrics.recall(*hits, k), f"nDCG@{k}": metrics.ndcg(*hits, k)}
     measures = [ir_measures.parse_measure(name) for name in ours]
     theirs = {(str(m.measure), m.query_id): m.value for m in ir_measures.iter_calc(measures, qrels, run)}
     for name, values in ours.items():
@@ -101,7 +101,7 @@ def test_recall_ndcg_mrr_agree_with_ir_measures(random_run, k):
             assert values[q] == pytest.approx(theirs[name, f"q{q:03d}"], abs=1e-9)
     # With a cut, ir_measures orders ties otherwise than trec_eval; without one it is trec_eval's figure.
     whole = {m.query_id: m.value for m in ir_measures.iter_calc([ir_measures.RR], qrels, run)}
-    ours_rr = metrics.reciprocal_rank(rows, queries, items, k)
+    ours_rr = metrics.reciprocal_rank(*hits, k)
     for q in range(40):
         expected = whole[f"q{q:03d}"]
         assert ours_rr[q] == pytest.approx(expected if expected >= 1 / k else 0, abs=1e-9)
@@ -116,4 +116,5 @@ def test_means_agree_with_ranx(random_run, k):
     theirs = ranx_evaluate(Qrels(qrels), Run(ranked), names)
     ours = [metrics.recall, metrics.ndcg, metrics.reciprocal_rank]
     for name, metric in zip(names, ours, strict=True):
-        assert metric(rows, queries, items, k).mean() == pytest.approx(theirs[name], abs=1e-9)
+        found = metric(*metrics.feedback_hits(rows, queries, items), k)
+        assert found.mean() == pytest.approx(theirs[name], abs=1e-9)

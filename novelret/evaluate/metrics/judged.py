@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from novelret.evaluate.metrics.novelty import novel
 from novelret.label.table import UNKNOWN
 
 
@@ -14,9 +13,9 @@ def judged(rows: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
     return (verdicts[:, :k] != UNKNOWN).sum(axis=1) / np.maximum(present, 1)
 
 
-def novel_judged(rows: np.ndarray, base: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
+def novel_judged(new: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
     """Share of judged items among the novel ones of the top k, per query; NaN without any."""
-    new = novel(rows, base, k)
+    new = new[:, :k]
     count = new.sum(axis=1)
     seen = (new & (verdicts[:, :k] != UNKNOWN)).sum(axis=1)
-    return np.divide(seen, count, out=np.full(len(rows), np.nan), where=count > 0)
+    return np.divide(seen, count, out=np.full(len(new), np.nan), where=count > 0)

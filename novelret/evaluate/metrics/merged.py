@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from novelret.evaluate.metrics.novelty import novel
 from novelret.label.table import RELEVANT
 
 
@@ -26,23 +25,17 @@ class Merged:
 
 
 def merge(
-    rows: np.ndarray,
-    base: np.ndarray,
-    verdicts: np.ndarray,
-    base_verdicts: np.ndarray,
-    budget: int | None = None,
+    new: np.ndarray, verdicts: np.ndarray, base_verdicts: np.ndarray, budget: int | None = None
 ) -> Merged:
     """Merge a model's novel items behind the deployed lists.
 
     Args:
-        rows: (Q, k) the new model's lists, best first.
-        base: (Q, L) the deployed lists.
-        verdicts: (Q, k) of `rows`.
-        base_verdicts: (Q, L) of `base`.
+        new: (Q, k) bool, which places of the new model's lists hold a novel item (see `novel`).
+        verdicts: (Q, k) of the new model's lists.
+        base_verdicts: (Q, L) of the deployed ones.
         budget: at most so many novel items are added per query, the best ones; all k places where None.
     """
-    new = novel(rows, base, rows.shape[1])
     if budget is not None:
-        new &= new.cumsum(axis=1) <= budget
+        new = new & (new.cumsum(axis=1) <= budget)
     density = (base_verdicts == RELEVANT).sum(axis=1) + (new & (verdicts == RELEVANT)).sum(axis=1)
     return Merged(new.sum(axis=1), density, density > 0)

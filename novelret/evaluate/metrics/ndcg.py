@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from novelret.membership import feedback_hits
 
-
-def ndcg(rows: np.ndarray, feedback_queries: np.ndarray, feedback_items: np.ndarray, k: int) -> np.ndarray:
+def ndcg(hits: np.ndarray, known: np.ndarray, k: int) -> np.ndarray:
     """Σ_i hit_i / log₂(i + 1) over the same of an ideal list, per query (Järvelin and Kekäläinen, 2002).
 
-    NaN for a query without feedback.
+    NaN for a query without feedback. Arguments as for `recall`.
     """
-    top = rows[:, :k]
+    top = hits[:, :k]
     discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
     # Hits are few: adding up where they are needs no (Q, k) array of floats.
-    queries, places = np.nonzero(feedback_hits(top, feedback_queries, feedback_items))
-    gain = np.bincount(queries, discount[places], minlength=len(rows))
+    queries, places = np.nonzero(top)
+    gain = np.bincount(queries, discount[places], minlength=len(hits))
     ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
-    count = np.minimum(np.bincount(feedback_queries, minlength=len(rows)), k)
     with np.errstate(invalid="ignore"):
-        return gain / ideal[count]
+        return gain / ideal[np.minimum(known, k)]
