@@ -6,11 +6,15 @@ embeddings.npy    (N, d) float32 or float16
 query_encoder/    the deployed query side: every finetuned model starts from it
 item_encoder/     the deployed item side, where it is another model
 items.faiss       the faiss index, where the factory is not Flat (Flat needs no second copy)
-cache/            embeddings and top lists of queries met before; may be deleted at any time
+cache/            embeddings and top lists of queries met before, and the corpus file as it lay there when it
+                  was hashed; may be deleted at any time
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +30,7 @@ from novelret.artifacts import MANIFEST, Manifest, fingerprint_of, is_kind, read
 from novelret.blocks import Items
 from novelret.cache import keep_lists, kept_lists, new_file
 from novelret.data.catalog import Catalog, open_catalog
-from novelret.data.source import fingerprint_part
+from novelret.data.source import fingerprint_part, is_folder, part_file
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.membership import is_in
@@ -35,6 +39,7 @@ from novelret.row_lists import RowLists
 from novelret.search import search_exact, search_faiss
 from novelret.trained import training_of
 
+_SETTLED = 2.0  # seconds since a file's last change
 _QUERIES = 32_768  # whose lists are held in memory at a time
 _QUERIES_ON_CPU = 2_048  # a part of a large catalog's lists takes minutes there: the bar should move
 
@@ -122,13 +127,37 @@ def open_index(folder: str | Path, data: str | None = None) -> Index:
     """
     folder = Path(folder)
     index = Index(folder, read_manifest(folder, "index"))
-    if data is not None and fingerprint_part(data, "corpus") != index.manifest.inputs["corpus"]:
+    if data is not None and _corpus_fingerprint(folder, data) != index.manifest.inputs["corpus"]:
         raise UserError(
             f"{data}: its corpus is not the one {folder} was made from "
             f"({index.manifest.config['data']}, {len(index)} items); run `novelret index` again, with "
             f"--append {folder} where the old items are all there: labels and models then still fit"
         )
     return index
+
+
+def _corpus_fingerprint(folder: Path, data: str) -> str:
+    """The corpus' fingerprint. Hashing 30 GB takes a minute: a file not touched since is not read again."""
+    if not is_folder(data):
+        return fingerprint_part(data, "corpus")
+    path, kept = part_file(data, "corpus"), folder / "cache" / "corpus.json"
+    began, stamp = time.time(), _stamp(path)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if before["stamp"] == stamp:
+            return str(before["fingerprint"])
+    found = fingerprint_part(data, "corpus")
+    # What changes again within a clock's tick keeps its times: a file that is so new is hashed the next time.
+    if began - path.stat().st_ctime > _SETTLED and _stamp(path) == stamp:
+        with contextlib.suppress(OSError), new_file(kept) as file:
+            file.write(json.dumps({"stamp": stamp, "fingerprint": found}).encode())
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes whenever a file is written to or replaced, also by a program that sets its time back."""
+    status = path.stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def base_lists(

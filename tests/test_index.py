@@ -14,6 +14,7 @@ from novelret import encode
 from novelret import index as index_module
 from novelret.build import IndexConfig, build_index
 from novelret.cache import _held
+from novelret.data.source import fingerprint_part
 from novelret.data.split import load_split
 from novelret.errors import UserError
 from novelret.index import base_lists, base_query_embeddings, open_index
@@ -154,6 +155,35 @@ def test_whatever_decides_an_embedding_is_part_of_an_encoders_identity(encoder):
     ]
     assert same == encode.fingerprint_encoder(encode.load_encoder(encoder))
     assert len({same, *others}) == 8
+
+
+def test_a_corpus_that_nobody_touched_is_hashed_once(world, encoder, tmp_path, monkeypatch):
+    data = shutil.copytree(world, tmp_path / "data")
+    folder = tmp_path / "index"
+    build(data, encoder, folder)
+    hashed = []
+
+    def counted(of, part):
+        hashed.append(part)
+        return fingerprint_part(of, part)
+
+    monkeypatch.setattr(index_module, "fingerprint_part", counted)
+    monkeypatch.setattr(index_module, "_SETTLED", 1e9)
+    open_index(folder, str(data))
+    assert not (folder / "cache" / "corpus.json").exists()  # written to just now, it may be so again
+    monkeypatch.setattr(index_module, "_SETTLED", -1.0)
+    for _ in range(3):
+        open_index(folder, str(data))
+    assert len(hashed) == 2
+    (folder / "cache" / "corpus.json").write_text("[broken")
+    open_index(folder, str(data))
+    assert len(hashed) == 3
+    corpus = data / "corpus.jsonl"
+    before = corpus.stat()
+    corpus.write_bytes(corpus.read_bytes()[::-1])  # as long as before, and its time set back
+    os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match="its corpus is not the one"):
+        open_index(folder, str(data))
 
 
 def test_base_lists_are_searched_once(world, encoder, tmp_path, monkeypatch):

@@ -36,8 +36,10 @@ def is_folder(data: str) -> bool:
     """Whether `data` names a folder in BEIR's layout rather than a Hugging Face data set.
 
     Raises:
-        UserError: `data` is a path that does not exist, or a file.
+        UserError: `data` is empty, a path that does not exist, or a file.
     """
+    if not data:
+        raise UserError("--data: is empty; give a folder, or a Hugging Face data set")
     path = Path(data)
     if path.is_dir():
         return (
@@ -63,7 +65,7 @@ def read_part(data: str, part: str) -> Iterator[Row]:
 
         yield from read_hub_part(data, part)
         return
-    path = _part_file(data, part)
+    path = part_file(data, part)
     yield from _read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
 
 
@@ -162,7 +164,7 @@ def fingerprint_part(data: str, part: str) -> str:
         return fingerprint_hub_part(data, part)
     if part.startswith("qrels/"):
         return fingerprint_file(_qrels_file(data, part.removeprefix("qrels/")))
-    return fingerprint_file(_part_file(data, part))
+    return fingerprint_file(part_file(data, part))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -241,7 +243,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: holds a text that is not UTF-8, behind row {number} ({error})") from None
 
 
-def _part_file(data: str, part: str) -> Path:
+def part_file(data: str, part: str) -> Path:
+    """The file of a folder's corpus or queries.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
     path = find_file(Path(data), part, (".jsonl", ".parquet"))
     if path is None:
         raise UserError(
