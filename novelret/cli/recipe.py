@@ -113,7 +113,11 @@ def run(
             ran = stage
             if not quiet:
                 error_console().print(
-                    f"\n$ novelret {stage} --config {name}", style="bold cyan", markup=False
+                    f"\n$ {_as_typed(stage, stages[stage])}",
+                    style="bold cyan",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
                 )
             code = main([stage, "--config", str(file), *(["--quiet"] if quiet else [])])
             if code:
@@ -134,6 +138,19 @@ def _check_options(name: str, stage: str, file: Path) -> None:
         raise UserError(str(error).replace(str(file), f"recipe {name}")) from None
     except typer.BadParameter as error:
         raise UserError(f"recipe {name}, {stage}: {error.format_message()}") from None
+
+
+def _as_typed(stage: str, options: dict[str, Any]) -> str:
+    """A stage of a recipe as a command for the shell, with all that was set."""
+    from novelret.evaluate.provenance import command_line
+
+    turned_off = {flag for option in _commands()[stage].params for flag in option.secondary_opts}
+    said = {
+        name: value
+        for name, value in options.items()
+        if value is not False or f"--no-{name}" in turned_off  # the others are off as long as nobody asks
+    }
+    return command_line(stage, said, {})
 
 
 def _commands() -> dict[str, Any]:

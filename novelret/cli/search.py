@@ -15,6 +15,7 @@ from novelret.cli.options import (
     IndexOption,
     JsonOption,
     QuietOption,
+    reporter,
     show_result,
 )
 from novelret.errors import UserError
@@ -44,7 +45,9 @@ def search(
         raise UserError("the query is empty")
     from novelret.evaluate.compare import compare_query
 
-    results = compare_query(data, index, model, query, k=k, base_depth=base_depth, device=device)
+    results = compare_query(
+        data, index, model, query, k=k, base_depth=base_depth, device=device, report=reporter(quiet)
+    )
 
     def render(console: Console) -> None:
         console.print(f"[bold]{shown(query)}[/]", highlight=False, soft_wrap=True)

@@ -43,10 +43,12 @@ def convert_query_keyword(
         report: for bars and warnings.
 
     Raises:
-        UserError: a size below 0, a missing, broken or malformed file, or an existing output.
+        UserError: a size below 0, a least count that is no number, a missing, broken or malformed file, or an
+            existing output.
     """
     report = report or Reporter()
     check_sizes(train, test)
+    _check_count(min_count)
     settings = {"min_count": min_count, "train": train, "test": test, "seed": seed}
     files = [pairs, *([keywords] if keywords else [])]
     with open_writer(out, "query-keyword", settings, files, SPLITS, force=force) as writer:
@@ -78,6 +80,11 @@ def convert_query_keyword(
                 if items.add(item_id_of(keyword)):
                     writer.item(f"{keywords}:{number}", item_id_of(keyword), "", keyword)
     return converted(out, writer)
+
+
+def _check_count(least: float) -> None:
+    if math.isnan(least):
+        raise UserError(f"--min-count {least}: must be a number")
 
 
 def _rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, str, str, float]]:

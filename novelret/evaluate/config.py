@@ -159,9 +159,11 @@ def _named(option: str, values: list[tuple[str, str, str]]) -> dict[str, str]:
 
 def _check_name(given: str, name: str) -> None:
     if "/" in name or name.startswith("."):
-        raise UserError(f"{given}: the name {name!r} cannot be a file name")
+        raise UserError(f"{given}: the name {name!r} cannot be a file name; give another, as NAME=PATH")
     if any(letter.isspace() for letter in name):
-        raise UserError(f"{given}: the name {name!r} holds a space, which run files cannot")
+        raise UserError(
+            f"{given}: the name {name!r} holds a space, which run files cannot; give another, as NAME=PATH"
+        )
 
 
 def _expanded(models: dict[str, str]) -> dict[str, str]:

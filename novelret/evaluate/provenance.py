@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ def commands(evaluation: Evaluation) -> list[str]:
     lines = dict.fromkeys(indexes)
     for path in dict.fromkeys(model_of(Path(path)) for path in evaluation.models.values()):
         _add_lines(path, lines, set())
-    last = _line("eval", asdict(config), _defaults(type(config)))
+    last = command_line("eval", asdict(config), _defaults(type(config)))
     return [*lines, f"{last} --out {shlex.quote(str(evaluation.out))}"]
 
 
@@ -52,7 +53,7 @@ def _add_lines(folder: Path, lines: dict[str, None], seen: set[Path]) -> None:
     for part in made_of:
         _add_lines(model_of(Path(part)), lines, seen)
     defaults = _train_defaults() if verb == "train" else _label_defaults()
-    lines[f"{_line(verb, settings, defaults)} --out {shlex.quote(str(folder))}"] = None
+    lines[f"{command_line(verb, settings, defaults)} --out {shlex.quote(str(folder))}"] = None
 
 
 def _index_lines(manifest: Manifest, folder: str) -> list[str]:
@@ -66,11 +67,11 @@ def _index_lines(manifest: Manifest, folder: str) -> list[str]:
             # Where an index was appended to in place, or made anew since, another one lies there.
             if its.fingerprint == manifest.inputs.get("appended_to"):
                 before = _index_lines(its, old)
-    return [*before, f"{_line('index', made, _index_defaults())} --out {shlex.quote(folder)}"]
+    return [*before, f"{command_line('index', made, _index_defaults())} --out {shlex.quote(folder)}"]
 
 
-def _line(verb: str, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """One command with the options that differ from their defaults."""
+def command_line(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """One command as the shell takes it, with the options that differ from their defaults."""
     words = ["novelret", verb]
     for name, value in settings.items():
         if value is None or (name in defaults and _plain(value) == _plain(defaults[name])):
@@ -78,7 +79,7 @@ def _line(verb: str, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif name == "k":
+        elif name == "k" and isinstance(value, list | tuple):
             words += [flag, ",".join(map(str, value))]
         elif isinstance(value, list | tuple):
             words += [word for part in value for word in (flag, str(part))]

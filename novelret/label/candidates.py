@@ -74,6 +74,8 @@ def gather_candidates(
     rng = np.random.default_rng(seed)
     parts = []
     for number, source in enumerate(sources):
+        if source.endswith(":"):
+            raise UserError(f"--from {source}: names no path; choose from {', '.join(SOURCES)}")
         blocks: Iterable[tuple[np.ndarray, np.ndarray]]
         if source == "feedback":
             blocks = [(split.feedback_queries, split.feedback_items)]

@@ -173,6 +173,7 @@ def test_bad_input_has_one_line_each(common, index_folder, capsys):
     cases = {
         "--query-id q99: is no query of split test": ["--query-id", "q99"],
         "--most best: unknown; choose from gained, lost": ["--most", "best"],
+        "--missing none: unknown; choose from unknown, irrelevant": ["--missing", "none"],
         "--queries 0: must be at least 1": ["--queries", 0],
         "--k 41: must be from 1 to the catalog's 40 items": ["--k", 41],
         "holds no judgements": ["--judgements", index_folder],

@@ -21,6 +21,7 @@ from tests.commands import fails
 from tests.loopback import LoopbackJudge
 
 CATALOG = 1_000_000
+STAGES = ["index", "label", "train", "eval"]
 
 
 def commands() -> dict:
@@ -53,7 +54,7 @@ def test_all_of_the_papers_settings_are_there(capsys):
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_key_is_an_option_and_every_value_fits(name):
     stages = recipe.load(recipe.find(name), [])
-    assert list(stages) == ["index", "label", "train", "eval"]
+    assert list(stages) == STAGES
     for stage, options in stages.items():
         command = commands()[stage]
         flags = {flag.lstrip("-"): parameter for parameter in command.params for flag in parameter.opts}
@@ -132,7 +133,14 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
     command = ["recipe", "run", "default", *sets(given)]
     assert main(command) == 0, capsys.readouterr().err
     captured = capsys.readouterr()
-    assert captured.err.count("$ novelret") == 4
+    shown = [shlex.split(line[2:]) for line in captured.err.splitlines() if line.startswith("$ ")]
+    assert [words[:2] for words in shown] == [["novelret", stage] for stage in STAGES]
+    assert main([*shown[2][1:], "--out", "pasted"]) == 0, capsys.readouterr().err
+    pasted, made = (
+        json.loads((tmp_path / folder / "manifest.json").read_text())["fingerprint"]
+        for folder in ("pasted", "runs/default/model")
+    )
+    assert pasted == made
     report = json.loads((tmp_path / "runs" / "default" / "report" / "metrics.json").read_text())
     assert "new" in json.dumps(report)
     assert main(command) == 0

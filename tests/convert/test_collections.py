@@ -311,6 +311,12 @@ def test_counts_keep_their_digits(tmp_path, capsys):
     assert [line.split("\t")[2] for line in lines[1:]] == counts
 
 
+def test_a_least_count_that_is_no_number_is_refused(tmp_path, capsys):
+    log = write_lines(tmp_path / "log.tsv", ["a\tb\t1"])
+    line = fails(capsys, "query-keyword", "--pairs", log, "--min-count", "nan", "--out", tmp_path / "out")
+    assert "--min-count nan: must be a number" in line
+
+
 @pytest.mark.parametrize("size", ["--train", "--test"])
 def test_sizes_below_zero_are_refused(tmp_path, capsys, size):
     log = write_lines(tmp_path / "log.tsv", ["a\tb\t1"])
