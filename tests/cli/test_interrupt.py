@@ -28,11 +28,11 @@ def interrupted(command: list[object], working: Callable[[], bool], **environmen
         text=True,
     )
     try:
-        deadline = time.time() + 120
+        deadline = time.time() + 180
         while not working() and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=180)
     finally:
         process.kill()
     assert (process.returncode, out) == (130, ""), err
@@ -69,7 +69,7 @@ def test_what_is_left_at_once_is_on_the_bill(world, index_folder, tmp_path):
             text=True,
         )
         try:
-            deadline = time.time() + 120
+            deadline = time.time() + 180
             while len(server.seen) < 8 and process.poll() is None and time.time() < deadline:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
@@ -78,7 +78,7 @@ def test_what_is_left_at_once_is_on_the_bill(world, index_folder, tmp_path):
             while "Ctrl-C again leaves at once" not in line:
                 line += process.stderr.read(1)
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=40)
+            process.communicate(timeout=180)
         finally:
             process.kill()
     assert process.returncode == 130

@@ -126,7 +126,7 @@ def test_what_is_asked_directly_lies_in_no_batch(ask, arguments, tmp_path):
             str(tmp_path / "direct"),
         ]
         process = start(direct, environment, tmp_path / "log", {})
-        deadline = time.time() + 60
+        deadline = time.time() + 180
         while len(server.seen) < 20 and process.is_alive() and time.time() < deadline:
             time.sleep(0.002)
         code, facts, err = ask(server)
@@ -336,7 +336,7 @@ def test_a_kill_while_waiting_forgets_no_spending(arguments, tmp_path):
         process = start(
             [*arguments, "--out", str(tmp_path / "labels")], environment, tmp_path / "log", patches
         )
-        note, deadline = tmp_path / "labels.partial" / "asking.json", time.time() + 60
+        note, deadline = tmp_path / "labels.partial" / "asking.json", time.time() + 180
         while not note.exists() and process.is_alive() and time.time() < deadline:
             if len(server.batches) == 2:
                 server.batches["batch_0"]["due"] = 0
@@ -480,7 +480,7 @@ def test_killed_at_random_moments_no_pair_is_submitted_twice(world, index_folder
         command, log, kills = list(map(str, command)), tmp_path / "log", 0
         for _ in range(10):
             process = start(command, environment, log, patches)
-            begun, deadline = len(server.files), time.time() + 60
+            begun, deadline = len(server.files), time.time() + 180
             while len(server.files) == begun and process.is_alive() and time.time() < deadline:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.15))

@@ -661,7 +661,7 @@ def test_killed_at_any_moment_nothing_delivered_is_paid_twice(world, index_folde
         for attempt in range(21):
             begun = len(server.seen)
             process = start(command, environment, log, {})
-            deadline = time.time() + 60
+            deadline = time.time() + 180
             # Wait for its first request, then for a random moment of its asking.
             while len(server.seen) == begun and process.is_alive() and time.time() < deadline:
                 time.sleep(0.002)
@@ -701,12 +701,12 @@ def test_two_runs_with_one_store_pay_for_no_pair_twice(world, index_folder, tmp_
             for name, log in zip("ab", logs, strict=True)
         ]
         if kill:
-            deadline = time.time() + 60
+            deadline = time.time() + 180
             while len(server.seen) < pairs // 4 and time.time() < deadline:
                 time.sleep(0.002)
             runs[0].kill()
         for run in runs:
-            run.join(120)
+            run.join(300)
         for run, log in list(zip(runs, logs, strict=True))[kill:]:
             assert run.exitcode == 0, log.read_text()
         labels = [rows_of(tmp_path / name) for name in ("b" if kill else "ab")]
@@ -761,7 +761,7 @@ def test_a_cap_counts_what_killed_runs_spent(world, index_folder, tmp_path):
         for _ in range(3):
             begun = len(server.seen)
             process = start([*map(str, command), str(cap)], environment, log, {})
-            deadline = time.time() + 60
+            deadline = time.time() + 180
             while len(server.seen) < begun + 15 and process.is_alive() and time.time() < deadline:
                 time.sleep(0.002)
             process.kill()
@@ -809,10 +809,10 @@ def test_a_request_ends_however_slowly_its_answer_trickles(arguments, tmp_path, 
     monkeypatch.setattr(judge_module, "_FIRST_WAIT", 0.01)
     with LoopbackJudge(["trickle"]) as server:
         begun = time.monotonic()
-        more = ["--out", tmp_path / "labels", "--timeout", 1]
+        more = ["--out", tmp_path / "labels", "--timeout", 4]  # a busy machine answers the others in time
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 121), err
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 25  # the whole answer takes 30 seconds
 
 
 def test_sigterm_keeps_what_is_under_way(world, index_folder, tmp_path):
@@ -820,7 +820,7 @@ def test_sigterm_keeps_what_is_under_way(world, index_folder, tmp_path):
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         command = [*labelling(world, index_folder, tmp_path, 39, 8), "--out", tmp_path / "labels"]
         process = start([*map(str, command)], environment, tmp_path / "log", {})
-        deadline = time.time() + 60
+        deadline = time.time() + 180
         while len(server.seen) < 12 and time.time() < deadline:
             time.sleep(0.01)
         process.terminate()
