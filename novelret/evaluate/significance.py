@@ -1,6 +1,8 @@
 """How sure the figures are: bootstrap intervals and paired randomisation tests over queries.
 
-All take one row per query and one column per figure, so that a resample is drawn once for all figures.
+All take one row per query and one column per figure, so that a resample is drawn once for all figures. Of
+very many queries, random groups are drawn and flipped as one: that is as valid, and takes no longer for a
+million queries than for ten thousand.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
+_GROUPS = 10_000  # of which a standard error is known to within a hundredth
 _CHUNK, _CELLS = 500, 1 << 24  # resamples at a time, and resamples × queries: memory stays flat
 _COLUMNS = 256  # differences of two models' figures at a time
 
@@ -28,17 +31,17 @@ def bootstrap_intervals(
     Returns:
         (M,) lower and (M,) upper ends; NaN for a column without figures.
     """
-    known = (~np.isnan(values)).astype(np.float64)
-    filled = np.nan_to_num(values)
+    sums, known = _by_group(values)
+    n_groups = len(sums)
     rng = np.random.default_rng(seed)
     means = []
-    chunk = _chunk(len(values))
+    chunk = _chunk(n_groups)
     for start in range(0, samples, chunk):
-        # How often each query is drawn: one matrix product instead of a gather.
+        # How often each one is drawn: one matrix product instead of a gather.
         size = min(chunk, samples - start)
-        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=size).astype(float)
+        counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size).astype(float)
         with np.errstate(invalid="ignore", divide="ignore"):
-            means.append((counts @ filled) / (counts @ known))
+            means.append((counts @ sums) / (counts @ known))
     tail = (1 - level) / 2
     # A resample may hold none of a rare figure's queries; a column without any stays NaN.
     drawn = np.concatenate(means)
@@ -59,21 +62,38 @@ def randomization_tests(differences: np.ndarray, *, samples: int = 10_000, seed:
     Returns:
         (M,) p-values.
     """
-    filled = np.nan_to_num(differences).astype(np.float32)
-    seen = np.abs(filled.sum(axis=0, dtype=np.float64))
+    sums = _by_group(differences)[0].astype(np.float32)
+    seen = np.abs(sums.sum(axis=0, dtype=np.float64))
     rng = np.random.default_rng(seed)
     as_extreme = np.zeros(differences.shape[1])
-    chunk = _chunk(len(differences))
+    chunk = _chunk(len(sums))
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)
-        signs = rng.integers(0, 2, size=(size, len(differences)), dtype=np.int8).astype(np.float32) * 2 - 1
+        signs = rng.integers(0, 2, size=(size, len(sums)), dtype=np.int8).astype(np.float32) * 2 - 1
         # float32 sums of thousands of figures agree to about six digits; ties must count as extreme.
-        as_extreme += (np.abs(signs @ filled) >= seen * (1 - 1e-5)).sum(axis=0)
+        as_extreme += (np.abs(signs @ sums) >= seen * (1 - 1e-5)).sum(axis=0)
     return (as_extreme + 1) / (samples + 1)
 
 
-def _chunk(queries: int) -> int:
-    return min(_CHUNK, max(1, _CELLS // max(1, queries)))
+def _by_group(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of (Q, M) figures, and how many there are, (G, M) float64, of random groups of equal size.
+
+    Each query is a group of its own as long as there are no more than `_GROUPS`. Under the null hypothesis a
+    group's sum is symmetric, as its parts are; groups of independent queries are independent.
+    """
+    if len(values) <= _GROUPS:
+        return np.nan_to_num(values), (~np.isnan(values)).astype(np.float64)
+    group = np.random.default_rng(0).permutation(len(values)) % _GROUPS
+    sums, known = np.empty((2, _GROUPS, values.shape[1]))
+    for column, figures in enumerate(values.T):  # one by one: many queries' figures fill the memory once
+        some = ~np.isnan(figures)
+        sums[:, column] = np.bincount(group[some], figures[some], minlength=_GROUPS)
+        known[:, column] = np.bincount(group[some], minlength=_GROUPS)
+    return sums, known
+
+
+def _chunk(groups: int) -> int:
+    return min(_CHUNK, max(1, _CELLS // max(1, groups)))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

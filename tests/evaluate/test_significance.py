@@ -94,6 +94,30 @@ def test_resamples_are_the_same_however_many_are_held_at_once(monkeypatch):
     assert np.allclose(bootstrap_intervals(values), whole, rtol=1e-12)
 
 
+def test_groups_of_many_queries_say_the_same(monkeypatch):
+    """Of 3,000 queries in 600 groups, against each query by itself."""
+    rng = np.random.default_rng(6)
+    values = rng.exponential(size=(3000, 40)) + rng.normal(0, 0.05, 40)
+    values[rng.random(values.shape) < 0.3] = np.nan
+    values[:, 1] = np.where(np.arange(3000) % 100 == 0, 1.0, 0.0)  # a figure that few queries have
+    values[:, 2] = np.nan
+    single, differences = bootstrap_intervals(values), values - 1
+    p = randomization_tests(differences)
+    monkeypatch.setattr(significance, "_GROUPS", 600)
+    grouped, p_grouped = bootstrap_intervals(values), randomization_tests(differences)
+    widths, middles = ([ends[1] - ends[0] for ends in (single, grouped)],
+                       [(ends[0] + ends[1]) / 2 for ends in (single, grouped)])  # fmt: skip
+    some = np.arange(40) != 2
+    assert np.allclose(widths[1][some] / widths[0][some], 1, atol=0.15)
+    assert np.mean(widths[1][some] / widths[0][some]) == pytest.approx(1, abs=0.02)
+    assert (np.abs(middles[1] - middles[0])[some] < 0.1 * widths[0][some]).all()
+    assert np.isnan(grouped[0][2])
+    assert np.isnan(grouped[1][2])
+    assert np.abs(p_grouped - p).max() < 0.12
+    assert np.abs(p_grouped - p).mean() < 0.03
+    assert p_grouped[2] == 1
+
+
 def test_what_has_no_figure_has_neither_interval_nor_p_value():
     none, some = np.full(30, np.nan), np.arange(30.0)
     per_query = {
