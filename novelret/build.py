@@ -43,6 +43,7 @@ _PROBED, _NEIGHBOURS = 256, 16  # imported items whose texts are encoded, and ho
 _STRANGE = 0.1  # share of these nearest to their own text below which it is told
 _COPY_ROWS = 65_536  # at a time
 _RECALL_QUERIES, _RECALL_DEPTH = 256, 50  # an approximate index is measured on, and in their top
+_PROGRESS = "progress.json"
 _LOW_RECALL = 0.9  # below it, of the exact top items, the index is warned of
 
 
@@ -147,7 +148,7 @@ def build_index(
             facts["imported"] = {"from": source.name, "lossy": source.lossy}
         write_config(folder, config)
         write_manifest(folder, Manifest("index", asdict(config), inputs, identity, facts))
-    (out / "progress.json").unlink(missing_ok=True)  # until here a kill leaves something to resume
+    (out / _PROGRESS).unlink(missing_ok=True)  # until here a kill leaves something to resume
     return open_index(out)
 
 
@@ -232,8 +233,9 @@ def encode_catalog(
     `first`: so many rows were copied from another index; to begin behind them is no resumption to tell of.
     """
     if encode.is_api(model):
+        left = len(catalog) - max(first, _rows_done(folder))
         report.note(
-            f"{len(catalog):,} items will be embedded by an API, which bills them; "
+            f"{left:,} items will be embedded by an API, which bills them; "
             "--embeddings takes vectors that exist already"
         )
 
@@ -324,8 +326,8 @@ def _fill_matrix(
     first: int = 0,
 ) -> None:
     """Write embeddings.npy chunk by chunk; goes on after the last chunk that is on disk."""
-    path, progress = folder / "embeddings.npy", folder / "progress.json"
-    done = read_json(progress)["rows"] if progress.is_file() and path.is_file() else 0
+    path, progress = folder / "embeddings.npy", folder / _PROGRESS
+    done = _rows_done(folder)
     if done == 0:
         make_matrix(path, shape, dtype)
     if first < done < shape[0]:
@@ -342,6 +344,13 @@ def _fill_matrix(
             fsync_file(path)
             write_json(progress, {"rows": stop})
             advance(stop - start)
+
+
+def _rows_done(folder: Path) -> int:
+    """How many rows of embeddings.npy a run that was killed has written."""
+    progress = folder / _PROGRESS
+    is_begun = progress.is_file() and (folder / "embeddings.npy").is_file()
+    return int(read_json(progress)["rows"]) if is_begun else 0
 
 
 def make_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:

@@ -34,7 +34,8 @@ _TELLING = 8  # letters from which on a secret is told apart from a word
 def check_key() -> str:
     """The API key from OPENAI_API_KEY.
 
-    An OPENAI_BASE_URL that is set and empty is unset: the client would take it for a URL.
+    An OPENAI_BASE_URL that is set and empty is unset, and white space around one is cut off, as from a file
+    or a secret: the client would take it for a part of the URL.
 
     Raises:
         UserError: it is not set, or the endpoint in OPENAI_BASE_URL is no URL.
@@ -47,8 +48,9 @@ def check_key() -> str:
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry; export it again")
     url = os.environ.get("OPENAI_BASE_URL", "").strip()
-    if not url:
-        os.environ.pop("OPENAI_BASE_URL", None)
+    os.environ.pop("OPENAI_BASE_URL", None)
+    if url:
+        os.environ["OPENAI_BASE_URL"] = url
     try:
         parts = urlsplit(url)
         fits = not url or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
@@ -60,7 +62,11 @@ def check_key() -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """A message on one line, without the API key and without anything secret in the endpoint's URL."""
+    """A message on one line, without the API key and without anything secret in the endpoint's URL.
+
+    Half of a surrogate pair, of a text that was cut in an emoji, becomes "?": nothing could store it.
+    """
+    text = text.encode("utf-8", "replace").decode()
     return " ".join(_without(text, _secrets()).split())[:300]
 
 

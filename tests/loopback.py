@@ -69,6 +69,7 @@ class LoopbackJudge:
         self.delay = delay
         self.cut_files: deque[str] = deque()
         self.html_pages = 0
+        self.filtered = "content filtered"
         self.billed: Counter[str] = Counter()
         self.seen: list[dict] = []
         self.authorization: set[str] = set()
@@ -281,7 +282,7 @@ class LoopbackJudge:
                 errors.append(row)
             elif fault == "errors" and number % 3:
                 status = 400 if number % 3 == 1 else 500
-                body = {"error": {"message": "content filtered" if status == 400 else "oops"}}
+                body = {"error": {"message": self.filtered if status == 400 else "oops"}}
                 row["response"] = {"status_code": status, "body": body}
                 errors.append(row)
             else:

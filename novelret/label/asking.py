@@ -85,7 +85,7 @@ def plan_asking(
             if question is not None:
                 advance(1)
                 example = example or question.messages
-                if is_under_way and ledger.state(question.key)[0] is not None:
+                if is_under_way and ledger.under_way([question.key]):
                     in_batches += 1
                     continue
                 keys.append(int.from_bytes(question.key[:8], "little"))
@@ -153,7 +153,8 @@ def ask_and_write(
         UserError: not one question is answered, as all failed, or a cap or what else stopped the asking came
             first.
     """
-    spent, note = spent_on(earlier), out.with_name(NOTE)
+    before = spent_on(earlier, judge.price)
+    spent, note = before, out.with_name(NOTE)
     if note.is_file():
         spent = _sum(spent, read_json(note))
     readings = readings or Readings()
@@ -179,7 +180,7 @@ def ask_and_write(
             again = judge.read if retry_unusable else None
             with (
                 report.bar(f"asking {judge.name}", len(feed), status) as show,
-                _noting(note, tally, spent_on(earlier)),
+                _noting(note, tally, before),
             ):
                 unanswered = partial(feed.unanswered, store, tally, show, again)
                 judge.ask(unanswered, store, tally, show, report.note)
@@ -229,9 +230,14 @@ def say_failed(facts: dict[str, Any]) -> str:
     return f"{facts['failed']} questions got no answer (for instance: {facts['failure_example']})"
 
 
-def spent_on(labels: Manifest | None) -> dict[str, Any]:
-    """Requests and dollars that LABELS, and those that they went on from, have cost."""
-    facts = labels.facts if labels is not None else {}
+def spent_on(labels: Manifest | None, price: Price | None = None) -> dict[str, Any]:
+    """Requests and dollars that LABELS, and those that they went on from, have cost.
+
+    What was asked while no price was known is counted at this one.
+    """
+    facts = dict(labels.facts) if labels is not None else {}
+    if facts.get("cost") is None and price is not None:
+        facts["cost"] = price.of(facts.get("prompt_tokens", 0), facts.get("completion_tokens", 0))
     return _sum(facts, facts.get("earlier") or {})
 
 

@@ -116,12 +116,17 @@ class Ledger:
         )
         return [Submission(*row) for row in rows]
 
-    def state(self, key: bytes) -> tuple[str | None, str | None]:
-        """(submission, failure) of a question; two Nones where it may be asked."""
-        row = self._store.connection.execute(
-            "SELECT submission, failure FROM asked WHERE key = ?", (key,)
-        ).fetchone()
-        return row or (None, None)
+    def states(self, keys: Iterable[bytes]) -> dict[bytes, tuple[str | None, str | None]]:
+        """(submission, failure) of those that lay in a batch; two Nones where one may be asked again."""
+        rows = self._store.select("key, submission, failure FROM asked", keys)
+        return {key: (submission, failure) for key, submission, failure in rows}
+
+    def holds_others(self, submissions: set[str]) -> bool:
+        """Whether a question failed, or lies in a submission that is none of these."""
+        if not submissions.issuperset(submission.id for submission in self.open()):
+            return True
+        one = self._store.connection.execute("SELECT 1 FROM asked WHERE failure IS NOT NULL LIMIT 1")
+        return one.fetchone() is not None
 
     def under_way(self, keys: Iterable[bytes]) -> set[bytes]:
         """Which of these questions lie in a batch that is not settled, whoever submitted it."""

@@ -108,8 +108,9 @@ class Store:
             UserError: the file cannot be opened, or is no store.
         """
         try:
-            self.path = path
-            self.connection = open_database(path, _SCHEMA)
+            # What lies beside the file, its locks and its log, lies beside it and not beside a link to it.
+            self.path = path.resolve()
+            self.connection = open_database(self.path, _SCHEMA)
             # FULL: an answer that was acknowledged survives a power cut, since it was paid for.
             self.connection.execute("PRAGMA synchronous = FULL")
             # Keys are found all over the file: reading it through the page cache saves a third of the time.

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from contextlib import closing
 
+import openai
 import pyarrow.parquet as pq
 import pytest
 
@@ -192,6 +193,33 @@ def test_a_lost_answer_to_a_submission_does_not_submit_twice(ask):
     with LoopbackJudge(batch_faults=["create-500"] * 2) as server:
         code, facts, err = ask(server, "--depth", 12, out="b")
         assert (code, facts["requests"], len(server.batches)) == (0, 60, 1), err
+
+
+def test_files_after_one_that_could_not_be_sent_are_sent_later(ask, monkeypatch):
+    """The answer to a submission is lost, and so is the look whether it arrived."""
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 50)
+    monkeypatch.setattr(openai_batch, "_POLL", 0.02)
+    find, lost = openai_batch._find, []
+
+    def away(run, submission):
+        if not lost:
+            lost.append(submission)
+            raise openai.APIConnectionError(request=None)
+        return find(run, submission)
+
+    monkeypatch.setattr(openai_batch, "_find", away)
+    with LoopbackJudge(batch_faults=["create-cut"]) as server:
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], len(server.batches), len(lost)) == (0, 120, 3, 1), err
+        assert set(server.billed.values()) == {1}
+
+
+def test_a_reason_that_holds_half_an_emoji_does_not_block_the_store(ask):
+    with LoopbackJudge(batch_faults=["errors"]) as server:
+        server.filtered = "not allowed: grey settee \ud83d"
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["failed"]) == (0, 80, 40), err
+        assert facts["failure_example"].endswith("not allowed: grey settee ?")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

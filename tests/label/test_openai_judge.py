@@ -13,22 +13,27 @@ import time
 import types
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pyarrow.parquet as pq
 import pytest
 
-from novelret.artifacts import put_aside
+from novelret.artifacts import Manifest, put_aside
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.endpoint import check_key, may_be_answered
 from novelret.label import judge, label
 from novelret.label import questions as questions_module
+from novelret.label.asking import spent_on
 from novelret.label.claims import Claims
+from novelret.label.cost import Price
 from novelret.label.judges import endpoint
 from novelret.label.judges import openai as judge_module
 from novelret.label.label import LabelConfig, build_labels
+from novelret.label.ledger import Ledger
+from novelret.label.questions import Question, Tally
 from novelret.label.store import Store, key_function
 from tests.conftest import make_world
 from tests.killing import start
@@ -102,6 +107,49 @@ def test_faults_that_pass_are_tried_again(arguments, tmp_path, capsys, monkeypat
         assert (facts["pairs"], facts["failed"]) == (120, 0)
         assert facts["retries"] == (0 if fault == "slow" else 10)
         assert set(server.billed.values()) == {1}
+
+
+def test_white_space_around_the_url_is_cut_off(arguments, tmp_path, capsys, monkeypatch):
+    """As a file or a secret has it."""
+    with LoopbackJudge() as server:
+        monkeypatch.setattr(LoopbackJudge, "url", f" http://127.0.0.1:{server.server.server_port}/v1\r\n")
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
+        assert (code, facts["pairs"]) == (0, 120), err
+
+
+def test_equal_questions_that_another_process_left_are_asked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_module, "_OTHERS", 0)
+    with closing(Store(tmp_path / "s")) as store, closing(Store(tmp_path / "s")) as other:
+        theirs, ours = Claims(other), Claims(store)
+        question, count = Question(b"k" * 16, [{"role": "user", "content": "x"}]), []
+        theirs.take([question.key])
+        asking = judge_module._Asking(
+            "m",
+            {},
+            len,
+            lambda _: (1, None),
+            store,
+            ours,
+            Ledger(store, "openai:m"),
+            judge_module.Limits(),
+            Tally(),
+            print,
+        )
+        rest = judge_module._ours(asking, iter([question, None, question, None]), count.append)
+        found = [next(rest), next(rest), next(rest)]
+        assert found == [None, None, None]
+        theirs.__exit__(None, None, None)  # it was stopped by a cap
+        assert [question for question in rest if question] == [question]
+        assert sum(count) == 1
+        ours.__exit__(None, None, None)
+
+
+def test_what_was_spent_without_a_price_counts_at_the_price_that_is_known_now():
+    facts = {"requests": 10, "prompt_tokens": 1000, "completion_tokens": 20, "cost": None}
+    labels = Manifest("labels", {}, {}, "f", facts)
+    assert spent_on(labels) == {"requests": 10, "cost": 0.0}
+    assert spent_on(labels, Price(2, 8)) == {"requests": 10, "cost": 0.00216}
+    assert spent_on(replace(labels, facts=facts | {"cost": 0.5}), Price(2, 8))["cost"] == 0.5
 
 
 def test_what_cannot_be_answered_is_listed_and_asked_again_alone(arguments, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from novelret.errors import UserError
 from novelret.label.claims import Claims
+from novelret.label.ledger import Ledger
 from novelret.label.store import KEY_SIZE, Store, key_function
 from novelret.label.table import make_table
 from tests.label.test_injections import HOSTILE
@@ -73,6 +74,22 @@ def test_a_run_that_was_killed_before_its_first_claim_leaves_nothing(tmp_path):
             assert mine.take([b"a" * 16]) == {b"a" * 16}
             assert others.take([b"a" * 16]) == set()
     assert not list(tmp_path.glob("*-asking-*"))
+
+
+def test_a_link_to_a_store_is_that_store(tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "store.sqlite"
+    link.symlink_to(tmp_path / "store.sqlite")
+    with closing(Store(tmp_path / "store.sqlite")) as one, closing(Store(link)) as two:
+        with Claims(one) as mine, Claims(two) as theirs:
+            assert mine.take([b"a" * 16]) == {b"a" * 16}
+            assert theirs.take([b"a" * 16]) == set()
+        with Ledger(one, "j").lock() as is_ours:
+            assert is_ours
+            assert (tmp_path / "store.sqlite.lock").exists()
+        two.add("j", [(b"b" * 16, "Yes", 1, 1)])
+        assert two.log.exists()
+    assert list((tmp_path / "links").iterdir()) == [link]
 
 
 def test_judgements_of_items_that_a_query_leaves_out_are_dropped():

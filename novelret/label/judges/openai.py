@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import openai
@@ -324,10 +325,15 @@ def _ours(
 ) -> Iterator[Question | None]:
     """The questions that no other process asks, and at last those that it leaves; None to wait a little."""
     batch: list[Question] = []
-    elsewhere: list[Question] = []
+    elsewhere: dict[bytes, Question] = {}
     before: dict[bytes, Answer | None] = {}
 
     def claimed() -> Iterator[Question]:
+        # Equal questions may have come one by one, while another process held them.
+        passed = (asking.tally.under_way, asking.tally.failed, elsewhere)
+        distinct = {q.key: q for q in batch if not any(q.key in keys for keys in passed)}
+        advance(len(batch) - len(distinct))
+        batch[:] = distinct.values()
         keys = [question.key for question in batch]
         free = asking.claims.take(keys)
         answers = asking.store.find(keys)
@@ -342,7 +348,7 @@ def _ours(
         left = [question for question in left if question.key not in lying]
         advance(len(batch) - len(left))  # answered since they were looked up, or left out
         batch.clear()
-        elsewhere.extend(question for question in left if question.key not in free)
+        elsewhere.update((question.key, question) for question in left if question.key not in free)
         yield from (question for question in left if question.key in free)
 
     for question in questions:
@@ -358,7 +364,7 @@ def _ours(
         asking.say(f"waiting for {len(elsewhere)} questions that another process is asking")
     while elsewhere:
         yield None
-        batch, elsewhere = elsewhere[:_AT_ONCE], elsewhere[_AT_ONCE:]
+        batch = [elsewhere.pop(key) for key in list(islice(elsewhere, _AT_ONCE))]
         yield from claimed()
 
 

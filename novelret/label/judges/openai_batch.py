@@ -334,6 +334,14 @@ def _keep(
 
 def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
     """Put what is neither answered nor under way into batches; how many questions that were."""
+    try:
+        return _fill_files(run, unanswered)
+    except BaseException:
+        run.missing = True  # what comes after the file that could not be sent
+        raise
+
+
+def _fill_files(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> int:
     price, longest = run.limits.price, longest_answer(run.parameters)
     tally = run.tally
     ours = [s for s in run.ledger.open() if s.run in (tally.run, None)]
@@ -343,6 +351,12 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
     tally.under_way.clear()
     file = _File(run)
     for some in _in_hundreds(unanswered()):
+        if run.held_back:
+            # Nothing more is sent; what comes after may be under way, or have failed.
+            if not run.ledger.holds_others(run.waiting_for | {s.id for s in ours}):
+                break
+            _look_up(run, some)
+            continue
         held_back = []
         for question in _to_submit(run, some):
             worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
@@ -350,7 +364,6 @@ def _submit(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) -> i
             if reached and not requests:
                 tally.stopped = reached
             if reached or run.held_back:
-                # Go on all the same: what comes after may be under way or have failed.
                 run.held_back = True
                 held_back.append(question.key)
                 continue
@@ -372,15 +385,7 @@ def _in_hundreds(questions: Iterator[Question | None]) -> Iterator[list[Question
 
 def _to_submit(run: _Run, questions: list[Question]) -> list[Question]:
     """Those of some questions that are neither under way nor failed nor asked by another process; claimed."""
-    left = []
-    for question in {q.key: q for q in questions if q.key not in run.tally.under_way}.values():
-        submission, failure = run.ledger.state(question.key)
-        if submission is not None:
-            run.waiting_for.add(submission)
-        elif failure is not None:
-            run.tally.failed[question.key] = failure
-        else:
-            left.append(question)
+    left = _look_up(run, questions)
     free = run.claims.take([question.key for question in left])
     # Only now: whoever held a claim until a moment ago has stored the answer.
     known = run.store.known(free)
@@ -392,6 +397,18 @@ def _to_submit(run: _Run, questions: list[Question]) -> list[Question]:
     run.missing = run.missing or len(free) < len(left)  # asked elsewhere: looked at again
     run.claims.give_up(free - {question.key for question in mine})
     return mine
+
+
+def _look_up(run: _Run, questions: list[Question]) -> list[Question]:
+    """Those of some questions that are neither under way nor failed, each once; the others are noted."""
+    distinct = {q.key: q for q in questions if q.key not in run.tally.under_way}
+    states = run.ledger.states(distinct)
+    for key, (submission, failure) in states.items():
+        if submission is not None:
+            run.waiting_for.add(submission)
+        elif failure is not None:
+            run.tally.failed[key] = failure
+    return [question for key, question in distinct.items() if states.get(key, (None, None)) == (None, None)]
 
 
 class _File:
