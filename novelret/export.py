@@ -262,18 +262,17 @@ def _write_arrays(
     # The deployed encoder may end with a Normalize of its own; it stands before the first adapter.
     while first < len(modules) and isinstance(modules[first], Normalize):
         first += 1
-    behind = modules[first:]
-    if not behind:
+    if first == len(modules):
         raise UserError(
             f"{model}: is no adapter behind a frozen encoder (train it with --tune adapter or memory); "
             "use --format st"
         )
+    behind = modules[_deployed_end(model, modules, first, encoder, report) :]
     if memory_modules(behind[1:]):
         raise UserError(
             f"{model}: its memory stands behind another adapter, and arrays hold one in front of a matrix "
             "only; use --format st or onnx"
         )
-    _check_starts_at_deployed(model, modules[:first], encoder, report)
     for module in behind:
         module.float()  # an encoder that is stored in half precision has its adapter so, too
     arrays = _arrays(behind, int(encoder.get_embedding_dimension() or 0), encode.is_normalized(encoder))
@@ -336,25 +335,41 @@ def _is_adapter(module: nn.Module) -> bool:
     )
 
 
-def _check_starts_at_deployed(
-    model: Path, frozen: list[nn.Module], encoder: SentenceTransformer, report: Reporter
-) -> None:
-    """A matrix is for the deployed embeddings; behind a finetuned encoder it is for that one's."""
+def _deployed_end(
+    model: Path, modules: list[nn.Module], first: int, encoder: SentenceTransformer, report: Reporter
+) -> int:
+    """Where the deployed encoder ends, for whose embeddings arrays are; it may end in an adapter of its own.
+
+    Args:
+        model: the folder.
+        modules: of the encoder.
+        first: where the last adapters and memories begin; the end, as far as nothing else is known.
+        encoder: the whole.
+        report: for a warning where the index is gone.
+
+    Raises:
+        UserError: the deployed encoder does not stand in front.
+    """
     training = training_of(model)
-    if training is None or training.init is None:
-        return
+    if training is None:
+        return first
     try:
         deployed = open_index(training.index_folder).manifest.inputs["query_encoder"]
     except UserError:
-        report.warn(f"{model}: was trained from {training.init}; the matrix is for its embeddings")
-        return
-    # In front of a memory stands a Normalize that the deployed encoder may lack.
-    fronts = [frozen, frozen[:-1]] if isinstance(frozen[-1], Normalize) else [frozen]
-    if deployed not in [_fingerprint(front, encoder) for front in fronts]:
-        raise UserError(
-            f"{model}: its adapter stands behind {training.init}, whose weights are not the "
-            "deployed ones, so no matrix takes the deployed embeddings there; use --format st or onnx"
-        )
+        if training.init is not None:
+            report.warn(f"{model}: was trained from {training.init}; the matrix is for its embeddings")
+        return first
+    for end in range(first, len(modules)):
+        front = modules[:end]
+        # In front of a memory stands a Normalize that the deployed encoder may lack.
+        fronts = [front, front[:-1]] if isinstance(front[-1], Normalize) else [front]
+        if deployed in [_fingerprint(of, encoder) for of in fronts]:
+            return end
+    raise UserError(
+        f"{model}: its adapter stands behind {training.init or 'an encoder'}, whose weights are not the "
+        f"deployed ones of {training.index_folder}, so no matrix takes the deployed embeddings there; use "
+        "--format st or onnx"
+    )
 
 
 def _fingerprint(front: list[nn.Module], encoder: SentenceTransformer) -> str:

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from novelret import encode
+from novelret import export as export_module
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
 from novelret.index import open_index
@@ -102,6 +103,38 @@ def test_a_matrix_turns_deployed_embeddings_into_new_ones(models, index_folder, 
         moved /= np.linalg.norm(moved, axis=1, keepdims=True)
     assert np.allclose(moved, embeddings_of(models[name]), atol=1e-5)
     assert np.abs(moved - deployed).max() > 0.05
+
+
+@pytest.mark.parametrize("tune", ["adapter", "memory"])
+def test_a_matrix_begins_where_a_deployed_adapter_ends(models, world, encoder, tune, tmp_path, capsys):
+    """The first round's adapter has been deployed: what is served already holds it."""
+    index = ["index", "--data", world, "--model", encoder, "--query-model", models["adapter"]]
+    assert main([*map(str, index), "--out", str(tmp_path / "index"), "--quiet"]) == 0
+    judge = ["--judge", f"file:{world / 'judgements.tsv'}", "--missing", "irrelevant", "--depth", 12]
+    label = [
+        "label",
+        "--data",
+        world,
+        "--index",
+        tmp_path / "index",
+        *judge,
+        "--base-depth",
+        3,
+        "--device",
+        "cpu",
+    ]
+    assert main([*map(str, label), "--out", str(tmp_path / "labels"), "--quiet"]) == 0
+    more = ("--tune", tune, "--learning-rate", 0.05, "--validation-fraction", 0)
+    second = train(world, tmp_path / "index", tmp_path / "second", *more)
+    capsys.readouterr()
+    export(capsys, "--model", second, "--format", "npz", "--out", tmp_path / "arrays.npz")
+    with np.load(tmp_path / "arrays.npz") as file:
+        arrays = dict(file)
+    assert ("keys" in arrays) == (tune == "memory")
+    served = encode.encode_queries(open_index(tmp_path / "index").query_encoder(), TEXTS)
+    assert np.allclose(served, embeddings_of(models["adapter"]), atol=1e-6)
+    assert np.allclose(export_module._serve(served, arrays), embeddings_of(second), atol=1e-5)
+    assert np.abs(served - embeddings_of(second)).max() > 0.01
 
 
 def test_any_sentence_transformers_folder_is_exported(encoder, tmp_path, capsys):

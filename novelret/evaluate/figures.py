@@ -76,11 +76,12 @@ def per_query_figures(
             figures[f"NovelPrecision@{k}"] = metrics.novel_precision(new, lists.verdicts, k)
     # The base beside itself adds nothing: its own list is what the others are merged behind.
     added = np.zeros_like(new) if name == BASE else new
-    merged = metrics.merge(added, lists.verdicts, deployed.verdicts, config.merge_budget)
+    merged = metrics.merge(added, lists.verdicts, deployed.rows, deployed.verdicts, config.merge_budget)
     figures["MergedAdded"] = merged.added
     if config.judge is not None:
         figures["MergedDensity"] = merged.density
         figures["MergedCoverage"] = merged.covered
+        figures["MergedJudged"] = merged.judged
     return {metric: values.astype(np.float64) for metric, values in figures.items()}
 
 
@@ -120,10 +121,15 @@ def bound_of(metric: str, means: dict[str, float], judged: float | None) -> str:
     name, _, cut = metric.partition("@")
     if judged is None:
         return ""
-    if name == "RelevantNovel":  # without a novel item there is nothing to judge
-        return "≥" if means.get(f"NovelJudged@{cut}", 1.0) < metrics.ENOUGH_JUDGED else ""
-    marks = {"MergedDensity": "≥", "MergedCoverage": "≥", "KnownRecall": "~"}
-    return marks.get(name, "") if judged < metrics.ENOUGH_JUDGED else ""
+    if name == "KnownRecall":
+        return "~" if judged < metrics.ENOUGH_JUDGED else ""
+    share = {
+        "RelevantNovel": f"NovelJudged@{cut}",
+        "MergedDensity": "MergedJudged",
+        "MergedCoverage": "MergedJudged",
+    }
+    # Without a novel item there is nothing to judge.
+    return "≥" if name in share and means.get(share[name], 1.0) < metrics.ENOUGH_JUDGED else ""
 
 
 def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ class Bucket:
         traffic: their share of all traffic.
         least: lowest frequency among them.
         most: highest.
-        models: model → metric (MergedAdded, MergedDensity, MergedCoverage) → mean per query.
+        models: model → metric (MergedAdded, MergedDensity, MergedCoverage, MergedJudged) → mean per query.
     """
 
     name: str

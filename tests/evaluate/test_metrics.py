@@ -9,6 +9,7 @@ from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
 
 from novelret.evaluate import metrics
+from novelret.evaluate.figures import bound_of
 from novelret.membership import is_in, sorted_union
 from novelret.search import search_exact
 
@@ -36,11 +37,24 @@ def test_judged_metrics_by_hand():
     assert metrics.novel_precision(new, verdicts, 4).tolist() == [1.0, 0.0]
     assert np.isnan(metrics.precision(np.full((1, 2), -1, dtype=np.int8), 2)).all()
     base_verdicts = np.array([[0, 1, 0], [0, 0, 0]], dtype=np.int8)
-    merged = metrics.merge(new, verdicts, base_verdicts)
+    merged = metrics.merge(new, verdicts, BASE, base_verdicts)
     assert merged.added.tolist() == [2, 1]
     assert merged.density.tolist() == [2, 0]  # item 2 once, and the novel relevant item 7
     assert merged.covered.tolist() == [True, False]
+    assert merged.judged.tolist() == [4 / 5, 1.0]  # of base 1, 2, 3 and new 7, 8: all but 8
     assert metrics.catalog_coverage(ROWS, 2, 10) == 4 / 10
+
+
+def test_each_models_counts_are_bounds_by_its_own_judged_share():
+    far = {"NovelJudged@50": 0.4, "MergedJudged": 0.7}
+    near = {"NovelJudged@50": 1.0, "MergedJudged": 1.0}
+    for shared in (0.8, 0.96):
+        for metric in ("RelevantNovel@50", "MergedDensity", "MergedCoverage"):
+            assert (bound_of(metric, far, shared), bound_of(metric, near, shared)) == ("≥", "")
+        for means in (far, near):  # what is known comes from all lists
+            assert bound_of("KnownRecall@50", means, shared) == ("~" if shared < 0.95 else "")
+            assert bound_of("Recall@50", means, shared) == bound_of("MergedAdded", means, shared) == ""
+    assert bound_of("MergedDensity", far, None) == ""
 
 
 def test_a_query_without_feedback_has_no_recall():
