@@ -232,7 +232,7 @@ def open_output(
     """
     out = _real(out)
     check_output(out, force=force)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     with writable(out):
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -259,6 +259,12 @@ def open_output(
         partial.replace(out)
         (out / STATE).unlink(missing_ok=True)  # until here a kill leaves something to resume
         shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_of(out: Path) -> Path:
+    """The working folder of an output that is being made (see `open_output`)."""
+    out = _real(out)
+    return out.with_name(out.name + ".partial")
 
 
 def put_aside(out: Path) -> Path:

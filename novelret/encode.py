@@ -178,8 +178,10 @@ def encode_queries(model: SentenceTransformer, texts: list[str], batch_size: int
 def _encoded(
     model: SentenceTransformer, encode: Callable[..., np.ndarray], texts: list[str], batch_size: int
 ) -> np.ndarray:
+    if not texts:  # which it would give no dimension
+        return np.zeros((0, int(model.get_embedding_dimension() or 0)), dtype=np.float32)
     if is_api(model):
-        batch_size = max(1, len(texts))  # its requests have their own size, and several are under way at once
+        batch_size = len(texts)  # its requests have their own size, and several are under way at once
     embeddings = encode(
         texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=is_normalized(model)
     )

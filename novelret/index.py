@@ -16,7 +16,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Index:
 
     folder: Path
     manifest: Manifest
+    unwritten: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the cache could not take, as the folder is read-only or full: no run makes it twice."""
 
     def __len__(self) -> int:
         return int(self.manifest.facts["items"])
@@ -180,7 +182,8 @@ def base_lists(
         raise UserError(f"--depth {depth}: more than the catalog's {len(index)} items; lower it")
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.searched)
     is_exact = index.faiss_index is None
-    kept = kept_lists(cache, depth, cut=is_exact)
+    name = f"lists {split.searched}"
+    kept = kept_lists(cache, depth, cut=is_exact) or _unwritten_lists(index, name, depth)
     if kept is None:
         embeddings = base_query_embeddings(index, split, device=device, report=report)
         dtype = np.int32 if len(index) < 2**31 else np.int64
@@ -201,11 +204,19 @@ def base_lists(
             try:
                 keep_lists(cache, search, (len(split), depth), dtype, report)
             except OSError:  # a read-only or full index folder costs the cache, not the run
-                rows, scores = zip(*search(0), strict=True)
-                return np.concatenate(rows), np.concatenate(scores)
+                rows, scores = (np.concatenate(parts) for parts in zip(*search(0), strict=True))
+                index.unwritten[name] = rows, scores
+                return rows, scores
         kept = kept_lists(cache, depth, cut=is_exact)
         assert kept is not None
     return kept
+
+
+def _unwritten_lists(index: Index, name: str, depth: int) -> tuple[np.ndarray, np.ndarray] | None:
+    rows, scores = index.unwritten.get(name, (np.empty((0, 0)), np.empty((0, 0))))
+    if rows.shape[1] == depth or (index.faiss_index is None and rows.shape[1] > depth):
+        return rows[:, :depth], scores[:, :depth]
+    return None
 
 
 def open_deployed(folders: tuple[str, ...], data: str) -> list[Index]:
@@ -260,13 +271,17 @@ def base_query_embeddings(
     """The deployed query embeddings of a split, (Q, d) float32, memory-mapped from the index's cache."""
     report = report or Reporter()
     cache = index.folder / "cache" / fingerprint_of(index.manifest.fingerprint, split.searched)
-    path = cache / "queries.npy"
+    path, name = cache / "queries.npy", f"queries {split.searched}"
+    if name in index.unwritten:
+        unwritten: np.ndarray = index.unwritten[name]
+        return unwritten
     if not path.is_file():
         embeddings = embed_queries(index.query_encoder(device), split.query_texts, report)
         try:
             with new_file(path) as file:
                 np.save(file, embeddings)
         except OSError:  # as above
+            index.unwritten[name] = embeddings
             return embeddings
     return np.asarray(np.load(path, mmap_mode="r"))
 

@@ -318,6 +318,18 @@ def test_lists_found_part_by_part_are_the_same(world, encoder, tmp_path, monkeyp
     assert np.array_equal(again, rows)
     assert np.array_equal(scores_again, scores)
     assert (index.folder / "cache").is_dir() == writable
+    # What the cache has no room for is held by the run, which neither searches nor encodes it again.
+    for name in ("search", "query_encoder"):
+        monkeypatch.setattr(type(index), name, None)
+    for depth in (7, 4):
+        assert np.array_equal(base_lists(index, split, depth)[0], rows[:, :depth])
+    assert len(base_query_embeddings(index, split)) == len(split)
+
+
+def test_no_query_has_an_embedding_of_the_right_width(encoder):
+    """As in a process that no held-back query falls to."""
+    model = encode.load_encoder(encoder)
+    assert encode.encode_queries(model, []).shape == (0, model.get_embedding_dimension())
 
 
 def test_mended_data_may_be_indexed_where_broken_data_failed(world, encoder, tmp_path):

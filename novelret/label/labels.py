@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of judgements.parquet. The judge and the prompt are one per artifact: see its manifest."""
+
+_BATCHES = 8  # of a million rows: one pass over the catalog's ids for all of them, at some 500 MB
 
 READ = ["query_id", "item_id", "verdict", "grade"]
 """The columns that a table is made from."""
@@ -103,21 +106,25 @@ def read_table(path: Path, query_ids: list[str], catalog: Catalog) -> LabelTable
 def table_of(
     judgements: Iterable[pa.RecordBatch], query_ids: list[str], catalog: Catalog, where: Path
 ) -> LabelTable:
-    """As `read_table`, of batches with the columns `READ`; each takes a pass over the catalog's ids."""
+    """As `read_table`, of batches with the columns `READ`; several share a pass over the catalog's ids."""
     keys = [np.empty(0, dtype=np.int64)]
     verdicts = [np.empty(0, dtype=np.int8)]
     grades = [np.empty(0, dtype=np.float32)]
     wanted = pa.array(query_ids, pa.string())
-    for batch in judgements:
-        query_rows = pc.index_in(batch["query_id"], value_set=wanted)
-        kept = query_rows.is_valid()
-        item_rows = catalog.rows_of(batch["item_id"].filter(kept))
+    batches = iter(judgements)
+    while some := list(islice(batches, _BATCHES)):
+        rows, ids = [], []
+        for batch in some:
+            query_rows = pc.index_in(batch["query_id"], value_set=wanted)
+            kept = query_rows.is_valid()
+            rows.append(query_rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
+            ids.append(batch["item_id"].filter(kept).cast(pa.large_string()))
+            verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
+            grades.append(batch["grade"].filter(kept).to_numpy(zero_copy_only=False))
+        item_rows = catalog.rows_of(pa.concat_arrays(ids))
         if (item_rows < 0).any():
             raise UserError(f"{where}: names items that the catalog does not hold; label again")
-        rows = query_rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64)
-        keys.append(rows * len(catalog) + item_rows)
-        verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
-        grades.append(batch["grade"].filter(kept).to_numpy(zero_copy_only=False))
+        keys.append(np.concatenate(rows) * len(catalog) + item_rows)
     return sort_table(_joined(keys), _joined(verdicts), len(catalog), grades=_joined(grades))
 
 

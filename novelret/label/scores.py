@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from novelret.errors import UserError
+from novelret.membership import find_sorted, sorted_union
 from novelret.progress import Reporter
 
 
@@ -36,7 +37,8 @@ def warn_of_contradictions(path: Path, pairs: np.ndarray, relevant: np.ndarray, 
         relevant: (n,) bool.
         report: told so.
     """
-    both = len(np.intersect1d(pairs[relevant], pairs[~relevant]))
+    no = np.sort(pairs[~relevant])  # np.intersect1d hashes, forty times as long
+    both = int(find_sorted(no, sorted_union(pairs[relevant]))[0].sum())
     if both:
         report.warn(
             f"{path}: {both:,} pair{'s' * (both != 1)} called relevant in one line and irrelevant in "

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from novelret import encode
-from novelret.artifacts import MANIFEST, check_output, fingerprint_of, open_output
+from novelret.artifacts import MANIFEST, check_output, fingerprint_of, open_output, partial_of
 from novelret.errors import UserError
 from novelret.label.judge import make_judge, split_judge
 from novelret.progress import Reporter
@@ -96,7 +96,7 @@ def _train(
     # Before there is any output: what is found wrong here leaves nothing behind.
     prepared = prepare(config, inputs, config.validation_fraction, processes, report)
     items = open_matrix(inputs.indexes[0].embeddings, processes.device, report)
-    output: AbstractContextManager[Path] = nullcontext(out.with_name(out.name + ".partial"))
+    output: AbstractContextManager[Path] = nullcontext(partial_of(out))
     if processes.is_first:
         settings = _identity(config, inputs.fingerprints)
         output = open_output(out, fingerprint_of(settings), force=force, settings=settings)

@@ -167,6 +167,8 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
         ]
 
+    (tmp_path / "large-disk").mkdir()
+    (tmp_path / "both").symlink_to(tmp_path / "large-disk" / "there")  # which is where all processes work
     alone, log = train("alone")
     both, log_of_both = train("both", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert [line["step"] for line in log_of_both] == [1, 2, 3, 4, 5, 6]
