@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from novelret.data import catalog as data_catalog
+from novelret.data import source
 from novelret.data.catalog import Catalog, open_catalog, take_rows, write_catalog
-from novelret.data.source import read_part, read_qrels
+from novelret.data.source import read_part, read_qrels, read_qrels_blocks, read_qrels_file
 from novelret.data.split import load_split
 from novelret.errors import UserError
 from tests.conftest import make_world, write_jsonl, write_qrels
@@ -261,3 +262,67 @@ def test_truncated_gzip_names_the_line(data):
     (data / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="the gzip data breaks off"):
         list(read_part(str(data), "corpus"))
+
+
+FORMS = {
+    "plain": b'query-id\tcorpus-id\tscore\nq1\ti1\t1\nq1\t i 2\t0.5\n\nq2\ti"3\t-2e-3\n',
+    "windows, no header, no last line break": b"q1\ti1\t1\r\nq2\ti2\t0",
+    "a mark of the byte order": b"\xef\xbb\xbfq1\ti1\t1\nq2\ti2\t0\n",
+    "TREC": b"q1 0 i1 1\nq2 0 i2 0\n",
+    "tables for people": b"query-id\tcorpus-id\tscore\tquery\ttext\nq1\ti1\t1\ta\tb\nq1\ti2\t\ta\tc\n",
+    "numbers of Python": b"q1\ti1\t1\nq1\ti2\t1_0\nq1\ti3\t2\n",
+    "TREC from some line on": b"q1\ti1\t1\nq1\ti2\t2\nq1 0 i3 3\n",
+    "a blank line that holds blanks": b"q1\ti1\t1\n  \nq1\ti2\t2\n",
+    "a carriage return in an id": b"q1\ti\r1\t1\nq1\ti2\t2\n",
+    "no lines": b"",
+    "a header alone": b"query-id\tcorpus-id\tscore\n",
+}
+BROKEN = {
+    "not a number": b"q1\ti1\tnan\nq1\ti2\t1\n",
+    "infinite": b"q1\ti1\t1\nq1\ti2\tinf\n",
+    "no score": b"q1\ti1\t1\nq1\ti2\t\n",
+    "two columns": b"q1\ti1\t1\nq1\ti2\n",
+    "not UTF-8": b"q1\ti1\t1\nq1\t\xff\t1\n",
+}
+
+
+@pytest.mark.parametrize("block", [32, 1 << 20])
+@pytest.mark.parametrize("name", ["qrels.tsv", "qrels.tsv.gz"])
+@pytest.mark.parametrize("form", FORMS | BROKEN)
+def test_blocks_of_qrels_are_its_lines(tmp_path, monkeypatch, form, name, block):
+    monkeypatch.setattr(source, "_BLOCK", block)
+    monkeypatch.setattr(source, "_LINES", 2)
+    text, path = (FORMS | BROKEN)[form], tmp_path / name
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+    def rows_by_block():
+        return [
+            row
+            for queries, items, scores in read_qrels_blocks(path)
+            for row in zip(queries.to_pylist(), items.to_pylist(), scores.tolist(), strict=True)
+        ]
+
+    if form in FORMS:
+        assert rows_by_block() == [row[1:] for row in read_qrels_file(path)]
+        return
+    with pytest.raises(UserError) as expected:
+        list(read_qrels_file(path))
+    with pytest.raises(UserError) as found:
+        rows_by_block()
+    assert str(found.value) == str(expected.value)
+
+
+def test_three_columns_are_not_read_line_by_line(tmp_path, monkeypatch):
+    path = tmp_path / "qrels.tsv"
+    path.write_bytes(FORMS["plain"])
+    monkeypatch.setattr(source, "read_qrels_file", None)
+    assert sum(len(scores) for _, _, scores in read_qrels_blocks(path)) == 3
+
+
+def test_blocks_of_a_file_that_breaks_off_name_the_line(tmp_path):
+    path = tmp_path / "qrels.tsv.gz"
+    path.write_bytes(gzip.compress(FORMS["plain"][26:] * 1000)[:-20])
+    with pytest.raises(UserError, match="the gzip data breaks off after line"):
+        list(read_qrels_blocks(path))
+    with pytest.raises(UserError, match="no such file"):
+        list(read_qrels_blocks(tmp_path / "none.tsv"))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from array import array
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from novelret.data.catalog import Catalog
-from novelret.data.source import read_qrels_file
+from novelret.data.source import read_qrels_blocks
 from novelret.errors import UserError
 from novelret.label.scores import are_relevant, warn_of_contradictions
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make_table
 from novelret.progress import Reporter
 
 MISSING = {"unknown": UNKNOWN, "irrelevant": IRRELEVANT}
+
+_BLOCKS = 16  # that share a pass over the catalog's ids, some hundred MB of them
 
 
 def file_table(
@@ -42,35 +46,44 @@ def file_table(
     """
     if missing not in MISSING:
         raise UserError(f"--missing {missing}: unknown; choose from {', '.join(MISSING)}")
-    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
-    queries, numbers, grades = array("q"), array("q"), array("d")
-    number_of: dict[str, int] = {}  # of each item that is named, once
-    for _, query_id, item_id, score in read_qrels_file(path):
-        row = row_of.get(query_id)
-        if row is not None:
-            queries.append(row)
-            numbers.append(number_of.setdefault(item_id, len(number_of)))
-            grades.append(score)
-    if not queries:
+    queries, rows, scores = (np.concatenate(parts) for parts in _columns(path, query_ids, catalog))
+    if not len(queries):
         raise UserError(
             f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?"
         )
-    rows = catalog.rows_of(list(number_of))[np.asarray(numbers)]
     known = rows >= 0
     unknown = int((~known).sum())
     if report is not None and unknown:
         lines = "1 line names an item that is" if unknown == 1 else f"{unknown} lines name items that are"
         report.warn(f"{path}: {lines} not in the catalog")
-    scores = np.asarray(grades)[known]
+    queries, rows, scores = queries[known], rows[known], scores[known]
     relevant = are_relevant(scores, threshold)
-    pairs = np.asarray(queries)[known] * len(catalog) + rows[known]
     if report is not None:
-        warn_of_contradictions(path, pairs, relevant, report)
+        warn_of_contradictions(path, queries * len(catalog) + rows, relevant, report)
     return make_table(
-        np.asarray(queries)[known],
-        rows[known],
+        queries,
+        rows,
         np.where(relevant, RELEVANT, IRRELEVANT),
         len(catalog),
         MISSING[missing],
         scores.astype(np.float32),
     )
+
+
+def _columns(
+    path: Path, query_ids: list[str], catalog: Catalog
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Query rows, catalog rows (−1: no such item) and scores of these queries' lines, in parts."""
+    wanted = pa.array(query_ids, pa.string())
+    queries, rows, scores = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)], [np.empty(0)]
+    blocks = read_qrels_blocks(path)
+    while some := list(islice(blocks, _BLOCKS)):
+        items = []
+        for query, item, score in some:
+            found = pc.index_in(query, value_set=wanted)
+            kept = found.is_valid()
+            queries.append(found.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
+            scores.append(score[kept.to_numpy(zero_copy_only=False)])
+            items.append(item.filter(kept).cast(pa.large_string()))
+        rows.append(catalog.rows_of(pa.concat_arrays(items)))
+    return queries, rows, scores
