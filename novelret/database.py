@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 _WAIT = 60.0  # seconds that another process may hold a file
 _MOMENT = 0.01  # seconds
+_AT_ONCE = 1_000  # keys per query, well under SQLite's limit of variables
 
 
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
@@ -40,6 +43,14 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
             connection.close()
             raise
         return connection
+
+
+def select(connection: sqlite3.Connection, what: str, keys: Iterable[bytes]) -> Iterator[tuple[Any, ...]]:
+    """Rows whose `key` is among these keys; `what` names columns and table."""
+    rest = iter(keys)
+    while some := list(islice(rest, _AT_ONCE)):
+        marks = ",".join("?" * len(some))
+        yield from connection.execute(f"SELECT {what} WHERE key IN ({marks})", some).fetchall()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import openai
 import torch
 from sentence_transformers.base.modules import InputModule
 
-from novelret.database import open_database, transaction
+from novelret.database import open_database, select, transaction
 from novelret.endpoint import PASSING, check_key, hide_secrets
 from novelret.errors import UserError
 
@@ -31,7 +31,6 @@ _AT_ONCE = 128  # texts per request; endpoints take 2,048 texts but also limit a
 _CONCURRENCY = 8
 _REFUSED = (400, 413, 422)  # statuses by which endpoints refuse a text, mostly for its length
 _RETRIES = 6  # the client waits as long as the endpoint says, else exponentially longer
-_KEYS_AT_ONCE = 500  # per query, well under SQLite's limit of variables
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, embedding BLOB NOT NULL) WITHOUT ROWID"
 )
@@ -66,7 +65,7 @@ class ApiEmbedding(InputModule):
         asked = self.preprocess(texts, prompt)["texts"]
         keys = {_key(self.model, self.dimensions, text) for text in asked}
         with closing(_open_cache()) as cache:
-            return len(keys) - sum(1 for _ in _rows(cache, "key", list(keys)))
+            return len(keys) - sum(1 for _ in select(cache, "key FROM embeddings", keys))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding`, (n, d) float32, from the cache or the endpoint."""
@@ -255,15 +254,8 @@ def _open_cache() -> sqlite3.Connection:
 
 
 def _find(cache: sqlite3.Connection, keys: list[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
-    for key, blob in _rows(cache, "key, embedding", keys):
+    for key, blob in select(cache, "key, embedding FROM embeddings", keys):
         yield key, np.frombuffer(blob, dtype=np.float32)
-
-
-def _rows(cache: sqlite3.Connection, columns: str, keys: list[bytes]) -> Iterator[tuple[Any, ...]]:
-    for start in range(0, len(keys), _KEYS_AT_ONCE):
-        some = keys[start : start + _KEYS_AT_ONCE]
-        marks = ",".join("?" * len(some))
-        yield from cache.execute(f"SELECT {columns} FROM embeddings WHERE key IN ({marks})", some)
 
 
 def _keep(cache: sqlite3.Connection, keys: list[bytes], embeddings: np.ndarray) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from novelret.errors import UserError
 
 SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
 _BATCH = 65_536
+_BATCHES = 8  # of pairs that share a pass over the ids, some hundred MB of them
 _LOOKED_UP = 1 << 23  # items at a time, of which 12 bytes each are held
 
 
@@ -60,6 +62,29 @@ class Catalog:
         """Texts of the given rows."""
         texts: list[str] = take_rows(self.texts, rows).to_pylist()
         return texts
+
+
+def rows_of_pairs(
+    batches: Iterable[pa.RecordBatch], query_ids: list[str], catalog: Catalog
+) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Table]]:
+    """Lines about some queries, with their ids as rows; several batches share a pass over the catalog's ids.
+
+    Args:
+        batches: with columns query_id and item_id, some hundred thousand lines each.
+        query_ids: the queries, in row order; lines of others are passed over.
+        catalog: the indexed items.
+
+    Returns:
+        (n,) int64 query rows, (n,) int64 catalog rows, −1 where there is no such item, and the n lines.
+    """
+    wanted, rest = pa.array(query_ids, pa.string()), iter(batches)
+    while some := list(islice(rest, _BATCHES)):
+        lines = pa.Table.from_batches(some)
+        query_rows = pc.index_in(lines["query_id"], value_set=wanted)
+        kept = query_rows.is_valid()
+        lines = lines.filter(kept)
+        item_rows = catalog.rows_of(lines["item_id"].cast(pa.large_string()).combine_chunks())
+        yield query_rows.filter(kept).to_numpy().astype(np.int64), item_rows, lines
 
 
 def take_rows(column: pa.ChunkedArray, rows: np.ndarray | Sequence[int]) -> pa.Array:

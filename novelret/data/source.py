@@ -22,6 +22,7 @@ from novelret.artifacts import fingerprint_file
 from novelret.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
+_QRELS = pa.schema([("query_id", pa.string()), ("item_id", pa.string()), ("score", pa.float64())])
 _LINES, _BLOCK = 65_536, 16 << 20  # lines, and bytes, at a time
 
 
@@ -162,8 +163,8 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
         yield where, columns[0], columns[1], score
 
 
-def read_qrels_blocks(path: Path) -> Iterator[tuple[pa.Array, pa.Array, np.ndarray]]:
-    """As `read_qrels_file`, in blocks: query ids, item ids and scores, (n,) each.
+def read_qrels_blocks(path: Path) -> Iterator[pa.RecordBatch]:
+    """As `read_qrels_file`, in blocks with the columns query_id, item_id and score (float64).
 
     Millions of lines of three columns take a tenth of the time; what else there is, is read line by line.
 
@@ -172,19 +173,21 @@ def read_qrels_blocks(path: Path) -> Iterator[tuple[pa.Array, pa.Array, np.ndarr
     """
     done = 0
     try:
-        for queries, items, scores in _three_columns(path):
-            yield queries, items, scores
-            done += len(scores)
+        for block in _three_columns(path):
+            yield block
+            done += len(block)
         return
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error):
         pass  # the reader of lines takes more forms, and names the line that it does not take
     rows = islice(read_qrels_file(path), done, None)
     while some := list(islice(rows, _LINES)):
-        _, query_ids, item_ids, values = zip(*some, strict=True)
-        yield pa.array(query_ids, pa.string()), pa.array(item_ids, pa.string()), np.array(values)
+        _, *columns = zip(*some, strict=True)
+        yield pa.record_batch(
+            [pa.array(values, kind.type) for values, kind in zip(columns, _QRELS, strict=True)], _QRELS
+        )
 
 
-def _three_columns(path: Path) -> Iterator[tuple[pa.Array, pa.Array, np.ndarray]]:
+def _three_columns(path: Path) -> Iterator[pa.RecordBatch]:
     """Blocks of a tab-separated file without quotes.
 
     Raises:
@@ -200,21 +203,19 @@ def _three_columns(path: Path) -> Iterator[tuple[pa.Array, pa.Array, np.ndarray]
         is_header = False
     except ValueError:
         is_header = True
-    types = {"query": pa.string(), "item": pa.string(), "score": pa.float64()}
     with (
         pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as stream,
         csv.open_csv(
             stream,
-            csv.ReadOptions(column_names=[*types], skip_rows=int(is_header), block_size=_BLOCK),
+            csv.ReadOptions(column_names=_QRELS.names, skip_rows=int(is_header), block_size=_BLOCK),
             csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False),
-            csv.ConvertOptions(column_types=types, null_values=[]),
+            csv.ConvertOptions(column_types=_QRELS, null_values=[]),
         ) as batches,
     ):
         for batch in batches:
-            scores = batch["score"].to_numpy()
-            if not np.isfinite(scores).all():
+            if not np.isfinite(batch["score"].to_numpy()).all():
                 raise pa.ArrowInvalid("not a number")
-            yield batch["query"], batch["item"], scores
+            yield batch
 
 
 def fingerprint_part(data: str, part: str) -> str:

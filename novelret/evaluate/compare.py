@@ -132,8 +132,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     )
     after, before = (
         metrics.recall(
-            *metrics.feedback_hits(of[:, : config.base_depth], split.feedback_queries, split.feedback_items),
-            config.base_depth,
+            *metrics.feedback_hits(of, split.feedback_queries, split.feedback_items), config.base_depth
         )
         for of in (rows, base_rows)
     )

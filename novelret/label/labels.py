@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from novelret.artifacts import Manifest, hash_texts, read_manifest
-from novelret.data.catalog import Catalog, take_rows
+from novelret.data.catalog import Catalog, rows_of_pairs, take_rows
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index
@@ -38,8 +37,6 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of judgements.parquet. The judge and the prompt are one per artifact: see its manifest."""
-
-_BATCHES = 8  # of a million rows: one pass over the catalog's ids for all of them, at some 500 MB
 
 READ = ["query_id", "item_id", "verdict", "grade"]
 """The columns that a table is made from."""
@@ -110,21 +107,12 @@ def table_of(
     keys = [np.empty(0, dtype=np.int64)]
     verdicts = [np.empty(0, dtype=np.int8)]
     grades = [np.empty(0, dtype=np.float32)]
-    wanted = pa.array(query_ids, pa.string())
-    batches = iter(judgements)
-    while some := list(islice(batches, _BATCHES)):
-        rows, ids = [], []
-        for batch in some:
-            query_rows = pc.index_in(batch["query_id"], value_set=wanted)
-            kept = query_rows.is_valid()
-            rows.append(query_rows.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
-            ids.append(batch["item_id"].filter(kept).cast(pa.large_string()))
-            verdicts.append(batch["verdict"].filter(kept).to_numpy(zero_copy_only=False))
-            grades.append(batch["grade"].filter(kept).to_numpy(zero_copy_only=False))
-        item_rows = catalog.rows_of(pa.concat_arrays(ids))
+    for query_rows, item_rows, lines in rows_of_pairs(judgements, query_ids, catalog):
         if (item_rows < 0).any():
             raise UserError(f"{where}: names items that the catalog does not hold; label again")
-        keys.append(np.concatenate(rows) * len(catalog) + item_rows)
+        keys.append(query_rows * len(catalog) + item_rows)
+        verdicts.append(lines["verdict"].to_numpy())
+        grades.append(lines["grade"].to_numpy())
     return sort_table(_joined(keys), _joined(verdicts), len(catalog), grades=_joined(grades))
 
 

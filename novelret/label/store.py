@@ -14,7 +14,7 @@ from json.encoder import encode_basestring as _string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from novelret.database import open_database, transaction
+from novelret.database import open_database, select, transaction
 from novelret.errors import UserError
 
 _SCHEMA = """
@@ -29,7 +29,6 @@ CREATE TABLE IF NOT EXISTS answers (
 """
 KEY_SIZE = 16
 """Bytes of a key."""
-_AT_ONCE = 1_000  # keys per query, well under SQLite's limit of variables
 
 
 class Answer(NamedTuple):
@@ -155,12 +154,7 @@ class Store:
 
     def select(self, what: str, keys: Iterable[bytes]) -> list[tuple[Any, ...]]:
         """Rows whose `key` is among these keys; `what` names columns and table."""
-        wanted, rows = list(keys), []
-        for start in range(0, len(wanted), _AT_ONCE):
-            some = wanted[start : start + _AT_ONCE]
-            marks = ",".join("?" * len(some))
-            rows += self.connection.execute(f"SELECT {what} WHERE key IN ({marks})", some).fetchall()
-        return rows
+        return list(select(self.connection, what, keys))
 
     def close(self) -> None:
         """Close the file."""

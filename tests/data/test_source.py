@@ -298,8 +298,8 @@ def test_blocks_of_qrels_are_its_lines(tmp_path, monkeypatch, form, name, block)
     def rows_by_block():
         return [
             row
-            for queries, items, scores in read_qrels_blocks(path)
-            for row in zip(queries.to_pylist(), items.to_pylist(), scores.tolist(), strict=True)
+            for block in read_qrels_blocks(path)
+            for row in zip(*(column.to_pylist() for column in block.columns), strict=True)
         ]
 
     if form in FORMS:
@@ -316,7 +316,7 @@ def test_three_columns_are_not_read_line_by_line(tmp_path, monkeypatch):
     path = tmp_path / "qrels.tsv"
     path.write_bytes(FORMS["plain"])
     monkeypatch.setattr(source, "read_qrels_file", None)
-    assert sum(len(scores) for _, _, scores in read_qrels_blocks(path)) == 3
+    assert sum(len(block) for block in read_qrels_blocks(path)) == 3
 
 
 def test_blocks_of_a_file_that_breaks_off_name_the_line(tmp_path):

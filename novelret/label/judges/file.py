@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from novelret.data.catalog import Catalog
+from novelret.data.catalog import Catalog, rows_of_pairs
 from novelret.data.source import read_qrels_blocks
 from novelret.errors import UserError
 from novelret.label.scores import are_relevant, warn_of_contradictions
@@ -17,8 +14,6 @@ from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN, LabelTable, make
 from novelret.progress import Reporter
 
 MISSING = {"unknown": UNKNOWN, "irrelevant": IRRELEVANT}
-
-_BLOCKS = 16  # that share a pass over the catalog's ids, some hundred MB of them
 
 
 def file_table(
@@ -46,7 +41,10 @@ def file_table(
     """
     if missing not in MISSING:
         raise UserError(f"--missing {missing}: unknown; choose from {', '.join(MISSING)}")
-    queries, rows, scores = (np.concatenate(parts) for parts in _columns(path, query_ids, catalog))
+    parts = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))]
+    for query_rows, item_rows, lines in rows_of_pairs(read_qrels_blocks(path), query_ids, catalog):
+        parts.append((query_rows, item_rows, lines["score"].to_numpy()))
+    queries, rows, scores = map(np.concatenate, zip(*parts, strict=True))
     if not len(queries):
         raise UserError(
             f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?"
@@ -68,22 +66,3 @@ def file_table(
         MISSING[missing],
         scores.astype(np.float32),
     )
-
-
-def _columns(
-    path: Path, query_ids: list[str], catalog: Catalog
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Query rows, catalog rows (−1: no such item) and scores of these queries' lines, in parts."""
-    wanted = pa.array(query_ids, pa.string())
-    queries, rows, scores = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)], [np.empty(0)]
-    blocks = read_qrels_blocks(path)
-    while some := list(islice(blocks, _BLOCKS)):
-        items = []
-        for query, item, score in some:
-            found = pc.index_in(query, value_set=wanted)
-            kept = found.is_valid()
-            queries.append(found.filter(kept).to_numpy(zero_copy_only=False).astype(np.int64))
-            scores.append(score[kept.to_numpy(zero_copy_only=False)])
-            items.append(item.filter(kept).cast(pa.large_string()))
-        rows.append(catalog.rows_of(pa.concat_arrays(items)))
-    return queries, rows, scores
