@@ -6,14 +6,16 @@ Their embeddings come from the deployed ones, which an index keeps: no text is e
 from __future__ import annotations
 
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize
 from torch import nn
 
 from novelret import encode
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _AT_ONCE = 65_536  # queries
 NUMBERS = 1 << 25
@@ -28,6 +30,8 @@ def modules_behind(model: SentenceTransformer, deployed: SentenceTransformer) ->
         weights, tokenizer, settings or prompts differ, or the deployed embeddings lack the length that the
         modules behind would see.
     """
+    from sentence_transformers.base.modules import Dense, Normalize
+
     same = (
         len(model) >= len(deployed)
         and all(_is_same(ours, theirs) for ours, theirs in zip(model, deployed, strict=False))
@@ -52,6 +56,8 @@ def embed_behind(
     modules: list[nn.Module], embeddings: np.ndarray, *, normalized: bool, device: str
 ) -> np.ndarray:
     """What an encoder gives whose last modules are these, from the deployed embeddings, (Q, d) float32."""
+    from sentence_transformers.base.modules import Dense
+
     parts = []
     # The modules of an encoder that is stored in half precision are, too.
     dtype = next((weights.dtype for module in modules for weights in module.parameters()), torch.float32)
@@ -89,6 +95,8 @@ def _same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
 
 def _is_scale_free(module: nn.Module) -> bool:
     """Whether a longer input only makes a longer output, which the normalisation at the end takes away."""
+    from sentence_transformers.base.modules import Dense
+
     return (
         isinstance(module, Dense)
         and module.linear.bias is None

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
-from sentence_transformers import SentenceTransformer
 
 from novelret import encode
 from novelret.artifacts import (
@@ -36,6 +35,9 @@ from novelret.errors import UserError
 from novelret.index import Index, open_index
 from novelret.progress import Reporter
 from novelret.search import search_exact, search_faiss
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _TRAIN_ROWS_PER_CENTROID = 64
 _TRAIN_ROWS_FOR_CODES = 65_536  # 256 for each of the 256 words of a codebook

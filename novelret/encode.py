@@ -9,23 +9,19 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Module, Normalize
-from transformers.utils.logging import disable_progress_bar
 
 from novelret.artifacts import fingerprint_of, read_json
-from novelret.embedding_api import PREFIX, ApiEmbedding, make_module
 from novelret.errors import UserError
 from novelret.memory import name_softmax_dimension
 
-# Their bars and retries would mix with ours; what matters comes back as an exception.
-for _name in ("sentence_transformers", "huggingface_hub", "transformers"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-disable_progress_bar()
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_OWN_MODULE = "novelret.embedding_api.ApiEmbedding"
 
 
 def pick_device(device: str) -> str:
@@ -46,12 +42,27 @@ def pick_device(device: str) -> str:
     return device
 
 
+def hush_libraries() -> None:
+    """Keep the libraries' bars and retries from mixing with ours; what matters comes back as an exception."""
+    from transformers.utils.logging import disable_progress_bar
+
+    for name in ("sentence_transformers", "huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()
+
+
 def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     """Load a sentence-transformers model from a folder or by its hub id, or make one for `openai:MODEL`.
 
     Raises:
         UserError: it cannot be read, compares embeddings by a distance, or the embedding API refuses.
     """
+    # Takes longer to load than all else together: many commands find what they need in the index.
+    from sentence_transformers import SentenceTransformer
+
+    from novelret.embedding_api import PREFIX, make_module
+
+    hush_libraries()
     if str(path).startswith(PREFIX):
         return SentenceTransformer(modules=[make_module(str(path))], device=device)
     is_path = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
@@ -85,6 +96,8 @@ def _truncate_by_modules(model: SentenceTransformer) -> None:
 
     What is trained behind an encoder, and what runs its modules elsewhere, then sees what `encode` gives.
     """
+    from sentence_transformers.base.modules import Dense, Normalize
+
     width, model.truncate_dim = model.truncate_dim, None
     whole = model.get_embedding_dimension()
     if width is None or whole is None or width >= whole:
@@ -102,16 +115,20 @@ def has_own_modules(folder: Path) -> bool:
         return False
     types = {str(module.get("type")) for module in read_json(folder / "modules.json")}
     others = {name for name in types if not name.startswith("sentence_transformers.")}
-    return others == {f"{ApiEmbedding.__module__}.{ApiEmbedding.__name__}"}
+    return others == {_OWN_MODULE}
 
 
 def is_api(model: SentenceTransformer) -> bool:
     """Whether the embeddings come from an embedding API, whose weights cannot be trained."""
+    from novelret.embedding_api import ApiEmbedding
+
     return any(isinstance(module, ApiEmbedding) for module in model)
 
 
 def count_unpaid(model: SentenceTransformer, texts: list[str]) -> int:
     """How many queries an embedding API would have to be paid for; 0 with weights of one's own."""
+    from novelret.embedding_api import ApiEmbedding
+
     modules = [module for module in model if isinstance(module, ApiEmbedding)]
     return sum(module.count_unknown(texts, query_prompt(model)) for module in modules)
 
@@ -140,6 +157,8 @@ def fingerprint_encoder(model: SentenceTransformer) -> str:
 
 def settings_of(module: torch.nn.Module) -> list[Any]:
     """What decides a module's output beside its weights: pooling, activations, heads, the longest input."""
+    from sentence_transformers.base.modules import Module
+
     config = getattr(getattr(module, "model", None), "config", None)
     architecture = {} if config is None else config.to_dict()
     for told in ("_name_or_path", "transformers_version"):  # where it came from and who wrote it

@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
-from sentence_transformers import SentenceTransformer
 
 from novelret import adapted, encode
 from novelret.artifacts import MANIFEST, Manifest, fingerprint_of, is_kind, read_manifest
@@ -38,6 +37,9 @@ from novelret.progress import Reporter
 from novelret.row_lists import RowLists
 from novelret.search import search_exact, search_faiss
 from novelret.trained import training_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _SETTLED = 2.0  # seconds since a file's last change
 _QUERIES = 32_768  # whose lists are held in memory at a time

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from sentence_transformers.base.modules import Dense
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Dense
 
 TEMPERATURE = 0.06
 _SCALE = 10.0  # s = 10 · `scale`, so that one learning rate does for a residual map, values and scale
@@ -95,6 +97,8 @@ class Memory(nn.Module):
 
     def modules_to_serve(self) -> tuple[Dense, Dense]:
         """The memory as it is now, as two modules behind an encoder."""
+        from sentence_transformers.base.modules import Dense
+
         size, dimension = self.keys.shape
         wide = size + dimension
         attend = Dense(dimension, wide, activation_function=nn.Softmax(dim=1), use_residual=True)
@@ -126,6 +130,8 @@ class Served:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is the first of the two that serve a memory."""
+    from sentence_transformers.base.modules import Dense
+
     return (
         isinstance(module, Dense)
         and module.use_residual

@@ -1,4 +1,4 @@
-"""Runs that are broken off: the command line in processes that start fast, and a training at a step."""
+"""The command line in processes of their own that start fast, to be killed, and a training broken off at a step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _context.set_forkserver_preload(
         "novelret.label.judges.openai",
         "novelret.label.judges.openai_batch",
         "novelret.train.trainer",
+        "sentence_transformers",
     ]
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
 from novelret.convert.writer import Converted, Writer, check_splits, converted, open_writer
+from novelret.data.hub import quiet_datasets
 from novelret.errors import UserError
 from novelret.progress import Reporter
 
@@ -123,12 +123,8 @@ def _score(where: str, value: Any) -> float:
 
 
 def _load(dataset: str, config: str | None) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
-        return datasets.load_dataset(dataset, config, streaming=True)
+        return quiet_datasets().load_dataset(dataset, config, streaming=True)
     except Exception as error:  # whatever the library raises, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{dataset}: cannot be loaded as a Hugging Face data set ({reason})") from None

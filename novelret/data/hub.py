@@ -38,12 +38,12 @@ def fingerprint_hub_part(data: str, part: str) -> str:
 
 
 def _load(data: str, part: str) -> Any:
-    get_dataset_config_names, load_dataset = _datasets()
+    datasets = quiet_datasets()
     try:
-        names = get_dataset_config_names(data)
+        names = datasets.get_dataset_config_names(data)
         if part not in names:
             raise UserError(f"{data}: has no configuration {part!r} (it has: {', '.join(names)})")
-        splits = load_dataset(data, part)
+        splits = datasets.load_dataset(data, part)
     except UserError:
         raise
     except Exception as error:
@@ -52,12 +52,12 @@ def _load(data: str, part: str) -> Any:
 
 
 def _qrels(data: str, split: str) -> Any:
-    get_dataset_config_names, load_dataset = _datasets()
+    datasets = quiet_datasets()
     sister = f"{data}-qrels"
     try:
-        names = get_dataset_config_names(data)
+        names = datasets.get_dataset_config_names(data)
         config = next((name for name in ("qrels", "default") if name in names), None)
-        splits = load_dataset(data, config) if config else load_dataset(sister)
+        splits = datasets.load_dataset(data, config) if config else datasets.load_dataset(sister)
     except Exception as error:
         raise UserError(_cannot_load(data, error)) from None
     if split not in splits:
@@ -65,13 +65,14 @@ def _qrels(data: str, split: str) -> Any:
     return splits[split]
 
 
-def _datasets() -> tuple[Any, Any]:
-    """`datasets`, without its own bars and log lines."""
+def quiet_datasets() -> Any:
+    """The library, without its own bars and log lines."""
     import datasets
 
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    return datasets.get_dataset_config_names, datasets.load_dataset
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return datasets
 
 
 def _cannot_load(data: str, error: Exception) -> str:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from novelret.errors import UserError
 from novelret.evaluate.metrics.novelty import novel
@@ -147,6 +146,8 @@ def _correct(
     judge's relevant places and all places of a query. The variance is that of its linearisation, one term ψ
     per query; ψ is linear in λ, so the λ that makes it least is a regression coefficient.
     """
+    from scipy import stats  # loads for over a second
+
     labelled = places & (human != UNKNOWN)
     pairs_of = labelled.sum(axis=1)
     queries = int((pairs_of > 0).sum())

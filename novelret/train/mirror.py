@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest
 
 from novelret.data.catalog import Catalog
 from novelret.data.split import Split, load_queries, make_split
@@ -67,6 +66,8 @@ def reverse_verdicts(split: Split, labels: LabelTable, own: np.ndarray) -> tuple
 
 def goes_both_ways(relevant: int, judged: int) -> bool:
     """Whether most of what is relevant is so the other way, too: by the lower end of a 95 % interval."""
+    from scipy.stats import binomtest  # loads for over a second
+
     return judged > 0 and bool(binomtest(relevant, judged).proportion_ci(method="wilson").low > _MOSTLY)
 
 

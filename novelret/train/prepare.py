@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +37,9 @@ from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
 from novelret.train.trust import weigh_labels
 from novelret.train.validation import Validation, hold_back, known_pairs
 from novelret.trained import training_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _LIKE_COSINES = 3.0  # products of lengths up to which, and down to its inverse, temperatures suit
 _SOME_ITEMS = 1_000  # whose lengths are looked at
@@ -198,9 +202,7 @@ def _warn_of_temperature(config: TrainConfig, index: Index, queries: np.ndarray,
         )
 
 
-def _warn_of_start(
-    config: TrainConfig, start: encode.SentenceTransformer, split: Split, report: Reporter
-) -> None:
+def _warn_of_start(config: TrainConfig, start: SentenceTransformer, split: Split, report: Reporter) -> None:
     """Say where the model to start from knows queries that are held back now."""
     if memory_modules([*start]):
         report.warn(
@@ -276,7 +278,7 @@ class _Found:
 def _search(
     config: TrainConfig,
     inputs: Inputs,
-    model: encode.SentenceTransformer,
+    model: SentenceTransformer,
     split: Split,
     device: str,
     report: Reporter,
@@ -293,7 +295,7 @@ def _search(
 
 
 def _encoder_tower(
-    config: TrainConfig, model: encode.SentenceTransformer, texts: list[str], validation_texts: list[str]
+    config: TrainConfig, model: SentenceTransformer, texts: list[str], validation_texts: list[str]
 ) -> Tower:
     saving = config.gradient_checkpointing
     if config.tune == "full":

@@ -6,11 +6,10 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -19,6 +18,9 @@ from novelret.adapted import NUMBERS
 from novelret.errors import UserError
 from novelret.memory import Memory, memory_modules
 from novelret.train.noise import uniform
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LENGTH_CLASSES = 4
@@ -209,6 +211,9 @@ def adapter_tower(
             drawn anew for each query and step.
         seed: decides these shares.
     """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize
+
     dimension = train.shape[1]
     dense = Dense(
         dimension,

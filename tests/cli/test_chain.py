@@ -461,10 +461,10 @@ def test_a_config_file_is_named_for_what_is_wrong_in_it(capsys, tmp_path):
 
 def test_a_result_that_nobody_reads_is_no_failure(chain, world):
     """`novelret … | head -1`: the reading side goes away."""
-    command = ["search", "--data", world, "--index", chain / "index", "--base-depth", "5", "buy red sofa"]
-    for more in ([], ["--json"]):
+    search = ["search", "--data", world, "--index", chain / "index", "--base-depth", "5", "buy red sofa"]
+    for command in (["recipe", "ls"], [*search, "--json"]):
         process = subprocess.Popen(
-            [sys.executable, "-m", "novelret", *map(str, command), *more],
+            [sys.executable, "-m", "novelret", *map(str, command)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

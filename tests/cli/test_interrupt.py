@@ -5,38 +5,34 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from novelret.cli import main
+from tests.killing import start
 from tests.loopback import LoopbackJudge
 
 KEPT = "error: interrupted; what is finished is kept, the same command goes on from there"
 
 
-def interrupted(command: list[object], working: Callable[[], bool], **environment: str) -> list[str]:
-    """Run a command, press Ctrl-C once it is `working`; the lines it said on stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "novelret", *map(str, command)],
-        env=os.environ | environment,
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def interrupted(
+    command: list[object], said: Path, *moments: Callable[[], bool], **environment: str
+) -> list[str]:
+    """Run a command and press Ctrl-C at each of the moments; the lines it said."""
+    process = start([*map(str, command)], environment, said, {})
     try:
         deadline = time.time() + 180
-        while not working() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=180)
+        for has_come in moments:
+            while not has_come() and process.is_alive() and time.time() < deadline:
+                time.sleep(0.01)
+            assert process.is_alive(), said.read_text()
+            os.kill(process.pid, signal.SIGINT)
+        process.join(180)
     finally:
         process.kill()
-    assert (process.returncode, out) == (130, ""), err
-    return err.strip().splitlines()
+    assert process.exitcode == 130, said.read_text()
+    return said.read_text().strip().splitlines()
 
 
 def test_label_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, capsys, monkeypatch):
@@ -45,7 +41,7 @@ def test_label_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, caps
                "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels"]  # fmt: skip
     with LoopbackJudge(delay=0.05) as server:
         endpoint = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
-        lines = interrupted(command, lambda: len(server.seen) > 10, **endpoint)
+        lines = interrupted(command, tmp_path / "said", lambda: len(server.seen) > 10, **endpoint)
         assert lines[-1] == KEPT
         assert 10 < len(server.seen) < 180
         server.delay = 0
@@ -60,28 +56,16 @@ def test_what_is_left_at_once_is_on_the_bill(world, index_folder, tmp_path):
     command = ["label", "--data", world, "--index", index_folder, "--judge", "openai:tiny", "--prompt",
                "query-keyword", "--base-depth", 3, "--depth", 12, "--concurrency", 8,
                "--store", tmp_path / "store.sqlite", "--out", tmp_path / "labels"]  # fmt: skip
+    said = tmp_path / "said"
     with LoopbackJudge(delay=60) as server:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "novelret", *map(str, command)],
-            env=os.environ | {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url},
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
+        endpoint = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
+        interrupted(
+            command,
+            said,
+            lambda: len(server.seen) == 8,
+            lambda: "Ctrl-C again leaves at once" in said.read_text(),
+            **endpoint,
         )
-        try:
-            deadline = time.time() + 180
-            while len(server.seen) < 8 and process.poll() is None and time.time() < deadline:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            assert process.stderr is not None
-            line = ""
-            while "Ctrl-C again leaves at once" not in line:
-                line += process.stderr.read(1)
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=180)
-        finally:
-            process.kill()
-    assert process.returncode == 130
     spent = json.loads((tmp_path / "labels.partial" / "asking.json").read_text())
     assert spent["requests"] == len(server.seen) == 8
 
@@ -101,10 +85,10 @@ def test_train_says_what_is_kept_and_goes_on(world, index_folder, tmp_path, caps
         whole = [line for line in lines if line.endswith("\n")]
         return json.loads(whole[-1])["step"] if whole else 0
 
-    assert interrupted([*command, "--quiet"], lambda: steps() > 40) == [KEPT]
+    assert interrupted([*command, "--quiet"], tmp_path / "quiet", lambda: steps() > 40) == [KEPT]
     assert not (tmp_path / "model").exists()
     before = steps()
-    lines = interrupted(command, lambda: steps() > before)
+    lines = interrupted(command, tmp_path / "said", lambda: steps() > before)
     assert lines[-1] == KEPT
     assert any("going on at step " in line for line in lines)
 

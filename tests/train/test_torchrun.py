@@ -21,12 +21,17 @@ from novelret.errors import UserError
 from novelret.train import processes
 from novelret.train.sampler import CELL
 from tests.conftest import COLOURS, THINGS, write_jsonl, write_qrels
+from tests.killing import start
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_processes_whose_torchrun_is_gone_do_not_wait_for_days(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         "WORLD_SIZE": 2,
         "RANK": 1,
@@ -141,12 +146,40 @@ CASES = {
 }
 
 
+UNDER_TORCHRUN = "memory"  # the others' processes are started as it starts them, by a quicker way
 LABELS = {"rewardless": "yeses", "rewardless-together": "yeses"}  # most of what is drawn has no label
+
+
+def by_torchrun(arguments):
+    """What the first of two processes says."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "novelret", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def by_two_processes(arguments, folder):
+    """The same, by the environment that torchrun gives its processes."""
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    said = [folder / f"said-{rank}" for rank in range(2)]
+    runs = [
+        start(arguments, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, said[rank], {})
+        for rank in range(2)
+    ]
+    for run in runs:
+        run.join(300)
+    texts = [path.read_text() for path in said]
+    assert [run.exitcode for run in runs] == [0, 0], texts
+    assert texts[1] == ""
+    return texts[0].splitlines()[-1]  # after what it warns of
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, capsys, case):
-    def train(name, *launcher):
+    def train(name, processes):
         arguments = [
             "train", "--data", wide, "--index", wide / "runs" / "index",
             "--labels", wide / "runs" / LABELS.get(case, "labels"), "--base-depth", "5", "--depth", "2000", "--steps", "6",
@@ -154,23 +187,22 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             "--max-recall-drop", "1", "--patience", "0", "--device", "cpu", *CASES[case], "--out", tmp_path / name,
             "--json", "--quiet",
         ]  # fmt: skip
-        if launcher:
-            command = [sys.executable, *launcher, "-m", "novelret", *map(str, arguments)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, done.stderr
-            said = done.stdout
-        else:
-            assert main([*map(str, arguments)]) == 0
+        arguments = [*map(str, arguments)]
+        if processes == 1:
+            assert main(arguments) == 0
             said = capsys.readouterr().out
+        elif case == UNDER_TORCHRUN:
+            said = by_torchrun(arguments)
+        else:
+            said = by_two_processes(arguments, tmp_path)
         return json.loads(said), [
             json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
         ]
 
     (tmp_path / "large-disk").mkdir()
     (tmp_path / "both").symlink_to(tmp_path / "large-disk" / "there")  # which is where all processes work
-    alone, log = train("alone")
-    both, log_of_both = train("both", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    alone, log = train("alone", 1)
+    both, log_of_both = train("both", 2)
     assert [line["step"] for line in log_of_both] == [1, 2, 3, 4, 5, 6]
     for one, two in zip(log, log_of_both, strict=True):
         assert ("entropy" in one) == (one["step"] in (1, 3, 6))  # the first one, and where it is validated

@@ -124,15 +124,8 @@ def test_too_few_labels_or_no_no_leave_all_yeses_believed():
         assert found.weights.tolist() == [1] * len(material.positives)
 
 
-def by_hand(material, query, item, is_yes):
-    """The features of one pair, after their definition."""
-    verdict = {
-        (q, i): int(v)
-        for q, i, v in zip(
-            material.labels.query_rows, material.labels.item_rows, material.labels.verdicts, strict=True
-        )
-        if i not in material.pool[q]
-    }
+def by_hand(material, verdict, query, item, is_yes):
+    """The features of one pair, after their definition; `verdict`: those of all pairs beyond the lists."""
     of_query = {i: v for (q, i), v in verdict.items() if q == query}
     mean = sum(verdict.values()) / len(verdict)
     rate = (sum(of_query.values()) - is_yes + mean) / len(of_query)
@@ -163,7 +156,15 @@ def test_features_are_those_of_their_definition(monkeypatch, cut):
     pairs = pairs[np.random.default_rng(2).permutation(len(pairs))[:200]]
     pairs = np.concatenate([pairs, [[4, LISTS[4, 20]]]])
     is_yes = material.labels.lookup(*pairs.T) == 1
-    expected = np.stack([by_hand(material, *pair, yes) for pair, yes in zip(pairs, is_yes, strict=True)])
+    labels = material.labels
+    verdict = {
+        (q, i): int(v)
+        for q, i, v in zip(labels.query_rows, labels.item_rows, labels.verdicts, strict=True)
+        if i not in material.pool[q]
+    }
+    expected = np.stack(
+        [by_hand(material, verdict, *pair, yes) for pair, yes in zip(pairs, is_yes, strict=True)]
+    )
     alone = np.isnan(expected[:, 5])
     assert alone.any()
     features = context.features(pairs, is_yes)

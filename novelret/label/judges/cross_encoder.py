@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 
-from novelret.encode import fingerprint_weights, pick_device
+from novelret.encode import fingerprint_weights, hush_libraries, pick_device
 from novelret.errors import UserError
 from novelret.label.questions import Messages, Question, Tally
 from novelret.label.store import Store
@@ -29,6 +29,7 @@ def load_cross_encoder(name: str, device: str) -> CrossEncoder:
     is_path = Path(name).exists() or name.startswith((".", "/", "~"))
     if is_path and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name}: holds no cross-encoder (no config.json)")
+    hush_libraries()
     try:
         model = CrossEncoder(name, device=pick_device(device))
     except UserError:
