@@ -111,7 +111,8 @@ def append_items(
             add_to_faiss(index, added, folder / "items.faiss", report)
             queries = old.query_encoder(device) if own_side.is_dir() else model
             what = str(old.manifest.config.get("factory", "faiss"))
-            facts |= measure_recall(what, config.data, queries, catalog, folder, report)
+            params = old.manifest.config.get("search_params")
+            facts |= measure_recall(what, config.data, queries, catalog, folder, report, params)
         ancestors = [old.manifest.fingerprint, *old.manifest.facts.get("ancestors", ())]
         facts |= {"items": len(catalog), "ancestors": ancestors}
         write_config(folder, config)

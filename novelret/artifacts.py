@@ -52,9 +52,16 @@ class Manifest:
 
 
 def fingerprint_file(path: Path) -> str:
-    """Hash of a file's bytes (BLAKE2b, 128 bits, hex)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    """Hash of a file's bytes (BLAKE2b, 128 bits, hex).
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def fingerprint_of(*parts: object) -> str:
@@ -188,6 +195,8 @@ def check_output(out: Path, *, force: bool, kind: str | None = None, inputs: Ite
     with writable(out):
         if not out.exists():
             return
+    if os.path.ismount(out):  # which nothing can be renamed to
+        raise UserError(f"{out}: is a mount point, which cannot be replaced; give a folder inside it")
     if not force:
         raise UserError(f"{out}: exists already; give another --out, or --force to replace it")
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -245,6 +254,11 @@ def open_output(
         with writable(out):
             state = _state_of(partial)
             if state.get("identity") != identity:
+                if not _is_own(partial):
+                    raise UserError(
+                        f"{partial}: is where {out} would be made, and holds what novelret did not put "
+                        "there; move it away, or choose another --out"
+                    )
                 if settings is not None and not force and isinstance(state.get("settings"), dict):
                     raise UserError(_differences(partial, state["settings"], settings))
                 _empty(partial)
@@ -303,13 +317,21 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def drop_partial(folder: Path) -> None:
     """Remove an unfinished output; if killed midway, what is left of it is never resumed."""
-    (folder / STATE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_own(partial: Path) -> bool:
+    """Whether a working folder is empty or was begun by novelret: its state is in it all along."""
+    return (partial / STATE).is_file() or all(path.name.startswith(STATE) for path in partial.iterdir())
+
+
 def _empty(folder: Path) -> None:
-    (folder / STATE).unlink(missing_ok=True)  # first: half of what was done would be taken for all of it
+    write_json(folder / STATE, {})  # first: half of what was done would be taken for all of it
     for path in folder.iterdir():
+        if path.name == STATE:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

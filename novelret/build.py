@@ -34,7 +34,7 @@ from novelret.deployed import Source, ids_of, open_embeddings, open_faiss, rows_
 from novelret.errors import UserError
 from novelret.index import Index, open_index
 from novelret.progress import Reporter
-from novelret.search import search_exact, search_faiss
+from novelret.search import read_faiss, search_exact, search_faiss, set_search_params
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -45,6 +45,7 @@ _PROBED, _NEIGHBOURS = 256, 16  # imported items whose texts are encoded, and ho
 _STRANGE = 0.1  # share of these nearest to their own text below which it is told
 _COPY_ROWS = 65_536  # at a time
 _RECALL_QUERIES, _RECALL_DEPTH = 256, 50  # an approximate index is measured on, and in their top
+_ZEROS = 1 << 24  # bytes at a time
 _PROGRESS = "progress.json"
 _LOW_RECALL = 0.9  # below it, of the exact top items, the index is warned of
 
@@ -145,7 +146,8 @@ def build_index(
             _copy_faiss(source, folder)
         if (folder / "items.faiss").is_file():
             what = config.faiss or config.factory
-            facts |= measure_recall(what, config.data, query_model, catalog, folder, report)
+            params = config.search_params
+            facts |= measure_recall(what, config.data, query_model, catalog, folder, report, params)
         if source:
             facts["imported"] = {"from": source.name, "lossy": source.lossy}
         write_config(folder, config)
@@ -359,8 +361,14 @@ def make_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
     """An .npy file of zeros as a writable memory map, its place on the disk reserved."""
     matrix = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
     # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    else:  # macOS
+        with path.open("r+b") as file:
+            file.seek(matrix.offset)
+            for start in range(0, matrix.nbytes, _ZEROS):
+                file.write(bytes(min(_ZEROS, matrix.nbytes - start)))
     return matrix
 
 
@@ -383,8 +391,7 @@ def _empty_faiss(config: IndexConfig, dimension: int) -> Any:
         )
     if config.search_params:
         try:
-            space: Any = faiss.ParameterSpace()
-            space.set_index_parameters(index, config.search_params)
+            set_search_params(index, config.search_params)
         except RuntimeError:
             raise UserError(
                 f"--search-params {config.search_params}: faiss does not take them for {config.factory}; for "
@@ -442,7 +449,13 @@ def _copy_faiss(source: Source, folder: Path) -> None:
 
 
 def measure_recall(
-    what: str, data: str, model: SentenceTransformer, catalog: Catalog, folder: Path, report: Reporter
+    what: str,
+    data: str,
+    model: SentenceTransformer,
+    catalog: Catalog,
+    folder: Path,
+    report: Reporter,
+    params: str | None = None,
 ) -> dict[str, Any]:
     """How much of the exact top lists the faiss index finds, for the first queries.
 
@@ -453,6 +466,7 @@ def measure_recall(
         catalog: the items.
         folder: holds embeddings.npy, id_rank.npy and items.faiss.
         report: told the figure, and warned where it is low.
+        params: search parameters of the index.
 
     Returns:
         {"recall": its depth, the share found and the number of queries}; nothing where there are no queries.
@@ -471,7 +485,7 @@ def measure_recall(
     ranks = np.load(folder / "id_rank.npy", mmap_mode="r")
     k = min(_RECALL_DEPTH, len(catalog))
     exact, _ = search_exact(queries, embeddings, k, ranks)
-    index = faiss.read_index(str(folder / "items.faiss"), faiss.IO_FLAG_MMAP)
+    index = read_faiss(folder / "items.faiss", params)
     found, _ = search_faiss(index, queries, k, ranks)
     hits = [len(np.intersect1d(a, b[b >= 0])) for a, b in zip(exact, found, strict=True)]
     recall = round(float(np.mean(hits)) / k, 4)

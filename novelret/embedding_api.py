@@ -274,6 +274,6 @@ def _without_user(url: str) -> str:
 
 def _key(model: str, dimensions: int | None, text: str) -> bytes:
     """Identity of an embedding: the endpoint, the model, the asked-for length and the text."""
-    endpoint = _without_user(os.environ.get("OPENAI_BASE_URL", "").rstrip("/"))
+    endpoint = _without_user(os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/"))
     identity = json.dumps([endpoint, model, dimensions, text], ensure_ascii=False)
     return hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=16).digest()

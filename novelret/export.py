@@ -11,6 +11,7 @@ matrix adds keys and values, which turn deployed query embeddings into new ones 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import warnings
@@ -40,7 +41,7 @@ from novelret.errors import UserError
 from novelret.index import open_index
 from novelret.memory import is_attention, memory_modules, read_memory
 from novelret.progress import Reporter
-from novelret.trained import training_of
+from novelret.trained import Training, training_of
 
 FORMATS = ("st", "onnx", "npz")
 TOLERANCE = 1e-4
@@ -348,14 +349,19 @@ def _deployed_end(
         report: for a warning where the index is gone.
 
     Raises:
-        UserError: the deployed encoder does not stand in front.
+        UserError: the deployed encoder does not stand in front, or it is not known which part of it does.
     """
     training = training_of(model)
     if training is None:
         return first
-    try:
-        deployed = open_index(training.index_folder).manifest.inputs["query_encoder"]
-    except UserError:
+    deployed = training.deployed or _deployed_of(training)
+    if deployed is None:  # a model of before, whose index is gone
+        if sum(map(_is_adapter, modules[first:])) > 1:
+            raise UserError(
+                f"{model}: several adapters stand behind one another, and only the index "
+                f"({training.index_folder}) tells which of them are deployed; call from where it lies there, "
+                "or use --format st or onnx"
+            )
         if training.init is not None:
             report.warn(f"{model}: was trained from {training.init}; the matrix is for its embeddings")
         return first
@@ -370,6 +376,15 @@ def _deployed_end(
         f"deployed ones of {training.index_folder}, so no matrix takes the deployed embeddings there; use "
         "--format st or onnx"
     )
+
+
+def _deployed_of(training: Training) -> str | None:
+    """The deployed query encoder's fingerprint from the index itself, which models of before do not hold."""
+    with contextlib.suppress(UserError):
+        index = open_index(training.index_folder)
+        if index.descends_from(training.index):
+            return index.manifest.inputs["query_encoder"]
+    return None
 
 
 def _fingerprint(front: list[nn.Module], encoder: SentenceTransformer) -> str:

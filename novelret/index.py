@@ -21,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import faiss
 import numpy as np
 
 from novelret import adapted, encode
@@ -35,7 +34,7 @@ from novelret.errors import UserError
 from novelret.membership import is_in
 from novelret.progress import Reporter
 from novelret.row_lists import RowLists
-from novelret.search import search_exact, search_faiss
+from novelret.search import read_faiss, search_exact, search_faiss
 from novelret.trained import training_of
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class Index:
     def faiss_index(self) -> Any:
         """The faiss index, or None where search is exact over the embeddings."""
         path = self.folder / "items.faiss"
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP) if path.is_file() else None
+        return read_faiss(path, self.manifest.config.get("search_params")) if path.is_file() else None
 
     def query_encoder(self, device: str = "cpu") -> SentenceTransformer:
         """A fresh copy of the deployed query encoder."""

@@ -27,7 +27,9 @@ def find(name: str) -> Path:
     if name in names():
         return FOLDER / f"{name}.yaml"
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if path.is_file():
+        if path.suffix not in (".yaml", ".yml"):
+            raise UserError(f"{name}: a recipe's file ends in .yaml or .yml; rename it")
         return path
     raise UserError(f"{name}: no such recipe or file; choose from {', '.join(names())}")
 

@@ -8,6 +8,7 @@ evaluates to the same numbers elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -29,6 +30,24 @@ _PAIRS = 1 << 24  # candidates fetched at a time, of some 50 bytes each
 
 def nothing(_: int) -> None:
     """An `advance` callback for callers that show no progress."""
+
+
+def read_faiss(path: Path, params: str | None) -> Any:
+    """A faiss index from its file, mapped where it can be; the file does not hold all search parameters."""
+    index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    if params:
+        set_search_params(index, params)
+    return index
+
+
+def set_search_params(index: Any, params: str) -> None:
+    """Set parameters like "nprobe=16,max_codes=10000".
+
+    Raises:
+        RuntimeError: faiss does not take them for this index.
+    """
+    space: Any = faiss.ParameterSpace()
+    space.set_index_parameters(index, params)
 
 
 def search_exact(

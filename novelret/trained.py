@@ -19,6 +19,7 @@ class Training:
         judges: who judged its labels.
         folder: of the MODEL or the export that tells.
         init: the encoder that it began with; None for the deployed one, and in exports of before.
+        deployed: fingerprint of the deployed query encoder; None in models of before.
     """
 
     index: str
@@ -26,6 +27,7 @@ class Training:
     judges: list[str]
     folder: Path
     init: str | None = None
+    deployed: str | None = None
 
     @property
     def hashes(self) -> Path:
@@ -34,7 +36,7 @@ class Training:
 
     def facts(self) -> dict[str, Any]:
         """As an export's manifest carries it; the hashes lie beside it."""
-        told = ("index", "index_folder", "judges", "init")
+        told = ("index", "index_folder", "judges", "init", "deployed")
         return {name: getattr(self, name) for name in told}
 
 
@@ -56,4 +58,5 @@ def training_of(folder: Path) -> Training | None:
     judges = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
     index, config = manifest.inputs["index"], manifest.config
     lay = config["index"] if isinstance(config["index"], str) else config["index"][0]
-    return Training(index, lay, list(map(str, judges)), folder, config.get("init"))
+    told = config.get("init"), manifest.facts.get("deployed")
+    return Training(index, lay, list(map(str, judges)), folder, *told)

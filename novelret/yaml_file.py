@@ -16,6 +16,8 @@ class _OnceOnly(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: list[Any] = []
         for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # <<: *others, whose keys give way to those written out
+                continue
             keys.append(self.construct_object(key, deep=True))
             if keys[-1] in keys[:-1]:
                 again = f"{keys[-1]!r} stands there twice"

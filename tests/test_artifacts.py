@@ -169,6 +169,28 @@ def test_what_lies_beside_an_output_is_nobodys_to_remove(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
 
 
+def test_a_folder_of_somebody_elses_where_it_would_be_made_is_left_alone(tmp_path):
+    mine = tmp_path / "out.partial" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(UserError, match=r"out\.partial: is where .* would be made"):
+        make(tmp_path / "out", "first", force=True)
+    assert mine.read_text() == "years of work"
+    mine.unlink()
+    make(tmp_path / "out", "first")
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts.os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(UserError, match="is a mount point, which cannot be replaced; give a folder inside"):
+        make(tmp_path, "first", force=True)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r": cannot be read \("):
+        artifacts.fingerprint_file(tmp_path)
+
+
 def test_an_output_that_is_a_link_is_replaced_where_it_leads(tmp_path):
     (tmp_path / "large-disk").mkdir()
     out = tmp_path / "out"

@@ -258,7 +258,7 @@ def test_factory_measures_recall_and_keeps_search_parameters(world, encoder, tmp
         "IVF4,Flat",
     ]
     recalls = []
-    for name, more in (("one", []), ("all", ["--search-params", "nprobe=4"])):
+    for name, more in (("one", []), ("all", ["--search-params", "nprobe=4,max_codes=1000"])):
         assert main([*command, *more, "--out", str(tmp_path / name)]) == 0
         captured = capsys.readouterr()
         recalls.append(json.loads(captured.out)["recall"]["recall"])
@@ -266,7 +266,8 @@ def test_factory_measures_recall_and_keeps_search_parameters(world, encoder, tmp
     assert recalls[0] < 0.9 < recalls[1] == 1.0
     exact = open_index(tmp_path / "all")
     assert exact.manifest.facts["recall"] == {"k": 40, "recall": 1.0, "queries": 40}
-    assert faiss.extract_index_ivf(exact.faiss_index).nprobe == 4
+    ivf = faiss.extract_index_ivf(exact.faiss_index)
+    assert (ivf.nprobe, ivf.max_codes) == (4, 1000)  # of which faiss stores the first alone
 
 
 def test_files_that_do_not_fit_are_named(world, encoder, deployed, ids, tmp_path, capsys):

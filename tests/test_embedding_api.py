@@ -109,6 +109,7 @@ def test_other_credentials_in_the_url_are_the_same_endpoint(api, monkeypatch):
         "https://api.openai.com/v1",
         "https://api.openai.com/v1/",
         "https://u:p@api.openai.com/v1",
+        "https://api.openai.com/v1/ \n",
     ):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         keys.add(_key("m", None, "a text"))

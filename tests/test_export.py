@@ -135,6 +135,20 @@ def test_a_matrix_begins_where_a_deployed_adapter_ends(models, world, encoder, t
     assert np.allclose(served, embeddings_of(models["adapter"]), atol=1e-6)
     assert np.allclose(export_module._serve(served, arrays), embeddings_of(second), atol=1e-5)
     assert np.abs(served - embeddings_of(second)).max() > 0.01
+    # Wherever it is called from, and when the index is gone.
+    (tmp_path / "index").rename(tmp_path / "away")
+    export(capsys, "--model", second, "--format", "npz", "--out", tmp_path / "again.npz")
+    with np.load(tmp_path / "again.npz") as file:
+        assert all(np.array_equal(file[name], array) for name, array in arrays.items())
+    # Models of before do not hold which encoder was deployed.
+    manifest = json.loads((second / "manifest.json").read_text())
+    del manifest["facts"]["deployed"]
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    command = ["export", "--model", str(second), "--format", "npz", "--out", str(tmp_path / "none.npz")]
+    assert main(command) == 2
+    assert "several adapters stand behind one another" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "away").rename(tmp_path / "index")
+    export(capsys, "--model", second, "--format", "npz", "--out", tmp_path / "none.npz")
 
 
 def test_any_sentence_transformers_folder_is_exported(encoder, tmp_path, capsys):

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from novelret import encode
 from novelret import index as index_module
-from novelret.build import IndexConfig, build_index
+from novelret.build import IndexConfig, build_index, make_matrix
 from novelret.cache import _held
 from novelret.data.source import fingerprint_part
 from novelret.data.split import load_split
@@ -86,6 +86,17 @@ def test_what_faiss_does_not_take_is_refused_before_anything_is_encoded(
     with pytest.raises(UserError, match=r"faiss does not|leave it out"):
         build(world, encoder, tmp_path / "index", **({"factory": "IVF2,Flat"} | wrong))
     assert not (tmp_path / "index.partial").exists()
+
+
+def test_where_no_place_can_be_reserved_zeros_are_written(tmp_path, monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr("novelret.build._ZEROS", 100)
+    matrix = make_matrix(tmp_path / "m.npy", (7, 5), "float32")
+    assert (tmp_path / "m.npy").stat().st_blocks * 512 >= matrix.nbytes
+    matrix[:] = 1
+    matrix.flush()
+    assert np.array_equal(np.load(tmp_path / "m.npy"), np.ones((7, 5), np.float32))
 
 
 @pytest.mark.parametrize("queries", [None, "", "{}\n"])

@@ -106,8 +106,8 @@ def _was_interrupted(stop: SystemExit) -> bool:
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """Whether a write failed for want of space; safetensors and SQLite say so in words alone."""
-    words = ("No space left on device", "database or disk is full")
+    """Whether a write failed for want of space; safetensors, SQLite and numpy say so in words alone."""
+    words = ("No space left on device", "database or disk is full", " requested and ")
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, the user's part of it, or a single file
     return getattr(error, "errno", None) in full or any(word in str(error) for word in words)
 

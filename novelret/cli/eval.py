@@ -39,6 +39,7 @@ from novelret.cli.options import (
     WaitOption,
     joined,
     leave_batches,
+    print_whole,
     reporter,
     settings_among,
     show_result,
@@ -176,7 +177,7 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
     """The summary table, what people's labels say of it, the frontier, and where the report lies."""
     from novelret.evaluate.tables import BOUNDS, has_bounds, headline_metrics
 
-    console.print(_summary(evaluation, headline_metrics(evaluation)))
+    print_whole(console, _summary(evaluation, headline_metrics(evaluation)))
     console.print("* differs from base with p < 0.05, ** with p < 0.01 (paired, Holm-corrected)", style="dim")
     if has_bounds(evaluation):
         console.print(BOUNDS, style="dim")
@@ -185,9 +186,9 @@ def render(console: Console, evaluation: Evaluation, out: Path) -> None:
             "N, R: no model has more Novelty, RelevantNovel at as much recall (Pareto)", style="dim"
         )
     if any(evaluation.human.values()):
-        console.print(_human(evaluation))
+        print_whole(console, _human(evaluation))
     if evaluation.buckets:
-        console.print(_buckets(evaluation))
+        print_whole(console, _buckets(evaluation))
     if len(evaluation.means) > 1:
         console.print(_frontier_line(evaluation), soft_wrap=True, highlight=False)
     if evaluation.config.human_sample is not None:

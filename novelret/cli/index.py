@@ -123,7 +123,7 @@ def index(
 
     def render(console: Console) -> None:
         size = f"{len(made):,} items x {made.dimension} dimensions ({made.embeddings.dtype.name})"
-        console.print(f"[bold]{shown(str(out))}[/]: {size}")
+        console.print(f"[bold]{shown(str(out))}[/]: {size}", soft_wrap=True)
         if "recall" in made.manifest.facts:
             found = made.manifest.facts["recall"]
             console.print(f"faiss finds {found['recall']:.1%} of the exact top {found['k']}")

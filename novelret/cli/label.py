@@ -150,7 +150,9 @@ def label(
 
 def _render(console: Console, out: Path, facts: dict[str, Any]) -> None:
     verdicts = ", ".join(f"{n:,} {name}" for name, n in facts["verdicts"].items())
-    console.print(f"[bold]{escape(str(out))}[/]: {facts['pairs']:,} judged pairs ({verdicts})")
+    console.print(
+        f"[bold]{escape(str(out))}[/]: {facts['pairs']:,} judged pairs ({verdicts})", soft_wrap=True
+    )
 
 
 def render_plan(console: Console, plan: Any) -> None:
@@ -163,14 +165,16 @@ def render_plan(console: Console, plan: Any) -> None:
     cost = f"{'at most' if is_counted else 'at most about'} ${plan.cost or 0:,.4f}"
     cost = "unknown (give --price INPUT,OUTPUT)" if plan.cost is None else cost
     how = "counted" if is_counted else "estimated from text lengths"
-    console.print(f"pairs:          {pairs}")
+    console.print(f"pairs:          {pairs}", soft_wrap=True)
     console.print(f"already known:  {plan.known:,} pairs")
     if plan.in_batches:
-        console.print(f"under way:      {plan.in_batches:,} questions, in batches that are not collected yet")
-    console.print(f"to ask:         {plan.to_ask:,} questions, {plan.prompt_tokens:,} prompt tokens ({how})")
+        under_way = f"{plan.in_batches:,} questions, in batches that are not collected yet"
+        console.print(f"under way:      {under_way}", soft_wrap=True)
+    to_ask = f"{plan.to_ask:,} questions, {plan.prompt_tokens:,} prompt tokens ({how})"
+    console.print(f"to ask:         {to_ask}", soft_wrap=True)
     console.print(f"cost:           {cost}")
     console.print("[bold]one question:[/]")
     for message in plan.example:
         parts = message.items() if "role" not in message else [(message["role"], message["content"])]
         for name, text in parts:
-            console.print(f"  {name}: {shown(text)}")
+            console.print(f"  {name}: {shown(text)}", soft_wrap=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.progress import Reporter
@@ -20,6 +22,7 @@ from novelret.yaml_file import read_yaml
 if TYPE_CHECKING:
     from novelret.label.judge import Asking
 
+_WIDEST = 10_000  # columns
 _UNDER_WAY = 3  # exit code: nothing is wrong, but the artifact is not made yet
 
 
@@ -70,6 +73,14 @@ class _Output(Console):
     def on_broken_pipe(self) -> None:
         """Not as rich does, which makes a failure of it."""
         _leave_pipe()
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with no figure cut off: what is wider than the terminal is left for it to break."""
+    needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, soft_wrap=True)
 
 
 def _leave_pipe() -> None:

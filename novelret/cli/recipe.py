@@ -15,6 +15,7 @@ from rich.table import Table
 
 from novelret import recipe as recipes
 from novelret.artifacts import MANIFEST, is_kind, read_json
+from novelret.cli.eval import parse_cuts
 from novelret.cli.options import ForceOption, JsonOption, QuietOption, error_console, show_result
 from novelret.errors import UserError
 
@@ -56,9 +57,10 @@ def show(name: NameArgument) -> None:
     """Print a recipe."""
     path = recipes.find(name)
     try:
-        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as text ({error})") from None
+    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -203,14 +205,14 @@ def _check_inputs(stage: str, out: Path, file: Path, ran: str | None) -> None:
         return
     made_from = read_json(out / MANIFEST).get("inputs", {}).values()
     settings = _settings(stage, file)
-    named = [settings.get(option) or [] for option in ("index", "labels", "model", "init")]
+    named = [settings.get(option) or [] for option in ("index", "labels", "models", "init")]
     folders = [str(each) for given in named for each in (given if isinstance(given, list) else [given])]
     folders += [str(source).removeprefix("yes:") for source in settings.get("sources") or []]
     for folder in dict.fromkeys(Path(named_model(folder)[1]) for folder in folders):
         if not any(is_kind(folder, kind) for kind in ("index", "labels", "model")):
             continue  # an encoder of somebody else's
         there = read_json(folder / MANIFEST)
-        fits = {there["fingerprint"], there["inputs"].get("appended_to")}
+        fits = {there["fingerprint"], *there["facts"].get("ancestors", ())}
         if fits.isdisjoint(made_from):
             raise UserError(f"{stage}: {out} was made before {folder} was; remove it, to have it made again")
 
@@ -233,6 +235,8 @@ def _check_settings(stage: str, out: Path, file: Path) -> None:
         ) from None
     # What is left to the program was put in by it: whether that is what it was then cannot be told.
     now = {name: value for name, value in _settings(stage, file).items() if value not in (None, [], ())}
+    if stage == "eval":  # whose config.yaml holds them in ascending order
+        now["k"] = parse_cuts(now["k"])
     flags = {str(option.name): option.opts[0].lstrip("-") for option in _commands()[stage].params}
     changed = [
         f"{flags[name]} {_shown(before[name])} → {_shown(value)}"

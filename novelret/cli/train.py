@@ -33,6 +33,7 @@ from novelret.cli.options import (
     TimeoutOption,
     TpmOption,
     joined,
+    print_whole,
     reporter,
     settings_among,
     show_result,
@@ -353,10 +354,10 @@ def train(
                 f"{point.recall:.4f}",
             )
         if trained.points:
-            console.print(table)
+            print_whole(console, table)
             console.print("* no other has as many relevant novel items and as much recall", style="dim")
         trust = ", trust_remote_code=True" if has_own_modules(out) else ""
         call = shown(f"SentenceTransformer({str(out)!r}{trust})")
-        console.print(f"[bold]{shown(str(out))}[/]: query encoder, for {call}")
+        console.print(f"[bold]{shown(str(out))}[/]: query encoder, for {call}", soft_wrap=True)
 
     show_result(result, as_json=as_json, render=render)

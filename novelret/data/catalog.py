@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -191,9 +192,12 @@ def read_id(where: str, row: dict[str, object]) -> str:
     if value is None or value == "":
         raise UserError(f"{where}: no _id")
     text = str(value)
-    if not text.isprintable():
+    if text.isprintable() and " " not in text:
+        return text
+    # Joiners between letters are not printable either, and words of many scripts hold them.
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
         raise UserError(f"{where}: the _id {text!r} holds control characters")
-    if " " in text:
+    if len(text.split()) > 1 or text != text.strip():
         raise UserError(f"{where}: the _id {text!r} holds a space, at which run files are cut; replace it")
     return text
 

@@ -11,17 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from novelret.artifacts import fingerprint_of
 from novelret.data.source import Row, _qrels_columns
 from novelret.errors import UserError
 
 
 def read_hub_part(data: str, part: str) -> Iterator[Row]:
-    """Rows of the configuration "corpus" or "queries"."""
-    for number, row in enumerate(_load(data, part), 1):
-        row = dict(row)
-        if "_id" not in row and "id" in row:
-            row["_id"] = row["id"]
-        yield f"{data} ({part}): row {number}", row
+    """Rows of the configuration "corpus" or "queries", of all its splits; what several hold is given once."""
+    splits = _load(data, part)
+    seen: set[int] = set()
+    for name, rows in splits.items():
+        where = part if len(splits) == 1 else f"{part}, {name}"
+        for number, row in enumerate(rows, 1):
+            row = dict(row)
+            if "_id" not in row and "id" in row:
+                row["_id"] = row["id"]
+            if len(splits) > 1:
+                key = hash((row.get("_id"), row.get("title"), row.get("text")))
+                if key in seen:
+                    continue
+                seen.add(key)
+            yield f"{data} ({where}): row {number}", row
 
 
 def read_hub_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
@@ -33,11 +43,14 @@ def read_hub_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float
 
 def fingerprint_hub_part(data: str, part: str) -> str:
     """The fingerprint that `datasets` keeps of the part's files and transformations."""
-    dataset = _qrels(data, part.removeprefix("qrels/")) if part.startswith("qrels/") else _load(data, part)
-    return str(dataset._fingerprint)
+    if part.startswith("qrels/"):
+        return str(_qrels(data, part.removeprefix("qrels/"))._fingerprint)
+    found = [str(rows._fingerprint) for rows in _load(data, part).values()]
+    return found[0] if len(found) == 1 else fingerprint_of(found)
 
 
-def _load(data: str, part: str) -> Any:
+def _load(data: str, part: str) -> dict[str, Any]:
+    """The splits of a configuration by name: the one that is called as it is, or all of them."""
     datasets = quiet_datasets()
     try:
         names = datasets.get_dataset_config_names(data)
@@ -48,7 +61,7 @@ def _load(data: str, part: str) -> Any:
         raise
     except Exception as error:
         raise UserError(_cannot_load(data, error)) from None
-    return splits[part] if part in splits else next(iter(splits.values()))
+    return {part: splits[part]} if part in splits else dict(splits)
 
 
 def _qrels(data: str, split: str) -> Any:
@@ -56,13 +69,17 @@ def _qrels(data: str, split: str) -> Any:
     sister = f"{data}-qrels"
     try:
         names = datasets.get_dataset_config_names(data)
-        config = next((name for name in ("qrels", "default") if name in names), None)
-        splits = datasets.load_dataset(data, config) if config else datasets.load_dataset(sister)
+        configs = [name for name in ("qrels", "default") if name in names]
+        present: list[str] = []
+        places: list[tuple[str, str | None]] = [(data, name) for name in configs]
+        for place in places or [(sister, None)]:
+            splits = datasets.load_dataset(*place)
+            if split in splits:
+                return splits[split]
+            present += splits
     except Exception as error:
         raise UserError(_cannot_load(data, error)) from None
-    if split not in splits:
-        raise UserError(f"{data}: has no qrels split {split!r} (it has: {', '.join(splits)})")
-    return splits[split]
+    raise UserError(f"{data}: has no qrels split {split!r} (it has: {', '.join(dict.fromkeys(present))})")
 
 
 def quiet_datasets() -> Any:

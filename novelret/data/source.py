@@ -23,6 +23,7 @@ from novelret.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
 _QRELS = pa.schema([("query_id", pa.string()), ("item_id", pa.string()), ("score", pa.float64())])
+_QRELS_FORMS = (".tsv", ".jsonl", ".parquet")
 _LINES, _BLOCK = 65_536, 16 << 20  # lines, and bytes, at a time
 
 
@@ -100,7 +101,7 @@ def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]
 
     Its columns are those of qrels; without such a file nothing is left out.
     """
-    path = find_file(Path(data) / "excluded", split, (".tsv",)) if is_folder(data) else None
+    path = find_file(Path(data) / "excluded", split, _QRELS_FORMS) if is_folder(data) else None
     if path is not None:
         yield from read_qrels_file(path)
 
@@ -126,17 +127,22 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 
     A first line whose last column is no number is a header. Where it names further columns, as to_label.tsv
-    of an evaluation does, these are passed over, as are lines without a score. Also reads parquet with BEIR's
-    column names.
+    of an evaluation does, these are passed over, as are lines without a score. Also reads parquet, and JSON
+    lines (MTEB), with BEIR's column names, by the same rules.
 
     Raises:
         UserError: the file is missing or a line is malformed.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        for where, row in _read_parquet(path):
-            yield where, *_qrels_columns(where, row)
+    if path.suffix == ".parquet" or path.name.removesuffix(".gz").endswith(".jsonl"):
+        expected = "a JSON object with query-id, corpus-id and score"
+        rows = _read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path, expected)
+        for where, row in rows:
+            score = row.get("score", 1)
+            is_empty = score is None or (isinstance(score, float) and math.isnan(score))
+            if not (is_empty and len(row) > 3):
+                yield where, *_qrels_columns(where, row)
         return
     has_texts = False
     for number, line in read_lines(path):
@@ -320,9 +326,10 @@ def part_file(data: str, part: str) -> Path:
 
 def _qrels_file(data: str, split: str) -> Path:
     folder = Path(data) / "qrels"
-    path = find_file(folder, split, (".tsv", ".parquet"))
+    path = find_file(folder, split, _QRELS_FORMS)
     if path is None:
-        present = sorted({p.name.split(".")[0] for p in folder.glob("*.*")}) if folder.is_dir() else []
+        files = [p.name.removesuffix(".gz") for p in folder.glob("*.*")] if folder.is_dir() else []
+        present = sorted({Path(name).stem for name in files if name.endswith(_QRELS_FORMS)})
         raise UserError(
             f"{folder / (split + '.tsv')}: no such file (splits there: {', '.join(present) or 'none'})"
         )
@@ -331,8 +338,11 @@ def _qrels_file(data: str, split: str) -> Path:
 
 def _qrels_columns(where: str, row: dict[str, Any]) -> tuple[str, str, float]:
     try:
-        return str(row["query-id"]), str(row["corpus-id"]), float(row.get("score", 1))
+        columns = str(row["query-id"]), str(row["corpus-id"]), float(row.get("score", 1))
     except KeyError as error:
         raise UserError(f"{where}: no column {error}; qrels need query-id, corpus-id and score") from None
     except (TypeError, ValueError):
         raise UserError(f"{where}: the score {row.get('score')!r} is not a number") from None
+    if not math.isfinite(columns[2]):
+        raise UserError(f"{where}: the score {columns[2]!r} is not a number")
+    return columns

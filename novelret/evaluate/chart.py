@@ -137,8 +137,10 @@ def _spread(heights: list[float], bottom: float) -> list[float]:
     placed = list(heights)
     for before, now in pairwise(order):
         placed[now] = max(placed[now], placed[before] + _GAP)
-    overshoot = max(0.0, max(placed) - bottom)
-    return [height - overshoot for height in placed]
+    placed[order[-1]] = min(placed[order[-1]], bottom)
+    for now, after in pairwise(reversed(order)):
+        placed[after] = min(placed[after], placed[now] - _GAP)
+    return placed
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -204,6 +204,11 @@ def _judgements(config: CompareConfig, split: Split, index: Index) -> LabelTable
         return file_table(path, split.query_ids, index.catalog, config.missing)
     found, verdicts = path / "judgements.parquet", path / "qrels" / "judged.trec"
     if (path / MANIFEST).is_file() and found.is_file():
+        if config.missing != "unknown":
+            raise UserError(
+                f"--missing {config.missing}: is of pairs that a qrels file does not list, and {path} holds "
+                "verdicts of a judge that was asked; leave it out"
+            )
         if is_kind(path, "labels"):  # which know what text each query had when it was judged
             table = Labels(path, read_manifest(path, "labels")).table(split, index.catalog)
         else:

@@ -144,6 +144,9 @@ def _apart(given: str) -> tuple[str, str]:
     return name, path
 
 
+_TWICE = "the name {!r} is given twice; give another, as NAME=PATH"
+
+
 def _named(option: str, values: list[tuple[str, str, str]]) -> dict[str, str]:
     """Paths by name, from what was given with its name and its path."""
     named: dict[str, str] = {}
@@ -152,7 +155,7 @@ def _named(option: str, values: list[tuple[str, str, str]]) -> dict[str, str]:
             raise UserError(f"{option} {value}: expected NAME=PATH")
         _check_name(f"{option} {value}", name)
         if name in named:
-            raise UserError(f"{option} {value}: the name {name!r} is given twice")
+            raise UserError(f"{option} {value}: {_TWICE.format(name)}")
         named[name] = path
     return named
 
@@ -184,6 +187,6 @@ def _expanded(models: dict[str, str]) -> dict[str, str]:
             _check_name(f"--model {name}={folder}", inner)
         twice = inside.keys() & found.keys()
         if twice:
-            raise UserError(f"--model {name}={path}: the name {min(twice)!r} is given twice")
+            raise UserError(f"--model {name}={path}: {_TWICE.format(min(twice))}")
         found |= inside
     return found

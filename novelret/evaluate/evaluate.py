@@ -226,13 +226,12 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
             f"{means[BASE][f'Novelty@{k}']:.2f} against itself. Read Novelty@{k} as a difference from base, "
             f"or set --base-depth {k}"
         )
+    kind = config.recall_metric.partition("@")[0]
     for name, of in means.items():
-        lost = [k for k in sorted(config.k)[:-1] if not _keeps(of, means[BASE], k, config.max_recall_drop)]
+        recalls = [f"{kind}@{k}" for k in sorted(config.k)[:-1]]
+        lost = [name for name in recalls if not _keeps(of, means[BASE], name, config.max_recall_drop)]
         if lost:
-            figures = ", ".join(
-                f"Recall@{k} {of[f'Recall@{k}']:.3f} instead of {means[BASE][f'Recall@{k}']:.3f}"
-                for k in lost
-            )
+            figures = ", ".join(f"{name} {of[name]:.3f} instead of {means[BASE][name]:.3f}" for name in lost)
             report.warn(
                 f"{name} is worse at the top: {figures}. Where no ranker orders the lists anew, that is "
                 "what users see"
@@ -246,8 +245,8 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
         )
 
 
-def _keeps(of: dict[str, float], base: dict[str, float], k: int, max_recall_drop: float) -> bool:
-    return keeps_recall(of[f"Recall@{k}"], base[f"Recall@{k}"], max_recall_drop)
+def _keeps(of: dict[str, float], base: dict[str, float], metric: str, max_recall_drop: float) -> bool:
+    return keeps_recall(of[metric], base[metric], max_recall_drop)
 
 
 def _warn_of_few_verdicts(
@@ -261,7 +260,7 @@ def _warn_of_few_verdicts(
     """Say where counts of relevant items fall short, as too few items are judged."""
     deepest = max(config.k)
     for name, of in means.items():
-        if of[f"Judged@{deepest}"] == 0:
+        if of.get(f"Judged@{deepest}") == 0:
             report.warn(
                 f"{config.judge} judged nothing in the lists of {name}; its judged figures say nothing"
             )

@@ -88,9 +88,16 @@ def per_query_figures(
 def mean_figures(
     figures: dict[str, np.ndarray], lists: Lists, config: EvalConfig, catalog_size: int
 ) -> dict[str, float]:
-    """Mean of every metric over queries; what no query has a figure for is left out."""
+    """Mean of every metric over queries; what no query has a figure for is left out.
+
+    NovelJudged@k is the share of all queries' novel items: of these RelevantNovel@k counts the judged ones.
+    """
     means = {metric: _mean(values) for metric, values in figures.items()}
     for k in config.k:
+        if f"NovelJudged@{k}" in figures:
+            count = figures[f"Novelty@{k}"]
+            judged = np.nan_to_num(figures[f"NovelJudged@{k}"]) @ count
+            means[f"NovelJudged@{k}"] = float(judged / count.sum()) if count.any() else math.nan
         means[f"CatalogCoverage@{k}"] = metrics.catalog_coverage(lists.rows, k, catalog_size)
     return {metric: value for metric, value in means.items() if not math.isnan(value)}
 
@@ -135,9 +142,10 @@ def bound_of(metric: str, means: dict[str, float], judged: float | None) -> str:
 def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Intervals of every mean; p-values against the base, corrected over the models compared.
 
-    What no query has a figure for has no interval, and no p-value where a model and the base share none.
+    What no query has a figure for has no interval, and no p-value where a model and the base share none; nor
+    has NovelJudged, which is no mean over queries.
     """
-    names = list(per_query[BASE])
+    names = [name for name in per_query[BASE] if not name.startswith("NovelJudged")]
     figures = {model: np.stack([of[name] for name in names], axis=1) for model, of in per_query.items()}
     others = [model for model in figures if model != BASE]
     # All models side by side in one matrix share the resamples and the sign flips.

@@ -11,8 +11,6 @@ import numpy as np
 from novelret.data.source import read_lines, read_part
 from novelret.errors import UserError
 
-FIELDS = ("weight", "frequency")
-"""Fields of queries.jsonl that are read as a query's frequency."""
 BUCKETS = ("head", "torso", "tail")
 
 
@@ -41,7 +39,7 @@ def load_weights(data: str, query_ids: list[str], path: Path | None) -> np.ndarr
     """Frequencies of a split's queries, (Q,) float64; None where neither a file nor the queries carry any.
 
     Args:
-        data: BEIR folder or Hugging Face data set; `weight` or `frequency` of its queries is read.
+        data: BEIR folder or Hugging Face data set; `weight` of its queries is read.
         query_ids: the split's queries.
         path: tab-separated query id and frequency, in place of the queries' own field.
 
@@ -109,7 +107,7 @@ def merged_by_bucket(weights: np.ndarray, per_query: dict[str, dict[str, np.ndar
 def _read_own(data: str, wanted: set[str]) -> dict[str, float]:
     found = {}
     for where, row in read_part(data, "queries"):
-        value = next((row[name] for name in FIELDS if row.get(name) is not None), None)
+        value = row.get("weight")
         if value is not None and str(row.get("_id")) in wanted:
             found[str(row["_id"])] = _number(where, value)
     return found

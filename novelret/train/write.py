@@ -85,6 +85,7 @@ def write_model(
         "steps": steps,
         "chosen": None if chosen is None else asdict(chosen),
         "refit": is_refit,
+        "deployed": run.index.manifest.inputs["query_encoder"],
         "checkpoints_refit": run.folder != folder,  # also where the chosen one is the start
         "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
         "asked": spent,

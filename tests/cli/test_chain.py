@@ -457,6 +457,8 @@ def test_a_config_file_is_named_for_what_is_wrong_in_it(capsys, tmp_path):
     assert f"('steps' stands there twice in \"{config}\", line 3" in fails(capsys, *command)
     config.write_text("steps: 20\nlabels: one\ntrust: false\n")  # these fit
     assert "i: no such folder" in fails(capsys, *command)
+    config.write_text("train: &one {steps: 20}\nother: {<<: *one, steps: 3}\n")  # as do keys from elsewhere
+    assert "i: no such folder" in fails(capsys, *command)
 
 
 def test_a_result_that_nobody_reads_is_no_failure(chain, world):

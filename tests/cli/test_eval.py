@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
 import types
+from dataclasses import replace
 
 import ir_measures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 from novelret.cli import main
+from novelret.cli.options import print_whole
 from novelret.evaluate.config import EvalConfig
 from novelret.evaluate.evaluate import _warn_of_weak_figures
 from novelret.evaluate.weights import bucket_of
@@ -213,8 +218,8 @@ def test_counts_that_few_verdicts_stand_behind_are_marked_as_bounds(
             )
         }
         novel = {q: [i for i in items if i not in base[q]] for q, items in lists.items()}
-        shares = [sum((q, i) in judged for i in items) / len(items) for q, items in novel.items() if items]
-        share = sum(shares) / len(shares)
+        new_pairs = [(query, item) for query, items in novel.items() for item in items]
+        share = sum(pair in judged for pair in new_pairs) / len(new_pairs)
         new = found["models"]["new"]
         assert new["NovelJudged@5"] == pytest.approx(share)
         assert f"judged {share:.1%} of the novel items in the top 5 of new" in " ".join(err.split())
@@ -509,6 +514,23 @@ def test_a_loss_at_the_top_is_told():
         "new is worse at the top: Recall@10 0.280 instead of 0.350. Where no ranker orders the lists anew, that is "
         "what users see"
     ]
+    # Where what is known to be relevant is what counts, it does so at the top, too.
+    said.clear()
+    config = replace(config, recall_of="known")
+    for means in (base, new):
+        means |= {"KnownRecall@10": 0.3, "KnownRecall@20": 0.4}
+    _warn_of_weak_figures(config, {"base": base, "new": new}, types.SimpleNamespace(warn=said.append))
+    assert said == []
+
+
+def test_tables_hold_their_figures_however_narrow_the_terminal_is():
+    table = Table("model", "figure")
+    table.add_row("a" * 30, "22.480**")
+    for width in (20, 80):
+        console = Console(width=width, file=io.StringIO())
+        print_whole(console, table)
+        assert "22.480**" in console.file.getvalue()
+        assert "a" * 30 in console.file.getvalue()
 
 
 def write(path, text):

@@ -11,7 +11,10 @@ import typer
 import yaml
 
 from novelret import recipe
+from novelret.artifacts import Manifest, write_manifest
 from novelret.cli import app, main
+from novelret.cli.recipe import _check_inputs
+from novelret.errors import UserError
 from novelret.evaluate.config import check_config as check_evaluation
 from novelret.label.cost import find_price
 from novelret.label.prompts import load_prompt, render
@@ -118,6 +121,23 @@ def test_the_header_s_commands_are_real(name):
     assert stages == ["index", "label", "label", "train", "eval"]
 
 
+@pytest.mark.parametrize(("ancestors", "fits"), [(["b", "a"], True), (["b"], False)])
+def test_labels_fit_an_index_that_was_appended_to_since(tmp_path, ancestors, fits):
+    of_labels, of_index = (Manifest(kind, {}, {}, kind) for kind in ("labels", "index"))
+    of_labels.inputs["index"], of_index.facts["ancestors"] = "a", ancestors
+    for manifest in (of_labels, of_index):
+        (tmp_path / manifest.kind).mkdir()
+        write_manifest(tmp_path / manifest.kind, manifest)
+    label = {"data": "d", "index": str(tmp_path / "index"), "judge": "file:j", "out": "labels"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"label": label}))
+    check = ("label", tmp_path / "labels", tmp_path / "recipe.yaml", None)
+    if fits:
+        _check_inputs(*check)
+    else:
+        with pytest.raises(UserError, match="was made before"):
+            _check_inputs(*check)
+
+
 def sets(given: dict) -> list[str]:
     return [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
 
@@ -127,7 +147,7 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
     judge = f"file:{world / 'judgements.tsv'}"
     given = {
         "data": world, "index.model": encoder, "judge": judge, "label.base-depth": 3, "label.depth": 12,
-        "train.base-depth": 3, "train.depth": 12, "train.steps": 5, "eval.base-depth": 3, "eval.k": "2,5",
+        "train.base-depth": 3, "train.depth": 12, "train.steps": 5, "eval.base-depth": 3, "eval.k": "5,2",
         "label.missing": "irrelevant", "eval.missing": "irrelevant", "train.validation-fraction": 0.2,
     }  # fmt: skip
     command = ["recipe", "run", "default", *sets(given)]
@@ -169,6 +189,10 @@ def test_our_defaults_run_from_the_first_line(world, encoder, tmp_path, capsys, 
     assert main([*command, *spelled]) == 0, capsys.readouterr().err
     assert main([*command, *spelled]) == 0
     assert capsys.readouterr().err.count("is there already") == 6
+    # Nor is a report that was made of another model.
+    shutil.rmtree("b")
+    assert main([*command, *spelled, "--set", "train.steps=6"]) == 2
+    assert "eval: c was made before b was; remove it" in " ".join(capsys.readouterr().err.split())
     # A stage that fails stops the rest.
     assert main([*command, "--set", "train.out=elsewhere", "--set", "train.loss=none"]) == 2
     assert "--loss none: unknown" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Reading what users bring, and every way in which it can be wrong."""
 
 import gzip
+import math
 import shutil
 
 import numpy as np
@@ -115,6 +116,31 @@ def test_hugging_face_data_set_reads_like_the_folder(data, tmp_path, monkeypatch
         list(read_qrels(str(hub), "dev"))
 
 
+def test_all_splits_of_a_hugging_face_data_set_are_one_catalog(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub = tmp_path / "hub"
+    items = [row for _, row in read_part(str(data), "corpus")]
+    for name, rows in {"dev": items[:25], "test": items[20:]}.items():  # some lie in both
+        (hub / "corpus").mkdir(parents=True, exist_ok=True)
+        write_jsonl(hub / "corpus" / f"{name}.jsonl", rows)
+    for config, split in (("qrels", "test"), ("default", "train")):
+        (hub / config).mkdir()
+        write_jsonl(hub / config / f"{split}.jsonl", [{"query-id": "q", "corpus-id": split, "score": 1}])
+    files = {"corpus": ("dev", "test"), "qrels": ("test",), "default": ("train",)}
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {config}\n  data_files:\n"
+            + "".join(f"  - split: {split}\n    path: {config}/{split}.jsonl\n" for split in splits)
+            for config, splits in files.items()
+        )
+        + "---\n"
+    )
+    assert [row for _, row in read_part(str(hub), "corpus")] == items
+    for split in ("train", "test"):
+        assert [row[1:] for row in read_qrels(str(hub), split)] == [("q", split, 1.0)]
+
+
 def test_identical_ids_are_left_out_unless_asked_for(data, tmp_path):
     catalog = catalog_of(data, tmp_path)
     write_jsonl(data / "queries.jsonl", [{"_id": "i01", "text": "x"}])
@@ -196,6 +222,28 @@ def test_texts_that_end_in_half_an_emoji_are_read(data, tmp_path):
     assert catalog_of(data, tmp_path).texts_at([2]) == ["😀 cut \ufffd"]
 
 
+def test_words_of_any_script_are_ids(data, tmp_path):
+    replace_line(data / "corpus.jsonl", 3, '{"_id": "می\u200cخواهم", "text": "a"}')
+    assert catalog_of(data, tmp_path).ids[2].as_py() == "می\u200cخواهم"
+
+
+def test_json_lines_are_qrels_too(data):
+    """As MTEB's repositories hold them."""
+    pairs = [{"query-id": q, "corpus-id": i, "score": s} for _, q, i, s in read_qrels(str(data), "train")]
+    write_jsonl(data / "qrels" / "other.jsonl", pairs)
+    assert [r[1:] for r in read_qrels(str(data), "other")] == [r[1:] for r in read_qrels(str(data), "train")]
+    (data / "qrels" / "notes.md").write_text("no split")
+    with pytest.raises(UserError, match=r"splits there: other, test, train\)"):
+        list(read_qrels(str(data), "dev"))
+
+
+def test_what_is_left_out_may_lie_in_parquet(data, tmp_path):
+    (data / "excluded").mkdir()
+    table = pa.table({"query-id": ["q00"], "corpus-id": ["i30"], "score": [1]})
+    pq.write_table(table, data / "excluded" / "train.parquet")
+    assert load_split(str(data), "train", catalog_of(data, tmp_path)).excluded.rows.tolist() == [30]
+
+
 def test_tables_for_people_are_read_as_qrels(data):
     lines = ["query-id\tcorpus-id\tscore\tquery\titem", "q00\ti01\t1\tbuy\ta", "q00\ti02\t\tbuy\tb"]
     (data / "qrels" / "people.tsv").write_text("\n".join(lines) + "\n")
@@ -216,6 +264,14 @@ def test_parquet_scores_that_are_none(data, tmp_path):
     pq.write_table(table, data / "qrels" / "bad.parquet")
     with pytest.raises(UserError, match=r"bad\.parquet: row 1: the score None is not a number"):
         list(read_qrels(str(data), "bad"))
+    ids = {"query-id": ["q00", "q01"], "corpus-id": ["i01", "i02"]}
+    pq.write_table(pa.table(ids | {"score": [1.0, math.nan]}), data / "qrels" / "nan.parquet")
+    with pytest.raises(UserError, match=r"nan\.parquet: row 2: the score nan is not a number"):
+        list(read_qrels(str(data), "nan"))
+    # A table for people that is labelled in part, as it comes out of a data frame.
+    texts = {"query": ["buy", "buy"], "item": ["a", "b"]}
+    pq.write_table(pa.table(ids | {"score": [1.0, math.nan]} | texts), data / "qrels" / "people.parquet")
+    assert [row[1:] for row in read_qrels(str(data), "people")] == [("q00", "i01", 1.0)]
 
 
 BAD_QRELS = [

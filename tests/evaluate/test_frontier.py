@@ -62,3 +62,13 @@ def test_pareto_set_on_random_clouds():
         for n, point in enumerate(points):
             dominated = ((cloud >= cloud[n]).all(axis=1) & (cloud > cloud[n]).any(axis=1)).any()
             assert point.pareto_novelty == (not dominated)
+
+
+def test_every_label_of_a_chart_lies_in_it():
+    marks = [Mark(f"m{n}", -n, 0.02 * n) for n in range(4)] + [Mark("winner", 1, 2)]
+    svg = scatter(marks, "x", "y")
+    height = float(re.search(r'viewBox="0 0 \S+ (\S+)"', svg)[1])
+    found = sorted(float(y) for y in re.findall(r'<text class="name" x="\S+" y="(\S+)"', svg))
+    assert len(found) == 5
+    assert 0 < found[0] < found[-1] < height
+    assert min(np.diff(found)) > 10

@@ -32,6 +32,7 @@ def test_judged_metrics_by_hand():
     assert metrics.relevant_novelty(new, verdicts, 4).tolist() == [1, 0]
     assert metrics.precision(verdicts, 4).tolist() == pytest.approx([2 / 3, 1 / 2])
     assert metrics.judged(ROWS, verdicts, 4).tolist() == [3 / 4, 1.0]
+    assert np.isnan(metrics.judged(np.full_like(ROWS, -1), np.full_like(verdicts, -1), 4)).all()
     assert metrics.novel_judged(new, verdicts, 4).tolist() == [1 / 2, 1.0]
     assert np.isnan(metrics.novel_judged(metrics.novel(BASE, BASE), np.zeros_like(BASE), 3)).all()
     assert metrics.novel_precision(new, verdicts, 4).tolist() == [1.0, 0.0]

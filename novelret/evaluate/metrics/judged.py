@@ -8,9 +8,9 @@ from novelret.label.table import UNKNOWN
 
 
 def judged(rows: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
-    """Share of judged items among the items of the top k, per query."""
+    """Share of judged items among the items of the top k, per query; NaN without any."""
     present = (rows[:, :k] >= 0).sum(axis=1)
-    return (verdicts[:, :k] != UNKNOWN).sum(axis=1) / np.maximum(present, 1)
+    return _share((verdicts[:, :k] != UNKNOWN).sum(axis=1), present)
 
 
 def novel_judged(new: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
@@ -18,4 +18,8 @@ def novel_judged(new: np.ndarray, verdicts: np.ndarray, k: int) -> np.ndarray:
     new = new[:, :k]
     count = new.sum(axis=1)
     seen = (new & (verdicts[:, :k] != UNKNOWN)).sum(axis=1)
-    return np.divide(seen, count, out=np.full(len(new), np.nan), where=count > 0)
+    return _share(seen, count)
+
+
+def _share(some: np.ndarray, of: np.ndarray) -> np.ndarray:
+    return np.divide(some, of, out=np.full(len(of), np.nan), where=of > 0)
