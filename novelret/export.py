@@ -41,7 +41,7 @@ from novelret.errors import UserError
 from novelret.index import open_index
 from novelret.memory import is_attention, memory_modules, read_memory
 from novelret.progress import Reporter
-from novelret.trained import Training, training_of
+from novelret.trained import MIRRORED, QUERIES, Training, training_of
 
 FORMATS = ("st", "onnx", "npz")
 TOLERANCE = 1e-4
@@ -105,8 +105,8 @@ def export_model(
             training = training_of(model)
             if training is not None:
                 facts["training"] = training.facts()
-                if training.hashes.is_file():
-                    shutil.copyfile(training.hashes, folder / training.hashes.name)
+                for name in (QUERIES, MIRRORED):
+                    np.save(folder / name, training.hashes(name))
             inputs = {"model": encode.fingerprint_encoder(encoder)}
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, inputs, identity, facts))

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from novelret.artifacts import MANIFEST, is_kind, read_manifest
+
+QUERIES, MIRRORED = "queries.npy", "mirrored.npy"
+"""Files with the hashes of texts that an encoder was trained on, and of items that served it as queries."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Training:
     init: str | None = None
     deployed: str | None = None
 
-    @property
-    def hashes(self) -> Path:
-        """The file of (n,) uint64 hashes of the texts it was trained on; models of before have none."""
-        return self.folder / "queries.npy"
+    def hashes(self, name: str) -> np.ndarray:
+        """(n,) uint64 hashes of one of these files; none where a model of before lacks it."""
+        path = self.folder / name
+        return np.load(path) if path.is_file() else np.empty(0, dtype=np.uint64)
 
     def facts(self) -> dict[str, Any]:
         """As an export's manifest carries it; the hashes lie beside it."""

@@ -35,7 +35,7 @@ from novelret.label.table import LabelTable, empty_table
 from novelret.membership import pairs_in, sorted_union
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
-from novelret.trained import training_of
+from novelret.trained import MIRRORED, QUERIES, training_of
 
 
 @dataclass(frozen=True)
@@ -171,19 +171,29 @@ def candidates_of(gathered: Gathered) -> Candidates:
     return Candidates(pairs // size, pairs % size, np.zeros(len(pairs), dtype=np.int16), ("eval",))
 
 
+def _number(some: np.ndarray) -> str:
+    return "all" if some.all() else f"{int(some.sum()):,}"
+
+
 def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, report: Reporter) -> None:
     """Say what of its training makes a model look better than it is."""
     training = training_of(Path(path))
     if training is None:
         return
-    if training.hashes.is_file():
-        seen = int(np.isin(hash_texts(plain_texts(split.query_texts)), np.load(training.hashes)).sum())
-        share = "all" if seen == len(split) else f"{seen:,}"
-        if seen:
-            report.warn(
-                f"{name} was trained on {share} of these {len(split):,} "
-                "queries, so its figures say little of others; evaluate on queries that it has not seen"
-            )
+    texts = hash_texts(plain_texts(split.query_texts))
+    seen = np.isin(texts, training.hashes(QUERIES))
+    if seen.any():
+        report.warn(
+            f"{name} was trained on {_number(seen)} of these {len(split):,} "
+            "queries, so its figures say little of others; evaluate on queries that it has not seen"
+        )
+    mirrored = ~seen & np.isin(texts, training.hashes(MIRRORED))
+    if mirrored.any():
+        report.warn(
+            f"{name} was trained on {_number(mirrored)} of these {len(split):,} queries as items, by pairs "
+            "known the other way round: its figures hold where these are known of the queries served, too, "
+            "and say little of others (train with --mirror never to see)"
+        )
     if config.judge is None or config.judge.startswith("file:"):
         return
     if any(same_judge(judge, config.judge) for judge in training.judges):

@@ -230,6 +230,20 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         )
     if config.negative_share > 0 and config.objective != "pg-ret":
         raise UserError("--negative-share draws states to be pushed away: it needs --objective pg-ret")
+    if config.negative_share > 0 and (config.draw == "plain" or not config.beta > 0):
+        raise UserError(
+            "--negative-share is of states drawn by their reward: it needs another --draw than plain, and "
+            "--alpha and --gamma that leave room for base states"
+        )
+    if config.hard_negatives > 0 and config.objective != "supervised-judged":
+        raise UserError("--hard-negatives are of --objective supervised-judged; leave it out")
+    if config.alpha > 0 and config.objective == "supervised":
+        raise UserError("--alpha: --objective supervised learns from feedback alone; leave it out")
+    if config.keep > 0 and config.validation_fraction == 0:
+        raise UserError(
+            "--keep: without held-back queries no checkpoint is better than another; set "
+            "--validation-fraction above 0"
+        )
     if config.judge is not None and (config.objective != "pg-ret" or not config.alpha > 0):
         raise UserError(
             "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"

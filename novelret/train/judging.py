@@ -70,7 +70,7 @@ class Judging:
                 Path(name),
                 split.query_ids,
                 index.catalog,
-                config.missing,
+                self.asking.missing,
                 report,
                 threshold=self.asking.threshold,
             )
@@ -232,19 +232,24 @@ class Judging:
 def _as_labelled(config: TrainConfig, report: Reporter) -> dict[str, Any]:
     """How answers were read for LABELS of the same judge, so that one answer means the same in both.
 
-    Nothing where the settings say it themselves, or another prompt is used.
+    Nothing where the settings say it themselves, or another prompt is used. Of a file also what a pair means
+    that it does not list.
     """
+    kind, _ = split_judge(str(config.judge))
     for folder in config.label_folders:
         made = read_manifest(Path(folder), "labels").config
         if not same_judge(made["judge"], str(config.judge)):
             continue
-        if made["prompt"] != config.prompt:
+        missing = {"missing": made["missing"]} if kind == "file" and config.missing == "unknown" else {}
+        if kind.startswith("openai") and made["prompt"] != config.prompt:
             report.warn(
                 f"--judge asks with --prompt {config.prompt}, which {folder} was not labelled with; give "
                 f"--prompt {made['prompt']} to ask alike"
             )
         elif config.answer is None and config.threshold is None:
-            return {"answer": made["answer"], "threshold": made["threshold"]}
+            return {"answer": made["answer"], "threshold": made["threshold"]} | missing
+        else:
+            return missing
     return {}
 
 

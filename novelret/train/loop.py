@@ -106,7 +106,8 @@ def _start(
             add_point(run, points, 0)
         _save(run, optimizer, scaler, points, 0, wanted)
     if run.validation is not None:
-        say_budget(points[0], judged_top(run.validation), run.config, run.report)
+        judged = processes.concatenate(judged_top(run.validation))
+        say_budget(points[0], float(judged.mean()), run.config, run.report)
     return points, first
 
 

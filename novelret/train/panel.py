@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import resource
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,10 +104,15 @@ def training_panel(config: TrainConfig, steps: int, report: Reporter) -> Iterato
 
 
 def peak_memory() -> float:
-    """Most memory held so far, in GB: the GPU's where one is used, else the process's."""
+    """Most memory held so far, in GB: the GPU's where one is used, else the process's; 0 where none tells."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _join(parts: Iterator[str]) -> str:

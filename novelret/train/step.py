@@ -56,7 +56,9 @@ def batch_loss(
     if len(of_pairs):
         chosen = embeddings[torch.from_numpy(place[paired])]
         losses = _pair_losses(chosen, of_pairs, batch, infonce, material, config, items)
-        feedback = (losses * losses.new_tensor(weights[of_pairs])).sum()
+        losses = losses * losses.new_tensor(weights[of_pairs])
+        is_feedback = torch.from_numpy(batch.sources[of_pairs] == FEEDBACK).to(losses.device)
+        feedback, states = losses[is_feedback].sum(), losses[~is_feedback].sum()
     # Losses that pass over the catalog are computed by all processes together.
     together = config.objective in LIST_OBJECTIVES or config.loss == "inclusion"
     if len(of_states) or (items.shard is not None and together and not infonce.all()):
@@ -68,7 +70,7 @@ def batch_loss(
         else:
             losses = _state_losses(chosen, of_states, batch, material, config, items)
         if len(of_states):  # else a gradient of zeros would move the weights by their momentum
-            states = (losses * losses.new_tensor(weights[of_states])).sum()
+            states = states + (losses * losses.new_tensor(weights[of_states])).sum()
     known = int((~np.isnan(rewards)).sum())
     return StepLoss(feedback + states, feedback.item(), states.item(), rewards.size, known)
 

@@ -94,8 +94,10 @@ def full_tower(
             for name, value in features.items()
         }
         with torch.autocast(model.device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
-            embeddings: Tensor = model(features, task="query")["sentence_embedding"]
-        return normalize(embeddings.float(), dim=1) if normalized else embeddings.float()
+            embeddings: Tensor = model(features, task="query")["sentence_embedding"].float()
+        # The gradient of a length of 0 is without bounds; an encoder may know none of a query's words.
+        embeddings = torch.where(embeddings.any(dim=1, keepdim=True), embeddings, embeddings.detach())
+        return normalize(embeddings, dim=1) if normalized else embeddings
 
     def embed_validation(shares: Sequence[float]) -> list[np.ndarray]:
         embeddings = encode.encode_queries(model, validation_texts)

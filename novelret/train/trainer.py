@@ -11,7 +11,8 @@ MODEL/
   frontier.parquet      the same as a table; frontier.svg and curves.svg show the best
   checkpoints/step-N/   the best checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
-  queries.npy           hashes of the split's texts, so that eval can tell what was trained on
+  queries.npy           hashes of the texts that were trained on, here or in what --init names, so that eval
+                        can tell; mirrored.npy of items that served as queries
 """
 
 from __future__ import annotations

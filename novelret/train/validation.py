@@ -173,11 +173,11 @@ def _compare(validation: Validation, rows: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(figure, dtype=np.float64) for figure in figures], axis=1)
 
 
-def judged_top(validation: Validation) -> float:
-    """Share of what the deployed top L of the validation queries holds that has a label."""
+def judged_top(validation: Validation) -> np.ndarray:
+    """Share of what each validation query's deployed top L holds that has a label, (V,) float32."""
     rows = validation.base_rows
     verdicts = validation.labels.lookup(np.arange(len(rows))[:, None], rows)
-    return float((verdicts != UNKNOWN).mean()) if verdicts.size else 0.0
+    return (verdicts != UNKNOWN).mean(axis=1, dtype=np.float32)
 
 
 def make_point(step: int, figures: np.ndarray, share: float = 1.0, memory: float = 1.0) -> Point:

@@ -26,6 +26,7 @@ from novelret.train.log import read_log
 from novelret.train.prepare import Inputs
 from novelret.train.run import Run
 from novelret.train.validation import Point, best_first, keeps_budget, pareto, pareto_set, worth_showing
+from novelret.trained import MIRRORED, QUERIES, Training, training_of
 
 REFIT = "refit"
 _POINTS = "validation.json"
@@ -61,9 +62,12 @@ def write_model(
     finished = run.tower.finished()
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
-    np.save(folder / "queries.npy", np.unique(hash_texts(plain_texts(inputs.split.query_texts))))
+    start = training_of(Path(config.init)) if config.init else None
+    mirror = inputs.mirror
+    _save_hashes(folder, QUERIES, inputs.split.query_texts, start)
+    _save_hashes(folder, MIRRORED, mirror.split.query_texts if mirror is not None else [], start)
     is_refit = run.folder != folder and chosen is not None and chosen.step > 0  # the start is no training
-    mirrored = inputs.mirror.more if inputs.mirror is not None else 0
+    mirrored = mirror.more if mirror is not None else 0
     card = model_card(
         config,
         run.index,
@@ -81,13 +85,18 @@ def write_model(
     (folder / "curves.svg").write_text(picture, encoding="utf-8")
     if chosen is not None:
         _write_frontier(folder, points, chosen, config)
+    judged_by = [
+        *judges,
+        *([config.judge] if config.judge else []),
+        *(start.judges if start is not None else []),
+    ]
     facts = {
         "steps": steps,
         "chosen": None if chosen is None else asdict(chosen),
         "refit": is_refit,
         "deployed": run.index.manifest.inputs["query_encoder"],
         "checkpoints_refit": run.folder != folder,  # also where the chosen one is the start
-        "judges": list(dict.fromkeys([*judges, *([config.judge] if config.judge else [])])),
+        "judges": list(dict.fromkeys(judged_by)),
         "asked": spent,
         "items_as_queries": mirrored,
         "false_positive_rate": run.material.floor,
@@ -95,6 +104,14 @@ def write_model(
     }
     fingerprint = encode.fingerprint_encoder(finished)
     write_manifest(folder, Manifest("model", asdict(config), inputs.fingerprints, fingerprint, facts))
+
+
+def _save_hashes(folder: Path, name: str, texts: list[str], start: Training | None) -> None:
+    """Write the hashes of texts it was trained on, and of those that its start was."""
+    found = hash_texts(plain_texts(texts))
+    if start is not None and (start.folder / name).is_file():
+        found = np.concatenate([found, np.load(start.folder / name)])
+    np.save(folder / name, np.unique(found))
 
 
 def drop_resumables(folder: Path) -> None:

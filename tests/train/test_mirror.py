@@ -224,6 +224,12 @@ def test_items_are_trained_on_where_judged_feedback_shows_that_relevance_is_mutu
         assert ("items as queries" in card) is (mirror != "never")
     assert same_weights(tmp_path / "auto", tmp_path / "always")
     assert not same_weights(tmp_path / "auto", tmp_path / "never")
+    # An evaluation on these items says so.
+    for mirror in ("auto", "never"):
+        words = ["eval", "--data", mutual / "data", "--index", mutual / "index", "--split", "test", "--k", 3,
+                 "--base-depth", 3, "--model", f"m={tmp_path / mirror}", "--out", tmp_path / f"r-{mirror}"]  # fmt: skip
+        code, _, err = run(capsys, *words)
+        assert (code, "queries as items, by pairs known the other way round" in err) == (0, mirror == "auto")
 
 
 def test_a_memory_knows_that_a_query_goes_with_its_items_where_they_are_trained_on(

@@ -23,6 +23,11 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from novelret.cli import main
 from novelret.data.split import make_split
@@ -37,7 +42,8 @@ from novelret.train.config import TrainConfig
 from novelret.train.log import Log, read_log
 from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import pg_ret
-from novelret.train.panel import training_panel
+from novelret.train.panel import peak_memory, training_panel
+from novelret.train.tower import full_tower
 from novelret.train.validation import (
     Point,
     Validation,
@@ -49,7 +55,7 @@ from novelret.train.validation import (
     pareto,
 )
 from tests.commands import run
-from tests.conftest import make_encoder, write_jsonl
+from tests.conftest import COLOURS, THINGS, make_encoder, write_jsonl
 from tests.killing import break_off_at, start
 from tests.loopback import LoopbackJudge
 from tests.rows import from_padded
@@ -296,6 +302,56 @@ def test_numbers_that_cannot_be_are_refused_by_name(command, capsys, tmp_path, o
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--negative-share", 0.5, "--draw", "plain"), "--negative-share is of states drawn by their reward"),
+        (("--negative-share", 0.5, "--gamma", 1), "--negative-share is of states drawn by their reward"),
+        (("--hard-negatives", 3), "--hard-negatives are of --objective supervised-judged"),
+        (
+            ("--alpha", 0.5, "--gamma", 0.2, "--objective", "supervised"),
+            "--alpha: --objective supervised learns",
+        ),
+        (("--keep", 1, "--validation-fraction", 0), "--keep: without held-back queries"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(command, capsys, tmp_path, given, says):
+    code, _, err = run(capsys, *command, *given, "--out", tmp_path / "model")
+    assert (code, says in " ".join(err.split())) == (2, True), err
+
+
+def test_the_log_tells_judged_states_from_feedback_pairs(command, capsys, tmp_path):
+    train(capsys, command, tmp_path / "model", *ADAPTER, "--objective", "supervised-judged", "--log-every", 1)
+    for line in log_of(tmp_path / "model"):
+        assert line["loss/states"] > 0
+        assert line["loss/feedback"] > 0
+        assert line["loss/states"] + line["loss/feedback"] == pytest.approx(line["loss"], rel=1e-4)
+
+
+def test_a_query_of_unknown_words_alone_has_no_gradient(tmp_path):
+    words = ["[UNK]", *COLOURS, *THINGS]
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    weights = np.random.default_rng(0).standard_normal((len(words), 8)).astype(np.float32)
+    weights[0] = 0
+    static = StaticEmbedding(tokenizer, embedding_weights=weights)
+    model = SentenceTransformer(modules=[static, Normalize()], device="cpu")
+    tower = full_tower(model, ["red sofa", "qqq"], ["lamp"], "fp32")
+    embeddings = tower.embed(np.array([0, 1]), 0)
+    assert embeddings[1].tolist() == [0] * 8
+    embeddings.sum().backward()
+    gradient = static.embedding.weight.grad
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() < 10
+    assert gradient[1:].abs().max() > 0
+
+
+def test_memory_is_told_where_a_platform_tells_it(monkeypatch):
+    assert 0.05 < peak_memory() < 1000
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_memory() == 0
+
+
 def test_an_uneven_batch_and_a_batch_without_rewards_are_trained(command, capsys, tmp_path):
     odd = ("--alpha", 0.5, "--gamma", 0, "--batch-size", 7)
     found, _ = train(capsys, command, tmp_path / "odd", *ADAPTER, *odd)
@@ -380,6 +436,18 @@ def test_what_a_checkpoint_or_an_export_was_trained_on_is_known(
         assert code == 0, err
         for name in ("kept", "served"):
             assert f"{name} was trained on all of these" in err
+    # What its start was trained on is known of an encoder, too, and who judged that.
+    second = ["train", "--data", world, "--index", index_folder, "--split", "test", "--init", tmp_path / "model",
+              "--objective", "supervised", "--tune", "adapter", "--steps", 2, "--base-depth", 3, "--depth", 12,
+              "--validation-fraction", 0, "--device", "cpu", "--out", tmp_path / "second"]  # fmt: skip
+    assert run(capsys, *second)[0] == 0
+    facts = [json.loads((tmp_path / of / "manifest.json").read_text())["facts"] for of in ("model", "second")]
+    assert facts[0]["judges"] == facts[1]["judges"] != []
+    for split in ("train", "test"):
+        words = ["eval", "--data", world, "--index", index_folder, "--split", split, "--base-depth", 3, "--k", 3,
+                 "--model", f"second={tmp_path / 'second'}", "--out", tmp_path / f"of-{split}"]  # fmt: skip
+        code, _, err = run(capsys, *words)
+        assert (code, "second was trained on all of these" in err) == (0, True), err
     other = [
         "index",
         "--data",
@@ -696,6 +764,15 @@ def test_other_prompts_are_warned_of(world, index_folder, tmp_path, capsys, monk
     assert said == []
     assert judging._as_labelled(config, report) == {}
     assert "give --prompt query-keyword to ask alike" in said[0]
+
+
+def test_a_judgement_file_means_in_training_what_it_meant_for_the_labels(labels, world, index_folder):
+    said = []
+    report = types.SimpleNamespace(warn=said.append)
+    judge = f"file:{world}/judgements.tsv"
+    config = TrainConfig(str(world), str(index_folder), labels=str(labels), judge=judge, prompt="json")
+    assert judging._as_labelled(config, report)["missing"] == "irrelevant"
+    assert said == []  # a file is not prompted
 
 
 def test_a_window_beyond_the_labels_and_support_without_draws(command, capsys, tmp_path):
