@@ -201,8 +201,6 @@ def whole() -> Iterator[Variant]:
         labels = _noisy(share, misses, False)
         x = f"{share:g} / {misses:g}"
         yield Variant("false positives / misses", x, WHOLE, labels, evaluate="chosen")
-    for name, value in (("temperature", 0.02), ("temperature", 0.05), ("gamma", 0.25), ("window", "1,4")):
-        yield Variant(name, str(value), WHOLE | {name: value}, evaluate="chosen")
 
 
 ABLATIONS: dict[str, tuple[Callable[[], Iterator[Variant]], str]] = {
@@ -217,7 +215,7 @@ ABLATIONS: dict[str, tuple[Callable[[], Iterator[Variant]], str]] = {
     "unknown": (unknown, "pairs that the judge does not list"),
     "queries": (queries, "train queries learnt from"),
     "tune": (tune, "what is trained"),
-    "whole": (whole, "what differs"),
+    "whole": (whole, "labels"),
 }
 
 DEAR = ("tune", "whole")

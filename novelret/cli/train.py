@@ -226,7 +226,10 @@ def train(
         float, typer.Option(help="Temperature of the loss.", rich_help_panel=STATES)
     ] = 0.03,
     sampling_temperature: Annotated[
-        float, typer.Option(help="Temperature of policy draws.", rich_help_panel=STATES)
+        float,
+        typer.Option(
+            help="Temperature of policy draws; list objectives draw at --temperature.", rich_help_panel=STATES
+        ),
     ] = 0.05,
     support: Annotated[
         int | None,
