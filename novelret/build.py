@@ -361,11 +361,10 @@ def make_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
     """An .npy file of zeros as a writable memory map, its place on the disk reserved."""
     matrix = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
     # Writing to a mapped page of a full disk kills the process without a word; reserving says so.
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    else:  # macOS
-        with path.open("r+b") as file:
+        else:  # macOS
             file.seek(matrix.offset)
             for start in range(0, matrix.nbytes, _ZEROS):
                 file.write(bytes(min(_ZEROS, matrix.nbytes - start)))
@@ -455,7 +454,7 @@ def measure_recall(
     catalog: Catalog,
     folder: Path,
     report: Reporter,
-    params: str | None = None,
+    params: str | None,
 ) -> dict[str, Any]:
     """How much of the exact top lists the faiss index finds, for the first queries.
 

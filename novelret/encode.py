@@ -21,6 +21,8 @@ from novelret.memory import name_softmax_dimension
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from novelret.embedding_api import ApiEmbedding
+
 _OWN_MODULE = "novelret.embedding_api.ApiEmbedding"
 
 
@@ -120,17 +122,18 @@ def has_own_modules(folder: Path) -> bool:
 
 def is_api(model: SentenceTransformer) -> bool:
     """Whether the embeddings come from an embedding API, whose weights cannot be trained."""
-    from novelret.embedding_api import ApiEmbedding
-
-    return any(isinstance(module, ApiEmbedding) for module in model)
+    return bool(_api_modules(model))
 
 
 def count_unpaid(model: SentenceTransformer, texts: list[str]) -> int:
     """How many queries an embedding API would have to be paid for; 0 with weights of one's own."""
+    return sum(module.count_unknown(texts, query_prompt(model)) for module in _api_modules(model))
+
+
+def _api_modules(model: SentenceTransformer) -> list[ApiEmbedding]:
     from novelret.embedding_api import ApiEmbedding
 
-    modules = [module for module in model if isinstance(module, ApiEmbedding)]
-    return sum(module.count_unknown(texts, query_prompt(model)) for module in modules)
+    return [module for module in model if isinstance(module, ApiEmbedding)]
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:

@@ -63,5 +63,5 @@ def training_of(folder: Path) -> Training | None:
     judges = manifest.facts.get("judges", [manifest.facts.get("judge")])  # models of before know one
     index, config = manifest.inputs["index"], manifest.config
     lay = config["index"] if isinstance(config["index"], str) else config["index"][0]
-    told = config.get("init"), manifest.facts.get("deployed")
-    return Training(index, lay, list(map(str, judges)), folder, *told)
+    init, deployed = config.get("init"), manifest.facts.get("deployed")
+    return Training(index, lay, list(map(str, judges)), folder, init, deployed)

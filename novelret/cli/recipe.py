@@ -235,7 +235,7 @@ def _check_settings(stage: str, out: Path, file: Path) -> None:
         ) from None
     # What is left to the program was put in by it: whether that is what it was then cannot be told.
     now = {name: value for name, value in _settings(stage, file).items() if value not in (None, [], ())}
-    if stage == "eval":  # whose config.yaml holds them in ascending order
+    if "k" in now:  # cuts, which an output holds in ascending order
         now["k"] = parse_cuts(now["k"])
     flags = {str(option.name): option.opts[0].lstrip("-") for option in _commands()[stage].params}
     changed = [

@@ -158,15 +158,8 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
             raise UserError(
                 f"{where}: {len(columns)} columns, expected query-id, corpus-id, score (tab-separated)"
             )
-        try:
-            score = float(columns[2])
-        except ValueError:
-            if number == 1:
-                continue
-            raise UserError(f"{where}: the score {columns[2]!r} is not a number") from None
-        if not math.isfinite(score):
-            raise UserError(f"{where}: the score {columns[2]!r} is not a number")
-        yield where, columns[0], columns[1], score
+        if number > 1 or _is_float(columns[2]):
+            yield where, columns[0], columns[1], _score(where, columns[2])
 
 
 def read_qrels_blocks(path: Path) -> Iterator[pa.RecordBatch]:
@@ -204,11 +197,7 @@ def _three_columns(path: Path) -> Iterator[pa.RecordBatch]:
         first = file.readline().rstrip(b"\r\n").split(b"\t")
     if len(first) != 3 or path.suffix == ".parquet":
         raise pa.ArrowInvalid("other columns")
-    try:
-        float(first[2])
-        is_header = False
-    except ValueError:
-        is_header = True
+    is_header = not _is_float(first[2])
     with (
         pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as stream,
         csv.open_csv(
@@ -338,11 +327,24 @@ def _qrels_file(data: str, split: str) -> Path:
 
 def _qrels_columns(where: str, row: dict[str, Any]) -> tuple[str, str, float]:
     try:
-        columns = str(row["query-id"]), str(row["corpus-id"]), float(row.get("score", 1))
+        return str(row["query-id"]), str(row["corpus-id"]), _score(where, row.get("score", 1))
     except KeyError as error:
         raise UserError(f"{where}: no column {error}; qrels need query-id, corpus-id and score") from None
+
+
+def _score(where: str, value: Any) -> float:
+    try:
+        score = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: the score {row.get('score')!r} is not a number") from None
-    if not math.isfinite(columns[2]):
-        raise UserError(f"{where}: the score {columns[2]!r} is not a number")
-    return columns
+        score = math.nan
+    if not math.isfinite(score):
+        raise UserError(f"{where}: the score {value!r} is not a number")
+    return score
+
+
+def _is_float(text: str | bytes) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

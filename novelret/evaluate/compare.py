@@ -15,7 +15,7 @@ from novelret.errors import UserError
 from novelret.evaluate import metrics
 from novelret.evaluate.config import BASE, named_model
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned, open_index
-from novelret.label.judges.file import MISSING, file_table
+from novelret.label.judges.file import check_missing, file_table
 from novelret.label.labels import Labels, read_table
 from novelret.label.table import UNKNOWN, LabelTable, empty_table
 from novelret.progress import Reporter
@@ -108,8 +108,7 @@ def compare_split(config: CompareConfig, report: Reporter | None = None) -> list
     report = report or Reporter()
     if config.most not in MOST:
         raise UserError(f"--most {config.most}: unknown; choose from {', '.join(MOST)}")
-    if config.missing not in MISSING:
-        raise UserError(f"--missing {config.missing}: unknown; choose from {', '.join(MISSING)}")
+    check_missing(config.missing)
     if config.queries < 1:
         raise UserError(f"--queries {config.queries}: must be at least 1")
     index = open_index(config.index, config.data)

@@ -229,9 +229,10 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
     kind = config.recall_metric.partition("@")[0]
     for name, of in means.items():
         recalls = [f"{kind}@{k}" for k in sorted(config.k)[:-1]]
-        lost = [name for name in recalls if not _keeps(of, means[BASE], name, config.max_recall_drop)]
+        base, drop = means[BASE], config.max_recall_drop
+        lost = [recall for recall in recalls if not keeps_recall(of[recall], base[recall], drop)]
         if lost:
-            figures = ", ".join(f"{name} {of[name]:.3f} instead of {means[BASE][name]:.3f}" for name in lost)
+            figures = ", ".join(f"{recall} {of[recall]:.3f} instead of {base[recall]:.3f}" for recall in lost)
             report.warn(
                 f"{name} is worse at the top: {figures}. Where no ranker orders the lists anew, that is "
                 "what users see"
@@ -243,10 +244,6 @@ def _warn_of_weak_figures(config: EvalConfig, means: dict[str, dict[str, float]]
             "where feedback is a log of what it showed: every other list then seems to lose recall. Count "
             "what is judged relevant too (--recall-of known, with --judge)"
         )
-
-
-def _keeps(of: dict[str, float], base: dict[str, float], metric: str, max_recall_drop: float) -> bool:
-    return keeps_recall(of[metric], base[metric], max_recall_drop)
 
 
 def _warn_of_few_verdicts(

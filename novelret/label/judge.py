@@ -12,7 +12,7 @@ from novelret.endpoint import check_key
 from novelret.errors import UserError
 from novelret.label.cost import Caps, Price, find_price
 from novelret.label.judges.endpoint import longest_answer, parameters_for
-from novelret.label.judges.file import MISSING
+from novelret.label.judges.file import check_missing
 from novelret.label.parse import parse
 from novelret.label.prompts import ANSWERS, Prompt, load_prompt, render
 from novelret.label.questions import Messages, Question, Reader, Tally
@@ -129,8 +129,7 @@ def check_asking(config: Asking) -> None:
     Raises:
         UserError: one line naming the option.
     """
-    if config.missing not in MISSING:
-        raise UserError(f"--missing {config.missing}: unknown; choose from {', '.join(MISSING)}")
+    check_missing(config.missing)
     _ = config.caps  # refuses what is below 0
     check_threshold(config.threshold)
     if config.concurrency < 1:

@@ -240,16 +240,18 @@ def _as_labelled(config: TrainConfig, report: Reporter) -> dict[str, Any]:
         made = read_manifest(Path(folder), "labels").config
         if not same_judge(made["judge"], str(config.judge)):
             continue
-        missing = {"missing": made["missing"]} if kind == "file" and config.missing == "unknown" else {}
         if kind.startswith("openai") and made["prompt"] != config.prompt:
             report.warn(
                 f"--judge asks with --prompt {config.prompt}, which {folder} was not labelled with; give "
                 f"--prompt {made['prompt']} to ask alike"
             )
-        elif config.answer is None and config.threshold is None:
-            return {"answer": made["answer"], "threshold": made["threshold"]} | missing
-        else:
-            return missing
+            continue
+        taken = []
+        if config.answer is None and config.threshold is None:
+            taken += ["answer", "threshold"]
+        if kind == "file" and config.missing == "unknown":
+            taken.append("missing")
+        return {name: made[name] for name in taken}
     return {}
 
 

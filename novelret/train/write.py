@@ -108,10 +108,8 @@ def write_model(
 
 def _save_hashes(folder: Path, name: str, texts: list[str], start: Training | None) -> None:
     """Write the hashes of texts it was trained on, and of those that its start was."""
-    found = hash_texts(plain_texts(texts))
-    if start is not None and (start.folder / name).is_file():
-        found = np.concatenate([found, np.load(start.folder / name)])
-    np.save(folder / name, np.unique(found))
+    parts = [hash_texts(plain_texts(texts)), *([] if start is None else [start.hashes(name)])]
+    np.save(folder / name, np.unique(np.concatenate(parts)))
 
 
 def drop_resumables(folder: Path) -> None:

@@ -328,7 +328,7 @@ def test_the_log_tells_judged_states_from_feedback_pairs(command, capsys, tmp_pa
         assert line["loss/states"] + line["loss/feedback"] == pytest.approx(line["loss"], rel=1e-4)
 
 
-def test_a_query_of_unknown_words_alone_has_no_gradient(tmp_path):
+def test_a_query_of_unknown_words_alone_has_no_gradient():
     words = ["[UNK]", *COLOURS, *THINGS]
     tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()

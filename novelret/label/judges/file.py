@@ -16,6 +16,16 @@ from novelret.progress import Reporter
 MISSING = {"unknown": UNKNOWN, "irrelevant": IRRELEVANT}
 
 
+def check_missing(missing: str) -> None:
+    """Refuse what `missing` cannot be.
+
+    Raises:
+        UserError: one line that names what it can be.
+    """
+    if missing not in MISSING:
+        raise UserError(f"--missing {missing}: unknown; choose from {', '.join(MISSING)}")
+
+
 def file_table(
     path: Path,
     query_ids: list[str],
@@ -39,8 +49,7 @@ def file_table(
     Raises:
         UserError: the file cannot be read, a line is malformed, or no line is about these queries.
     """
-    if missing not in MISSING:
-        raise UserError(f"--missing {missing}: unknown; choose from {', '.join(MISSING)}")
+    check_missing(missing)
     parts = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))]
     for query_rows, item_rows, lines in rows_of_pairs(read_qrels_blocks(path), query_ids, catalog):
         parts.append((query_rows, item_rows, lines["score"].to_numpy()))
