@@ -15,9 +15,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from novelret import encode
-from novelret import export as export_module
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
+from novelret.export.arrays import serve
 from novelret.index import open_index
 from tests.commands import fails
 from tests.conftest import make_encoder
@@ -133,7 +133,7 @@ def test_a_matrix_begins_where_a_deployed_adapter_ends(models, world, encoder, t
     assert ("keys" in arrays) == (tune == "memory")
     served = encode.encode_queries(open_index(tmp_path / "index").query_encoder(), TEXTS)
     assert np.allclose(served, embeddings_of(models["adapter"]), atol=1e-6)
-    assert np.allclose(export_module._serve(served, arrays), embeddings_of(second), atol=1e-5)
+    assert np.allclose(serve(served, arrays), embeddings_of(second), atol=1e-5)
     assert np.abs(served - embeddings_of(second)).max() > 0.01
     # Wherever it is called from, and when the index is gone.
     (tmp_path / "index").rename(tmp_path / "away")

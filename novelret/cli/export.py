@@ -38,7 +38,7 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write a query encoder for serving, checked against the original."""
-    from novelret.export import export_model
+    from novelret.export.export import export_model
 
     made = export_model(model, form, out, force=force, report=reporter(quiet))
 

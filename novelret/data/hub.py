@@ -27,7 +27,7 @@ def read_hub_part(data: str, part: str) -> Iterator[Row]:
             if "_id" not in row and "id" in row:
                 row["_id"] = row["id"]
             if len(splits) > 1:
-                key = hash((row.get("_id"), row.get("title"), row.get("text")))
+                key = hash(str([row.get(name) for name in ("_id", "title", "text")]))
                 if key in seen:
                     continue
                 seen.add(key)

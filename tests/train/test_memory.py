@@ -22,7 +22,7 @@ from novelret import adapted, encode, index
 from novelret.cli import main
 from novelret.data.split import load_split, make_split
 from novelret.errors import UserError
-from novelret.export import export_model
+from novelret.export.export import export_model
 from novelret.label.table import make_table
 from novelret.memory import Memory, read_memory
 from novelret.train import memorise, prepare

@@ -1,0 +1,1 @@
+"""Finetuned query encoders for where they are served; one form per file."""
