@@ -30,7 +30,7 @@ _OPENAI = "https://api.openai.com/v1"
 _AT_ONCE = 128  # texts per request; endpoints take 2,048 texts but also limit a request's tokens
 _CONCURRENCY = 8
 _REFUSED = (400, 413, 422)  # statuses by which endpoints refuse a text, mostly for its length
-_RETRIES = 6  # the client waits as long as the endpoint says, else exponentially longer
+_RETRIES = 12  # the client waits as long as the endpoint says, up to a minute, else a minute in all
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, embedding BLOB NOT NULL) WITHOUT ROWID"
 )
@@ -214,6 +214,7 @@ def _request(
         if status in _REFUSED:
             raise
         passes = isinstance(error, PASSING) or status == 408
+        passes = passes and getattr(error, "code", None) != "insufficient_quota"
         again = "; run the same command again, what came so far is kept" if passes else ""
         raise UserError(f"{PREFIX}{model}: {hide_secrets(str(error))}{again}") from None
     except (TypeError, AttributeError, ValueError) as error:

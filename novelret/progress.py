@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 _BETWEEN_LINES = 60.0  # seconds
+_RECENT, _BETWEEN_LOOKS = 30.0, 1.0  # seconds that a rate is of, and between the times that it is looked at
 
 
 def shown(text: str) -> str:
@@ -68,7 +70,7 @@ class Reporter:
         """A progress bar with rate and time left; gives a function to be told of each n done.
 
         `status` is asked now and then for a few more words to show. Where no one watches a terminal, a line a
-        minute says the same, so that a log tells how long work goes.
+        minute says the same, so that a log tells how long work goes; whoever waits tells of 0 done.
         """
         if not self.is_live:
             yield self._lines(description, total, status)
@@ -88,16 +90,22 @@ class Reporter:
             yield lambda n: progress.advance(task, n)
 
     def _lines(self, description: str, total: int | None, status: Callable[[], str]) -> Callable[[int], None]:
-        begun = said = time.monotonic()
-        done = 0
+        said = time.monotonic()
+        done, looks = 0, deque([(said, 0)])
 
         def advance(count: int) -> None:
             nonlocal done, said
             done += count
             now = time.monotonic()
+            # What was known before is passed over at once; the rate is of what takes time.
+            if now - looks[-1][0] >= _BETWEEN_LOOKS:
+                looks.append((now, done))
+            while len(looks) > 1 and now - looks[1][0] >= _RECENT:
+                looks.popleft()
             if now - said < _BETWEEN_LINES:
                 return
-            said, rate = now, done / (now - begun)
+            then, before = looks[0]
+            said, rate = now, (done - before) / max(now - then, 1e-3)
             of = left = ""
             if total is not None:
                 of = f" of {total:,}"

@@ -24,6 +24,8 @@ _REFUSALS: dict[str | None, tuple[int, str, dict[str, str]]] = {
     "400": (400, "content filtered", {}),
     "403": (403, "this text is not allowed", {}),
     "504": (504, "the gateway gave up", {}),
+    "504-retry-after": (504, "the gateway gave up", {"Retry-After": "0.02"}),
+    "503-retry-after": (503, "come back later", {"Retry-After": "0.05"}),
     "error": (200, "model overloaded", {}),
 }
 
@@ -31,10 +33,12 @@ _REFUSALS: dict[str | None, tuple[int, str, dict[str, str]]] = {
 class LoopbackJudge:
     """Answers Yes where query and item share a word; `faults` are used up one per request, in order.
 
-    A fault is one of: "408", "429", "429-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
+    A fault is one of: "408", "429", "429-retry-after", "503-retry-after", "504-retry-after", "500", "cut", "malformed", "empty", "refusal", "html", "401",
     "400", "403", "504", "slow", "late" (by a second), "trickle" (space by space, without end), "echo" (of the key), "429-for-an-hour",
     "no-usage", "error" (in a reply of status 200), and "filtered" and "length", replies without text. `always` is the fault of every request
     that has none of its own. `delivered` counts the replies with a usage: what a vendor puts on the bill.
+
+    Of more than `at_once` requests at a time the others get 429, which names no time to wait.
 
     `rpm` is a token bucket that holds `burst` requests; what exceeds it gets 429 with Retry-After, and where it
     `tells`, every answer carries the limit in its headers.
@@ -57,7 +61,9 @@ class LoopbackJudge:
         burst: int = 1,
         tells: bool = False,
         always: str | None = None,
+        at_once: int | None = None,
     ) -> None:
+        self.at_once, self.under_way = at_once, 0
         self.always, self.delivered = always, 0
         self.rpm, self.burst, self.tells = rpm, burst, tells
         self.allowance, self.allowance_at = float(burst), time.monotonic()
@@ -122,6 +128,15 @@ class LoopbackJudge:
             self.seen.append(body)
             self.authorization.add(request.headers["Authorization"])
             fault = self.faults.popleft() if self.faults else self.always
+            self.under_way += 1
+            crowded = self.at_once is not None and self.under_way > self.at_once
+        try:
+            self.handle_one(request, body, "429" if crowded else fault)
+        finally:
+            with self.lock:
+                self.under_way -= 1
+
+    def handle_one(self, request: BaseHTTPRequestHandler, body: dict, fault: str | None) -> None:
         if self.delay:
             time.sleep(self.delay)
         if self.rpm and not self.may_pass():

@@ -48,6 +48,26 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch):
     assert quiet.file.getvalue() == ""
 
 
+def test_the_time_left_is_of_what_takes_time(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=200)
+    with Reporter(console=console).bar("asking", 1_000_000) as advance:
+        advance(900_000)  # known before
+        for _ in range(125):
+            clock[0] += 1
+            advance(10)
+        clock[0] += 60
+        advance(0)  # nothing comes any more
+        clock[0] += 80
+        advance(8_000)  # what is slow tells seldom
+    first, second, third, fourth = console.file.getvalue().splitlines()
+    assert first == "asking: 900,600 of 1,000,000, 10/s, 2:45:40 left"
+    assert second.startswith("asking: 901,200 of 1,000,000, 10/s, 2:44:")
+    assert third == "asking: 901,250 of 1,000,000, 0/s"
+    assert fourth.startswith("asking: 909,250 of 1,000,000, 100/s, ")
+
+
 def test_no_note_or_warning_gives_the_terminal_orders():
     console = Console(width=80, force_terminal=True, highlight=False, file=io.StringIO())
     report = Reporter(console=console)

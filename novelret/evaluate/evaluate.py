@@ -61,7 +61,7 @@ from novelret.evaluate.weights import Bucket, merged_by_bucket
 from novelret.index import Index
 from novelret.label.asking import NOTE, Plan, ask_and_write, plan_asking
 from novelret.label.judge import split_judge
-from novelret.label.label import check_plan, stopped_early, what_is_asked
+from novelret.label.label import check_plan, check_unchanged, stopped_early, what_is_asked
 from novelret.label.labels import read_table
 from novelret.label.table import IRRELEVANT, UNKNOWN, LabelTable, join_tables, make_table
 from novelret.progress import Reporter
@@ -137,6 +137,8 @@ def evaluate_models(
     if earlier is not None and earlier.inputs != gathered.inputs:
         check_output(out, force=False)
     with open_output(out, identity, force=force or earlier is not None) as folder:
+        if earlier is not None:
+            check_unchanged(config, out, earlier)
         table, asked = gathered.known, None
         if table is None:
             table, asked = _ask_judge(config, gathered, folder, report, earlier)

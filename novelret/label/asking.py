@@ -25,7 +25,7 @@ from novelret.label.judge import Judge
 from novelret.label.labels import SCHEMA, VERDICTS, judgement_rows
 from novelret.label.ledger import Ledger
 from novelret.label.questions import Feed, Messages, Reader, Readings, Tally
-from novelret.label.store import Answer, Store, key_function
+from novelret.label.store import Answer, Store, key_function, now
 from novelret.label.table import UNKNOWN
 from novelret.progress import Reporter
 
@@ -72,7 +72,7 @@ def plan_asking(
     retry_unusable: bool,
 ) -> Plan:
     """Count what would be asked; sends nothing."""
-    tally, in_batches = Tally(), 0
+    tally, in_batches = Tally(retrying_since=now()), 0
     # Equal questions are asked once: by the first bytes of their keys, of which millions fit in memory.
     keys, tokens = array("Q"), array("L")
     example: Messages = []
@@ -154,9 +154,10 @@ def ask_and_write(
             first.
     """
     before = spent_on(earlier, judge.price)
-    spent, note = before, out.with_name(NOTE)
-    if note.is_file():
-        spent = _sum(spent, read_json(note))
+    note = out.with_name(NOTE)
+    noted = read_json(note) if note.is_file() else {}
+    spent = _sum(before, noted)
+    since = noted or (earlier.facts if earlier is not None else {})
     readings = readings or Readings()
     tally = Tally(
         earlier_requests=spent["requests"],
@@ -165,6 +166,8 @@ def ask_and_write(
         run=_run_of(out.parent),
         halt=halt or Event(),
         readings=readings,
+        # A run that goes on from another does not ask again what that one has asked again.
+        retrying_since=(since.get("retrying_since") or now()) if retry_unusable else "",
     )
     with closing(Store(store_path)) as store:
         feed = Feed(
@@ -219,6 +222,7 @@ def ask_and_write(
         "cost": round(tally.cost, 6) if judge.price else None,
         "earlier": spent,
         "stopped": tally.stopped,
+        "retrying_since": tally.retrying_since,
         "unusable_examples": examples,
     }
     _report(report, tally, facts, len(candidates) - judged, send=send)
@@ -260,17 +264,18 @@ def _noting(path: Path, tally: Tally, counted: dict[str, Any]) -> Iterator[None]
     """Write down what is spent, before it is: a run that is killed goes on from there, and its caps hold.
 
     Args:
-        path: the note; it holds what was spent on top of `counted`, and what is under way at its worst.
+        path: the note; it holds what was spent on top of `counted`, what is under way at its worst, and
+            since when answers are asked for again.
         tally: of this run; its `save` writes the note.
         counted: requests and dollars that the next run will know of anyway.
     """
     before = {"requests": tally.earlier_requests, "cost": tally.earlier_cost}
 
     def note() -> None:
-        now = {"requests": tally.requests + tally.in_flight, "cost": tally.cost + tally.in_flight_cost}
-        spent = _sum(before, now)
+        worst = {"requests": tally.requests + tally.in_flight, "cost": tally.cost + tally.in_flight_cost}
+        uncounted = {name: value - counted[name] for name, value in _sum(before, worst).items()}
         with suppress(OSError):  # a full disk, which stops the asking when the answers are to be stored
-            write_json(path, {name: value - counted[name] for name, value in spent.items()})
+            write_json(path, {**uncounted, "retrying_since": tally.retrying_since})
 
     tally.save = note
     try:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from novelret.data.source import read_qrels_file
+from novelret.data.catalog import rows_of_pairs
+from novelret.data.source import read_qrels_blocks
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.index import Index, base_lists, finetuned_query_embeddings, load_finetuned
@@ -72,6 +74,7 @@ def gather_candidates(
     if depth <= base_depth and "base-novel" in sources:
         raise UserError(f"--depth {depth}: must exceed --base-depth {base_depth}; novel items lie beyond it")
     rng = np.random.default_rng(seed)
+    sources = tuple(dict.fromkeys(sources))
     parts = []
     for number, source in enumerate(sources):
         if source.endswith(":"):
@@ -151,19 +154,26 @@ def _random_items(size: int, count: int, excluded: RowLists, rng: np.random.Gene
 
 def _named_pairs(path: Path, index: Index, split: Split, report: Reporter) -> tuple[np.ndarray, np.ndarray]:
     """(query rows, catalog rows) of a qrels file's pairs, as far as split and catalog hold them."""
-    named = [(query, item) for _, query, item, _ in read_qrels_file(path)]
-    row_of = {query_id: row for row, query_id in enumerate(split.query_ids)}
-    queries = np.array([row_of.get(query, -1) for query, _ in named], dtype=np.int64)
-    items = index.catalog.rows_of([item for _, item in named])
-    known = (queries >= 0) & (items >= 0)
-    if not known.any():
+    lines = 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal lines
+        for block in read_qrels_blocks(path):
+            lines += len(block)
+            yield block
+
+    parts = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
+    for of_queries, of_items, _ in rows_of_pairs(counted(), split.query_ids, index.catalog):
+        parts.append((of_queries[of_items >= 0], of_items[of_items >= 0]))
+    queries, items = map(np.concatenate, zip(*parts, strict=True))
+    if not len(queries):
         raise UserError(f"{path}: no pair is of the split's {len(split):,} queries and the catalog's items")
-    if not known.all():
+    if len(queries) < lines:
         report.warn(
-            f"{path}: {int((~known).sum()):,} pairs are not of this split's queries or name items that are "
+            f"{path}: {lines - len(queries):,} pairs are not of this split's queries or name items that are "
             "not in the catalog; they are left out"
         )
-    return queries[known], items[known]
+    return queries, items
 
 
 def _pairs_called_relevant(

@@ -111,6 +111,8 @@ def build_labels(
     if earlier is not None:
         report.note(f"{out}: goes on from {earlier.facts['pairs']:,} judged pairs")
     with open_output(out, identity, force=force or earlier is not None) as folder:
+        if earlier is not None:
+            check_unchanged(config, out, earlier)
         path = folder / "judgements.parquet"
         if judge is None:
             facts = _label_from_file(config, index, split, candidates, path, report)
@@ -167,6 +169,16 @@ def stopped_early(config: LabelConfig | EvalConfig, out: Path, kind: str) -> Man
                 f"${spent['cost']:.4f}; give a higher one to go on"
             )
     return before
+
+
+def check_unchanged(config: LabelConfig | EvalConfig, out: Path, earlier: Manifest) -> None:
+    """Refuse to go on from what another process has gone on from, and spent on, before `out` was locked.
+
+    Raises:
+        UserError: the output has changed since.
+    """
+    if stopped_early(config, out, earlier.kind) != earlier:
+        raise UserError(f"{out}: another process has gone on from it meanwhile; run the same command again")
 
 
 def what_is_asked(config: dict[str, Any]) -> dict[str, Any]:

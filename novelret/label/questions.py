@@ -98,6 +98,7 @@ class Tally:
         fault: the last thing that went wrong with a request, in words.
         under_way: keys of questions that are being asked now, or whose answer is not stored yet.
         settled: keys that were answered in this run and are not asked again in it, come what may.
+        retrying_since: UTC time from which on what cannot be read has been asked again for this output.
         stopped: why asking stopped early, if it did.
         note: what goes on, in a few words.
         earlier_requests: of runs that this one goes on from; the caps count these too.
@@ -120,6 +121,7 @@ class Tally:
     fault: str = ""
     under_way: set[bytes] = field(default_factory=set)
     settled: set[bytes] = field(default_factory=set)
+    retrying_since: str = ""
     stopped: str | None = None
     note: str = ""
     earlier_requests: int = 0
@@ -233,7 +235,8 @@ class Feed:
             store: the answers.
             tally: knows what is under way and what failed.
             advance: told of candidates that need no asking, the first time they are looked at.
-            ask_again: how answers are read; those that cannot be are given too.
+            ask_again: how answers are read; those that cannot be are given too, but for answers of the
+                tally's `retrying_since` or later: these have been asked again.
         """
         start = 0
         for chunk in self.chunks():
@@ -241,7 +244,8 @@ class Feed:
             stored, unread = store.known(keys), set()
             if ask_again is not None:
                 answers = store.find(stored).items()
-                unread = {k for k, a in answers if ask_again(a.text)[0] == UNKNOWN} - tally.settled
+                old = {k: a for k, a in answers if a.time < tally.retrying_since}
+                unread = {k for k, a in old.items() if ask_again(a.text)[0] == UNKNOWN} - tally.settled
                 stored -= unread
             missing = {}
             if len(stored) < len(chunk):

@@ -47,6 +47,11 @@ class Answer(NamedTuple):
     time: str
 
 
+def now() -> str:
+    """The time as answers have it, UTC; the order of texts is that of times."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def key_function(judge: str, parameters: dict[str, Any]) -> Callable[[list[dict[str, str]]], bytes]:
     """Messages → identity of a question: the judge with its model, the rendered prompt, the parameters.
 
@@ -131,7 +136,7 @@ class Store:
 
         A key that was asked again has its new answer from then on; until then the old one stands.
         """
-        time = datetime.now(UTC).isoformat(timespec="seconds")
+        time = now()
         rows = [(key, judge, text, prompt, completion, time) for key, text, prompt, completion in answers]
         with self.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)

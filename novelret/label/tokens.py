@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 
 from novelret.label.questions import Messages
 
-_CHARACTERS_PER_TOKEN = 3.0
-"""English has about four; fewer makes the estimate an upper one."""
+_SMALL, _CAPITALS = string.ascii_lowercase.encode(), string.ascii_uppercase.encode()
+_ZEROS = bytes.maketrans(string.digits.encode(), b"0" * 10)
 _TOKENS_PER_MESSAGE = 8
 _PATIENCE = 10.0  # seconds for tiktoken to fetch a vocabulary that its cache lacks
 
@@ -43,16 +44,19 @@ def token_counter(model: str) -> TokenCounter:
 
 
 def estimate_tokens(messages: Messages) -> int:
-    """An upper estimate of a question's tokens, from its length alone."""
+    """An upper estimate of a question's tokens: vocabularies differ, and part numbers take many."""
     return sum(_estimate(message["content"]) + _TOKENS_PER_MESSAGE for message in messages)
 
 
 def _estimate(text: str) -> int:
-    # Outside ASCII a character may take a token for each of its bytes.
-    if text.isascii():
-        return int(len(text) / _CHARACTERS_PER_TOKEN) + 1
-    plain = sum(character < "\x80" for character in text)
-    return int(plain / _CHARACTERS_PER_TOKEN) + 1 + len(text.encode("utf-8", "replace")) - plain
+    # Three characters a token, where English has about four, of capitals two, and one for each word at least.
+    # A space belongs to the word behind it; a digit, the space before a number, a sign and outside ASCII each
+    # byte may be a token alone.
+    data = text.encode("utf-8", "replace")
+    small, capitals = (len(data) - len(data.translate(None, those)) for those in (_SMALL, _CAPITALS))
+    words, others = len(data.split()), len(data) - small - capitals - data.count(b" ")
+    others += data.count(b"  ") + data.translate(_ZEROS).count(b" 0")
+    return max(words, (small + words) // 3) + capitals // 2 + others + 1
 
 
 def _encoding_of(model: str) -> Any:

@@ -318,6 +318,26 @@ def test_unusable_answers_are_asked_again_alone(arguments, tmp_path, capsys, mon
         assert (code, facts["requests"], facts["verdicts"]["unusable"]) == (0, 0, 2)
 
 
+@pytest.mark.parametrize("end", ["cap", "fault"])
+def test_what_stays_unusable_is_asked_again_once(arguments, tmp_path, capsys, monkeypatch, end):
+    with LoopbackJudge(["refusal"] * 30) as server:
+        assert ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")[0] == 0
+        more = ["--retry-unusable", "--out", tmp_path / "b", "--concurrency", 1]
+        server.faults.extend(["refusal"] * 12)
+        if end == "cap":
+            code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, "--max-requests", 12)
+            assert (code, facts["requests"], facts["verdicts"]["unusable"]) == (0, 12, 30), err
+        else:
+            server.faults.append("401")
+            assert ask(capsys, server, monkeypatch, arguments, *more)[0] == 2
+            assert len(server.seen) == 120 + 13
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["requests"], facts["verdicts"]["unusable"]) == (0, 18, 12), err
+        # Who wants that may ask them once more.
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more, "--force")
+        assert (code, facts["requests"], facts["verdicts"]["unusable"]) == (0, 12, 0), err
+
+
 def test_stored_answers_are_read_in_another_way_for_free(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tests.loopback.verdict", lambda user: "Grade: 2" if "red" in user else "1")
     with LoopbackJudge() as server:
@@ -432,7 +452,7 @@ def test_a_dead_or_wrong_endpoint_is_named_soon(arguments, tmp_path, capsys, mon
         *_, first, last = err.strip().splitlines()
         assert first.startswith("no answer yet: ")
         assert first.endswith("; trying again")
-        assert f"{url} has answered nothing at all, " in last
+        assert f"{url} has answered nothing at all for " in last
         assert not any(secret in err for secret in (KEY, "hunter2", "user:"))
         word = {"html": "gateway", "500": "oops", "cut": "body", "refused": "connection refused"}[fault]
         assert word in first
@@ -448,6 +468,7 @@ def test_a_dead_or_wrong_endpoint_is_named_soon(arguments, tmp_path, capsys, mon
 def test_an_endpoint_that_limits_or_fails_at_first_is_not_dead(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge_module, "_DEAD_AFTER", 0.0)
     monkeypatch.setattr(judge_module, "_ATTEMPTS", 1000)
+    monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.02)
     # Rate limits are no faults, however many come first, and whether or not they say for how long.
     for n, faults in enumerate((["429"] * 70, ["429-retry-after"] * 70, (["500"] * 15 + ["429"]) * 4)):
         with LoopbackJudge(faults) as server:
@@ -457,9 +478,70 @@ def test_an_endpoint_that_limits_or_fails_at_first_is_not_dead(arguments, tmp_pa
     # An endpoint that has answered once is alive: its faults are those of the questions.
     with LoopbackJudge([None, *["500"] * 300]) as server:
         more = ["--concurrency", 1, "--depth", 20, "--out", tmp_path / "x"]
-        monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.001)
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
         assert (code, facts["retries"], facts["pairs"]) == (0, 300, 340), err
+
+
+@pytest.mark.parametrize("fault", ["500", "503-retry-after"])
+def test_one_request_at_a_time_is_enough_to_tell_a_dead_endpoint(
+    arguments, tmp_path, capsys, monkeypatch, fault
+):
+    monkeypatch.setattr(judge_module, "_DEAD_AFTER", 0.02)
+    monkeypatch.setattr(judge_module, "_PATIENCE", 0.3)
+    with LoopbackJudge(always=fault) as server:
+        more = ["--concurrency", 1, "--out", tmp_path / "labels"]
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, len(server.seen) < 10) == (2, True), err
+        assert "has answered nothing at all for " in err
+
+
+def test_an_endpoint_that_dies_midway_ends_the_asking_and_not_the_questions(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(judge_module, "_GONE_AFTER", 0.3)
+    monkeypatch.setattr(judge_module, "_TELL_AFTER", 0.1)
+    monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(judge_module, "_ATTEMPTS", 10_000)
+    with LoopbackJudge([None] * 30, always="500") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        out = ["--concurrency", "4", "--out", str(tmp_path / "labels")]
+        code = main([*arguments, *out])
+        err = capsys.readouterr().err
+        assert (code, len(rows_of(tmp_path / "labels"))) == (0, 30), err
+        assert err.count("; trying again") == 1
+        assert "no answer for 0 s: InternalServerError" in err
+        assert f"stopped: {server.url} has answered nothing for " in err
+        assert "90 pairs are not judged" in err
+        assert "got no answer" not in err
+        server.always = None
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *out)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 90), err
+
+
+def test_an_endpoint_that_takes_few_requests_at_once_is_asked_few(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_module, "_FIRST_WAIT", 0.02)
+    with LoopbackJudge(at_once=3, delay=0.01) as server:
+        more = ["--concurrency", 32, "--out", tmp_path / "labels"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["failed"], facts["pairs"]) == (0, 0, 120), err
+        assert facts["retries"] < 120  # of 32 at once, three in ten answered
+
+
+def test_what_is_answered_may_be_claimed_by_others(tmp_path):
+    with closing(Store(tmp_path / "s")) as store, closing(Store(tmp_path / "s")) as other:
+        questions = [Question(bytes([n]) * 16, [{"role": "user", "content": "x"}]) for n in range(40)]
+        with Claims(store) as ours, Claims(other) as theirs:
+            ledger, limits = Ledger(store, "openai:m"), judge_module.Limits()
+            asking = judge_module._Asking(
+                "m", {}, len, lambda _: (1, None), store, ours, ledger, limits, Tally(), print
+            )
+            given = judge_module._ours(asking, iter(questions), lambda _: None)
+            first = [next(given) for _ in range(32)]
+            assert theirs.take([question.key for question in first]) == set()
+            for question in first[:30]:
+                asking.receive(question, "Yes", None)
+            next(given)
+            assert theirs.take([question.key for question in first]) == {q.key for q in first[:30]}
 
 
 def test_a_full_disk_stops_the_spending(arguments, tmp_path, capsys, monkeypatch):
@@ -1028,6 +1110,7 @@ def test_a_text_that_is_refused_fails_alone_once_the_key_is_known(arguments, tmp
 
 def test_a_limit_that_names_no_time_fails_no_question(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge_module, "_ATTEMPTS", 3)
+    monkeypatch.setattr(judge_module, "_LONGEST_WAIT", 0.1)
     with LoopbackJudge(["429"] * 12) as server:
         code, facts, err = ask(
             capsys, server, monkeypatch, arguments, "--concurrency", 1, "--out", tmp_path / "labels"
@@ -1041,6 +1124,13 @@ def test_what_a_gateway_gave_up_on_may_be_paid_for(arguments, tmp_path, capsys, 
             capsys, server, monkeypatch, arguments, "--concurrency", 1, "--out", tmp_path / "labels"
         )
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 121), err
+
+
+def test_a_gateway_that_names_a_time_is_not_paid_without_end(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge([None, *["504-retry-after"] * 4]) as server:
+        more = ["--concurrency", 1, "--out", tmp_path / "labels"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["failed"], facts["pairs"], facts["requests"]) == (0, 1, 119, 123), err
 
 
 def test_what_never_left_this_machine_is_not_paid_for(arguments, tmp_path, capsys, monkeypatch):

@@ -48,6 +48,23 @@ def test_silence_holds_for_all_and_is_not_begun_anew_by_those_under_way():
     assert pace.slot(41.2, 0) == 42.0
 
 
+def test_refusals_without_a_time_narrow_what_is_under_way_until_answers_widen_it():
+    pace = Pace(widest=32)
+    for sent in (1.0, 1.0, 1.1):  # the last two were under way when the first was refused
+        pace.narrow(sent, 1.2)
+    assert (pace.width, pace.refusals) == (16, 1)
+    pace.narrow(1.3, 1.4)
+    assert (pace.width, pace.refusals) == (8, 2)
+    for n in range(10):
+        pace.narrow(2.0 + n, 2.5 + n)
+    assert pace.width == 1
+    pace.widen()
+    assert (pace.width, pace.refusals) == (2, 0)
+    for _ in range(3_000):
+        pace.widen()
+    assert pace.width == 32
+
+
 def test_limits_are_learnt_unless_given():
     told = {"x-ratelimit-limit-requests": "120", "x-ratelimit-limit-tokens": "5000"}
     pace = Pace(rpm=60)

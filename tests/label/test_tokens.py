@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -59,6 +60,13 @@ def test_without_tiktoken_or_its_vocabulary_it_is_estimated(monkeypatch):
 
 def test_the_estimate_is_an_upper_one():
     assert estimate_tokens([{"role": "user", "content": "a" * 300}]) >= 100
+    # OpenAI's vocabularies split a text so, whatever their size: a sign may stand before letters, no more.
+    for text in ("A1B2-C3D4-E5F6 ", "0.25,1.75;3.5x4.5 ", "Resistor 4.7k 1/4W ", "a b ", "ISBN 978-3-16 "):
+        pieces = re.findall(r"[^\w\r\n]?[A-Za-z]+|[0-9]{1,3}| ?[^\s\w]+|\s", text * 60)
+        assert estimate_tokens([{"role": "user", "content": text * 60}]) >= len(pieces), text
+    # Of common English words each is one token, and it is no more than twice as many.
+    sentence = "The quick brown fox jumps over the lazy dog, relevant to the query."
+    assert estimate_tokens([{"role": "user", "content": sentence}]) < 8 + 2 * 15
     # Outside ASCII a character can take a token per byte.
     assert estimate_tokens([{"role": "user", "content": "漢" * 100}]) >= 300
     assert estimate_tokens([{"role": "user", "content": "\ud800"}]) > 0

@@ -9,8 +9,11 @@ from novelret.endpoint import without_secrets
 
 
 def parameters_for(model: str, max_tokens: int) -> dict[str, Any]:
-    """Sampling parameters: greedy and short; reasoning models take neither a temperature nor max_tokens."""
-    if model.startswith(("o1", "o3", "o4", "gpt-5")):
+    """Sampling parameters: greedy and short; reasoning models take neither a temperature nor max_tokens.
+
+    A gateway names a model behind its maker, like openai/gpt-5-mini.
+    """
+    if model.rpartition("/")[2].startswith(("o1", "o3", "o4", "gpt-5")):
         return {"max_completion_tokens": max_tokens + 2_000}
     return {"temperature": 0, "max_tokens": max_tokens}
 

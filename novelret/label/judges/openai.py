@@ -45,7 +45,9 @@ _ROOM = 0.02  # seconds until the caps are looked at again
 _OTHERS = 0.2  # seconds until what other processes are asking is looked at again
 _AT_ONCE = 32  # questions claimed in one go
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
-_DEAD, _DEAD_AFTER = 32, 20.0  # faults in a row, and seconds, of an endpoint that never answered at all
+_DEAD_AFTER = 20.0  # seconds of nothing but faults from an endpoint that never answered at all
+_GONE_AFTER = 300.0  # from one that did: time to start a server anew
+_TELL_AFTER = 10.0  # seconds of such faults that are told
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ async def _ask_all(
                 for _ in range(asking.limits.concurrency)
             ]
             # One fatal fault stops all; what the others have under way is still stored.
-            syncing = asyncio.create_task(asking.sync())
+            syncing = asyncio.create_task(asking.sync(advance))
             done = await asyncio.gather(*workers, return_exceptions=True)
             syncing.cancel()
     finally:
@@ -225,13 +227,15 @@ class _Asking:
     sent: int = 0  # requests under way, those that wait for their turn included
     reserved: float = 0.0  # dollars that these may cost at most
     failed_in_a_row: int = 0
+    answered: list[bytes] = field(default_factory=list)  # keys that are claimed still
     heard: bool = False  # whether the endpoint has answered anything, if only that a question is no good
-    told: bool = False  # whether the first fault has been told
-    faults: int = 0  # in a row, before anything was heard
-    faults_since: float = 0.0  # loop time of the first of them
+    quiet_since: float | None = None  # loop time of the first fault after that
+    told: bool = False  # whether one of them has been told
+    faults: int = 0  # in a row, "later" aside
+    faults_since: float = 0.0  # loop time of the first of these
 
     def __post_init__(self) -> None:
-        self.pace = Pace(self.limits.rpm, self.limits.tpm)
+        self.pace = Pace(self.limits.rpm, self.limits.tpm, self.limits.concurrency)
 
     @property
     def is_known(self) -> bool:
@@ -251,6 +255,9 @@ class _Asking:
             False where nothing is to be sent any more: with nothing under way, this one could exceed a cap.
         """
         while not self.stopping and self.tally.stopped is None:
+            if self.sent >= self.pace.width:
+                await asyncio.sleep(_ROOM)
+                continue
             reached = self.tally.reached(self.sent + 1, self.reserved + worst)
             if reached is None:
                 self.sent, self.reserved = self.sent + 1, self.reserved + worst
@@ -268,11 +275,12 @@ class _Asking:
 
     def receive(self, question: Question, text: str | None, usage: Any, *, cut: bool = False) -> None:
         """Count a reply and store its answer, if it holds one; what cannot be stored stops the asking."""
-        self.heard = True
+        self.hear()
         prompt, completion = tokens_of(usage)
         self.bill(question, prompt, completion)  # also where the answer can be stored nowhere
         if text is not None:
             self.store.add(f"openai:{self.model}", [(question.key, text, prompt, completion)])
+            self.answered.append(question.key)
             self.failed_in_a_row = 0
             self.tally.readings.look_at(text, self.read(text)[0] != UNKNOWN, cut=cut)
 
@@ -282,31 +290,45 @@ class _Asking:
         counted = self.count_tokens(question.messages) if price and prompt is None else 0
         self.tally.bill(prompt, completion, price, counted, longest_answer(self.parameters))
 
+    def hear(self) -> None:
+        """The endpoint has answered something."""
+        self.heard, self.quiet_since, self.told, self.faults = True, None, False, 0
+        self.pace.widen()
+
     def doubt(self, fault: _Fault, url: str, now: float) -> None:
-        """Take note of a fault as long as nothing was heard; there may be no such endpoint.
+        """Take note of a fault; where nothing else comes for long, there may be no such endpoint any more.
 
         Raises:
-            UserError: there were enough of them, and every worker has tried again.
+            UserError: there has never been an answer.
         """
-        if self.heard:
-            return
-        if not self.told:
-            self.say(f"no answer yet: {fault.reason}; trying again")
+        if self.quiet_since is None:
+            self.quiet_since = now
+        quiet = now - self.quiet_since
+        if not self.told and (not self.heard or (not fault.later and quiet >= _TELL_AFTER)):
+            since = f"for {quiet:.0f} s" if self.heard else "yet"
+            self.say(f"no answer {since}: {fault.reason}; trying again")
             self.told = True
         self.faults = 0 if fault.later else self.faults + 1
         if self.faults == 1:
             self.faults_since = now
-        enough = max(_DEAD, 2 * self.limits.concurrency)
-        if self.faults >= enough and now - self.faults_since >= _DEAD_AFTER:
+        is_gone = now - self.faults_since >= (_GONE_AFTER if self.heard else _DEAD_AFTER)
+        is_gone &= self.faults >= 2 * self.limits.concurrency  # every worker has tried again
+        if not is_gone and quiet < _PATIENCE:
+            return
+        said = f"for {quiet:.0f} s (the last fault: {fault.reason})"
+        if not self.heard:
             raise UserError(
-                f"openai:{self.model}: {shown_url(url)} has answered nothing at all, {self.faults} faults in "
-                f"a row (the last: {fault.reason}); check OPENAI_BASE_URL and run the same command again"
+                f"openai:{self.model}: {shown_url(url)} has answered nothing at all {said}; check "
+                "OPENAI_BASE_URL and run the same command again"
             )
+        self.tally.stopped = f"{shown_url(url)} has answered nothing {said}"
+        self.ending = True  # what waits to be repeated is not
 
-    async def sync(self) -> None:
+    async def sync(self, advance: Callable[[int], None]) -> None:
         """Bring what is stored onto the disk now and then, in a thread: no request waits for it."""
         while True:
             await asyncio.sleep(_SYNC)
+            advance(0)  # a log gets its lines during silences, too
             if self.store.log.exists():
                 await asyncio.to_thread(fsync_file, self.store.log)
 
@@ -335,6 +357,8 @@ def _ours(
         advance(len(batch) - len(distinct))
         batch[:] = distinct.values()
         keys = [question.key for question in batch]
+        asking.claims.give_up(asking.answered)  # another process may ask these again
+        asking.answered.clear()
         free = asking.claims.take(keys)
         answers = asking.store.find(keys)
         # One that is asked again has an answer, and is answered when it gets another.
@@ -414,6 +438,7 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
             asking.tally.in_flight += 1
             asking.tally.in_flight_cost += worst
             asking.tally.save()  # before it is spent: a kill does not hide it
+            sent = clock()
             try:
                 fault = await _send(asking, client, question)
             finally:
@@ -435,14 +460,21 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         if (not fault.later and attempt >= most) or put_off > _PATIENCE:
             asking.fail(question, f"{attempt} attempts, last {fault.reason}")
             return
-        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-        pause = fault.silence or random.uniform(longest / 2, longest)
-        if fault.later:
-            # The next slot is after it, for everybody. Turns that are waited for do not count as put off.
-            put_off += pause
-            asking.pace.refuse(clock(), pause)
-        else:
-            await _sleep_until(asking, clock() + pause)
+        if not fault.later:
+            await _sleep_until(asking, clock() + (fault.silence or _pause(attempt)))
+            continue
+        if fault.silence is None:
+            asking.pace.narrow(sent, clock())
+        # The next slot is after it, for everybody. Turns that are waited for do not count as put off.
+        pause = fault.silence or _pause(max(1, asking.pace.refusals))
+        put_off += pause
+        asking.pace.refuse(clock(), pause)
+
+
+def _pause(times: int) -> float:
+    """Seconds to wait after so many faults in a row."""
+    longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(times - 1, 20))
+    return random.uniform(longest / 2, longest)
 
 
 async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fault | None:
@@ -470,7 +502,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
     except openai.APIStatusError as error:
         if error.status_code == _TIMED_OUT:
             return _Fault(reason_of(error))
-        asking.heard = True
+        asking.hear()
         asking.fail(question, hide_secrets(str(error)))
         return None
     except ValueError as error:  # a body that is not JSON
@@ -493,8 +525,8 @@ def _passing_fault(asking: _Asking, question: Question, error: openai.OpenAIErro
     if getattr(error, "code", None) == "insufficient_quota":
         raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
     silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
-    later = silence is not None or isinstance(error, openai.RateLimitError)
     paid = may_be_answered(error)
+    later = not paid and (silence is not None or isinstance(error, openai.RateLimitError))
     if paid:
         asking.bill(question)
     return _Fault(reason_of(error), silence, later, paid)

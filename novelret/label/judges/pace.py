@@ -17,11 +17,15 @@ class Pace:
         rpm: requests per minute; None for no limit that is known.
         tpm: tokens per minute, prompt and longest answer together, as endpoints count them.
         silent_until: time before which the endpoint asked for silence.
+        width: requests that may be under way at once, as far as the endpoint has let that be known.
+        refusals: waves of refusals since the last answer that named no time to wait.
     """
 
-    def __init__(self, rpm: float | None = None, tpm: float | None = None) -> None:
-        """Start with the limits the user gave; those that are None are learnt."""
+    def __init__(self, rpm: float | None = None, tpm: float | None = None, widest: int = 1) -> None:
+        """Start with the limits the user gave; those that are None are learnt, as is a smaller width."""
         self.rpm, self.tpm = rpm, tpm
+        self.width = self._widest = float(widest)
+        self.refusals, self._narrowed = 0, 0.0
         self.silent_until = 0.0
         self._silent_since = 0.0
         self._learn_rpm, self._learn_tpm = rpm is None, tpm is None
@@ -47,6 +51,24 @@ class Pace:
         if now >= self.silent_until:
             self._silent_since = now
         self.silent_until = max(self.silent_until, self._silent_since + silence)
+
+    def narrow(self, sent: float, now: float) -> None:
+        """Take note of a refusal that names no time to wait: fewer requests may be under way at once.
+
+        Args:
+            sent: when the request went out; those that were under way when another was refused say nothing
+                new.
+            now: on the same clock.
+        """
+        if sent >= self._narrowed:
+            self._narrowed = now
+            self.refusals += 1
+            self.width = max(1.0, self.width / 2)
+
+    def widen(self) -> None:
+        """Take note of an answer: after as many as are under way, one more may be."""
+        self.refusals = 0
+        self.width = min(self._widest, self.width + 1 / self.width)
 
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take over the limits that an answer's headers tell (x-ratelimit-limit-…)."""
