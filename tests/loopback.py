@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import email
 import json
+import math
 import random
 import re
 import sys
@@ -44,9 +45,10 @@ class LoopbackJudge:
     `tells`, every answer carries the limit in its headers.
 
     Batches are answered `batch_delay` seconds after they were made; `batch_faults` are used up one per batch:
-    "expired" (every second request has no answer), "errors" (every third is refused, every third fails),
-    "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
-    breaks), "create-500" (not made), "create-refused" (not made, for good). The first times that a file is asked
+    "expired" and "cancelled" (every second request has no answer), "errors" (every third is refused, every third
+    fails), "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
+    breaks), "create-500" (not made), "create-refused" (not made, for good), "look-500" (the first look at it fails).
+    A batch is crowded, too, where more requests than `room` would lie in batches with it. The first times that a file is asked
     for it breaks off as if that were all of it, "in" a line or "after" one as `cut_files` says; the first
     `html_pages` times that a batch is, there comes a page of HTML.
     """
@@ -70,6 +72,7 @@ class LoopbackJudge:
         self.faults = deque(faults or [])
         self.batch_faults = deque(batch_faults or [])
         self.batch_delay = batch_delay
+        self.room = math.inf
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.delay = delay
@@ -223,6 +226,12 @@ class LoopbackJudge:
             if fault == "create-refused":
                 send(request, 400, json.dumps({"error": {"message": "no such model"}}))
                 return
+            lying = [
+                b for b in self.batches.values() if b["status"] == "in_progress" and b["fault"] != "crowded"
+            ]
+            files = [self.files.get(one.get("input_file_id"), b"") for one in (*lying, body)]
+            if sum(file.count(b"\n") for file in files) > self.room:
+                fault = "crowded"
             name = f"batch_{len(self.batches)}"
             self.batches[name] = {
                 "id": name, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
@@ -249,6 +258,9 @@ class LoopbackJudge:
             request.end_headers()
             request.wfile.write(data[:end])
             request.close_connection = True
+        elif words[-1] in self.batches and self.batches[words[-1]].get("fault") == "look-500":
+            self.batches[words[-1]]["fault"] = None
+            send(request, 500, json.dumps({"error": {"message": "oops"}}))
         elif words[-1] in self.batches and self.html_pages:
             self.html_pages -= 1
             send(request, 200, "<html>gateway</html>", {"Content-Type": "text/html"})
@@ -289,9 +301,9 @@ class LoopbackJudge:
         for number, one in enumerate(requests):
             self.seen.append(one["body"])
             row = {"id": f"r{number}", "custom_id": one["custom_id"], "response": None, "error": None}
-            if fault == "expired" and number % 2:
+            if fault in ("expired", "cancelled") and number % 2:
                 row["error"] = {
-                    "code": "batch_expired",
+                    "code": f"batch_{fault}",
                     "message": "This request could not be executed in time.",
                 }
                 errors.append(row)
@@ -315,7 +327,7 @@ class LoopbackJudge:
         batch["request_counts"] = {
             "total": len(requests), "completed": len(answers), "failed": len(errors)
         }  # fmt: skip
-        batch["status"] = "expired" if fault == "expired" else "completed"
+        batch["status"] = fault if fault in ("expired", "cancelled") else "completed"
 
 
 def verdict(user: str) -> str:

@@ -19,6 +19,7 @@ from novelret.label.judges import openai_batch
 from novelret.label.ledger import Ledger, Spending, Submission
 from novelret.label.questions import Feed
 from novelret.label.store import Store
+from novelret.progress import Reporter
 from tests import loopback
 from tests.killing import start
 from tests.loopback import LoopbackJudge
@@ -277,12 +278,117 @@ def test_a_crowded_endpoint_is_waited_for(ask, monkeypatch):
         assert len(made) == 3
         assert made[2] - made[0] > 0.3  # not before the first was done
         assert set(server.billed.values()) == {1}
-    with LoopbackJudge(batch_faults=["crowded", "crowded"]) as server:
+
+
+def test_batches_become_smaller_until_they_fit(ask):
+    with LoopbackJudge(batch_delay=0.1) as server:
+        server.room = 40
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"], facts["stopped"]) == (0, 120, 120, None), err
+        assert sizes_of(server) == [120, 60, 30, 30, 30, 30]
+        assert set(server.billed.values()) == {1}
+    with LoopbackJudge() as server:
+        server.room = 0
         code, _, err = ask(server, "--depth", 15, out="b")
         assert (code, len(err.strip().splitlines())) == (2, 1)
         assert "was refused: token_limit_exceeded" in err
+        assert sizes_of(server) == [120, 60, 30, 15, 7, 3, 1]
+        server.room = 60
+        for _ in range(2):  # a refusal is seen when the command is run again
+            assert ask(server, "--depth", 15, "--no-wait", out="b")[0] == 3
         code, facts, _ = ask(server, "--depth", 15, out="b")
         assert (code, facts["pairs"], facts["requests"]) == (0, 240, 120)
+        assert sizes_of(server)[7:] == [120, 60, 60]
+
+
+def sizes_of(server):
+    return [server.files[batch["input_file_id"]].count(b"\n") for batch in server.batches.values()]
+
+
+def test_a_fault_after_a_batch_was_collected_leaves_nothing_unasked(ask, tmp_path, monkeypatch):
+    """What the caps held back has room now, whatever the look at another run's batch came to."""
+    monkeypatch.setattr(judge, "parameters_for", lambda *_: {"max_tokens": 100})
+    monkeypatch.setattr(openai_batch, "_RETRIES", 0)
+    with LoopbackJudge() as server, closing(Store(tmp_path / "store.sqlite")) as store:
+        other = Ledger(store, "openai:tiny")
+
+        def sleep(_):
+            if "batch_theirs" not in server.batches:
+                other.begin(Submission("theirs", None, 1, 0.0, "their run"), [b"theirs"])
+                other.record("theirs", "batch_theirs")
+                server.batches["batch_theirs"] = {
+                    "id": "batch_theirs", "object": "batch", "status": "in_progress", "due": time.time() + 3600,
+                    "metadata": {"novelret": "theirs"}, "fault": "look-500", "made": 0,
+                }  # fmt: skip
+
+        monkeypatch.setattr(openai_batch.time, "sleep", sleep)
+        code, facts, err = ask(server, "--price", "0,1000", "--max-cost", 1)
+        assert server.batches["batch_theirs"]["fault"] is None
+        assert (code, facts["requests"], facts["stopped"]) == (0, 120, None), err
+
+
+def test_a_cancelled_batch_ends_the_asking(ask, monkeypatch):
+    with LoopbackJudge(batch_delay=60) as server:
+        assert ask(server, "--no-wait", "--max-requests", 100)[1]["requests_under_way"] == 100
+        server.batches["batch_0"]["status"] = "cancelling"
+        assert ask(server, "--no-wait")[1]["requests_under_way"] == 100
+        server.batches["batch_0"] |= {"status": "in_progress", "fault": "cancelled", "due": 0}
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 50, 50, 1), err
+        assert facts["stopped"] == "batch batch_0 was cancelled at the endpoint"
+        assert "was cancelled at the endpoint; 70 pairs are not judged" in " ".join(err.split())
+        server.batch_delay = 0
+        code, facts, err = ask(server)  # goes on
+        assert (code, facts["pairs"], facts["requests"], facts["stopped"]) == (0, 120, 70, None), err
+        assert set(server.billed.values()) == {1}
+    monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 50)
+    with LoopbackJudge(batch_faults=["cancelled"], batch_delay=0.1) as server:  # the others are collected
+        code, facts, err = ask(server, "--depth", 15, out="b")
+        assert (code, facts["requests"], sizes_of(server)) == (0, 95, [50, 50, 20]), err
+        assert facts["stopped"] == "batch batch_0 was cancelled at the endpoint"
+
+
+@pytest.mark.parametrize("fault", ["bad", "crowded", "cancelled"])
+def test_what_went_wrong_with_another_runs_batch_is_told_to_that_run(ask, fault):
+    with LoopbackJudge(batch_faults=[fault]) as server:
+        assert ask(server, "--no-wait", "--prompt", "query-document", out="theirs")[0] == 3
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 120, 120, 2), err
+        code, facts, err = ask(server, "--prompt", "query-document", out="theirs")
+        if fault == "bad":
+            assert (code, "was refused: model_not_found" in err) == (2, True)
+        elif fault == "crowded":
+            assert (code, facts["pairs"], sizes_of(server)) == (0, 120, [120, 120, 60, 60]), err
+        else:
+            assert (code, facts["pairs"], facts["stopped"] is None) == (0, 60, False), err
+
+
+def test_questions_of_another_runs_refused_batch_are_asked(ask):
+    with LoopbackJudge(batch_faults=["bad"]) as server:
+        assert ask(server, "--no-wait", out="theirs")[0] == 3
+        code, facts, err = ask(server, "--no-wait", "--depth", 11)
+        assert (code, facts["requests_under_way"]) == (3, 120), err  # the other 40 are answered
+        code, facts, err = ask(server, "--no-wait", "--depth", 11)
+        assert (code, facts["pairs"], sizes_of(server)) == (0, 160, [120, 40, 120]), err
+        code, facts, err = ask(server, out="theirs")
+        assert (code, facts["pairs"], len(server.batches)) == (0, 120, 3), err
+
+
+def test_another_runs_file_that_breaks_off_stops_only_that_run(ask, monkeypatch):
+    said = []
+    monkeypatch.setattr(Reporter, "note", lambda self, text: said.append(text))
+    with LoopbackJudge() as server:
+        assert ask(server, "--no-wait", "--prompt", "query-document", out="theirs")[0] == 3
+        server.shown("batch_0")
+        name = server.batches["batch_0"]["output_file_id"]
+        server.files[name] = server.files[name][:-9]
+        code, facts, err = ask(server)
+        assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120), err
+        assert [text for text in said if "of another run" in text] == [
+            f"a batch of another run is left to that run: OddReply: file {name} breaks off"
+        ]
+        code, _, err = ask(server, "--no-wait", "--prompt", "query-document", out="theirs")
+        assert (code, f"file {name} breaks off" in err) == (2, True)
 
 
 def test_refusals_are_one_line_and_leave_nothing_under_way(ask):

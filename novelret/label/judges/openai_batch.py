@@ -7,6 +7,7 @@ After a kill, or an answer that got lost, the endpoint's list of batches says wh
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 import uuid
@@ -41,7 +42,8 @@ _PAUSE = 2.0  # seconds, doubled each time
 _AT_ONCE = 1_000  # answers stored in one commit
 _CLAIMED = 500  # questions claimed in one go
 _DONE = ("completed", "expired", "cancelled", "failed")
-_CROWDED = "token_limit_exceeded"  # too much lies in batches already; later there will be room
+_FOR_ITS_RUN = ("failed", "cancelling", "cancelled")  # the run that submitted it should know
+_CROWDED = "token_limit_exceeded"  # too much lies in batches, with this one; less may fit, or later
 
 
 @dataclass
@@ -59,10 +61,14 @@ class _Run:
     limits: Limits
     tally: Tally
     advance: Callable[[int], None]
+    say: Callable[[str], None]
     waiting_for: set[str] = field(default_factory=set)  # submissions that hold questions of this run
+    left: set[str] = field(default_factory=set)  # submissions of others in which something went wrong
     missing: bool = True  # whether questions may be neither answered nor under way
     crowding: set[str] = field(default_factory=set)  # of these submissions one has to go before more fit
-    held_back: bool = False  # whether the caps allow no more until it is known what is under way costs
+    room: float = math.inf  # requests that may lie in batches at once, where more were refused
+    held_back: bool = False  # whether no more may be sent until it is known what came of what is under way
+    cancelled: str = ""  # that the user cancelled a batch, and so wants nothing more sent
 
 
 def ask_in_batches(
@@ -104,7 +110,7 @@ def ask_in_batches(
     ):
         ledger = Ledger(store, f"openai:{model}")
         run = _Run(
-            client, model, parameters, count_tokens, read, store, ledger, claims, limits, tally, advance
+            client, model, parameters, count_tokens, read, store, ledger, claims, limits, tally, advance, say
         )
         lost = 0
         while True:
@@ -138,7 +144,7 @@ def ask_in_batches(
                 break
             count = sum(s.requests for s in under_way)
             tally.note = f"{count:,} requests in {len(under_way)} batches"
-            if not wait:
+            if not wait and not run.left & run.waiting_for:  # those concern this run from the next look on
                 raise _left_under_way(model, len(under_way), count)
             time.sleep(_POLL)
         ledger.forget(tally.failed)
@@ -155,7 +161,10 @@ def _left_under_way(model: str, batches: int, requests: int) -> Exception:
 
 
 def _collect(run: _Run) -> None:
-    """Settle every submission whose batch is done."""
+    """Settle every submission whose batch is done.
+
+    What goes wrong with another run's is for that run to hear of, unless it holds questions of this one's.
+    """
     submissions = run.ledger.open()
     # What another process settled meanwhile may have left questions of this run's open.
     gone = run.waiting_for - {s.id for s in submissions}
@@ -163,32 +172,37 @@ def _collect(run: _Run) -> None:
     run.missing = run.missing or bool(gone)
     if not run.crowding <= {s.id for s in submissions}:
         run.crowding.clear()
-    settled, refused = 0, ""
+    settled, refused, left = False, [], set()
     _take_note(run)  # of what others settled
     for submission in submissions:
+        is_ours = submission.run == run.tally.run
+        concerns_us = is_ours or submission.id in run.waiting_for
         try:
             batch = _batch_of(run, submission)
-        except UserError:
-            if submission.run == run.tally.run or submission.id in run.waiting_for:
+            if batch is not None and batch.status in _FOR_ITS_RUN and not concerns_us:
+                left.add(submission.id)
+            elif batch is None or batch.status == "failed":
+                # It never arrived, or did nothing: its questions are sent anew.
+                run.ledger.drop(submission.id)
+                run.missing = True
+                if batch is not None and is_ours:
+                    refused.append((submission.requests, _why_crowded(run, batch)))
+            else:
+                settled = _settle_if_done(run, submission, batch) or settled
+        except (UserError, OddReply) as error:
+            if concerns_us:
                 raise
-            continue  # of another run, which holds none of this one's questions; see `_to_submit`
-        if batch is None:
-            # The list of batches does not hold it: it never arrived, so it is sent anew.
-            run.ledger.drop(submission.id)
-            run.missing = True
-        elif batch.status == "failed":
-            refused = _drop_refused(run, submission, batch)
-        elif batch.status in _DONE:
-            _settle(run, submission, batch)
-            _take_note(run)
-            settled += 1
-    if settled:
-        run.crowding.clear()
-        run.missing = run.missing or run.held_back
-    elif refused:
-        run.crowding = {s.id for s in run.ledger.open()}
-        if not run.crowding:
-            raise UserError(f"openai-batch:{run.model}: {refused}")
+            left.add(submission.id)
+            if isinstance(error, OddReply) and submission.id not in run.left:
+                run.say(f"a batch of another run is left to that run: {reason_of(error)}")
+    run.left = left
+    if refused and not settled:
+        run.crowding = {s.id for s in run.ledger.open()} - left
+        if not run.crowding:  # so many do not fit at all
+            requests, reason = max(refused)
+            if requests == 1:
+                raise UserError(f"openai-batch:{run.model}: {reason}")
+            run.room = requests // 2
 
 
 def _take_note(run: _Run) -> None:
@@ -223,14 +237,12 @@ def _batch_of(run: _Run, submission: Submission) -> Batch | None:
     return batch
 
 
-def _drop_refused(run: _Run, submission: Submission, batch: Batch) -> str:
-    """Free the questions of a batch that was refused as a whole because too much lies in batches already.
+def _why_crowded(run: _Run, batch: Batch) -> str:
+    """What is said of a batch that was refused as a whole because too much lies in batches already.
 
     Raises:
         UserError: it was refused for another reason.
     """
-    run.ledger.drop(submission.id)
-    run.missing = True
     errors = (batch.errors and batch.errors.data) or []
     reason = "; ".join(error.message or str(error.code) for error in errors) or "no reason given"
     reason = f"batch {batch.id} was refused: {hide_secrets(reason)}"
@@ -245,6 +257,20 @@ def _find(run: _Run, submission: str) -> Batch | None:
         if (batch.metadata or {}).get("novelret") == submission:
             return batch
     return None
+
+
+def _settle_if_done(run: _Run, submission: Submission, batch: Batch) -> bool:
+    """Settle a submission if its batch is done, and act on that: the look at the next one may fail."""
+    if batch.status in ("cancelling", "cancelled") and not run.cancelled:
+        run.cancelled = f"batch {batch.id} was cancelled at the endpoint"
+        run.say(f"{run.cancelled}: nothing more is submitted in this run")
+    if batch.status not in _DONE:
+        return False
+    _settle(run, submission, batch)
+    _take_note(run)
+    run.crowding.clear()
+    run.missing = run.missing or run.held_back
+    return True
 
 
 def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
@@ -360,10 +386,15 @@ def _fill_files(run: _Run, unanswered: Callable[[], Iterator[Question | None]]) 
         held_back = []
         for question in _to_submit(run, some):
             worst = price.of(run.count_tokens(question.messages), longest) if price else 0.0
-            reached = tally.stopped or tally.readings.hopeless or tally.reached(requests + 1, cost + worst)
+            reached = (
+                tally.stopped
+                or run.cancelled
+                or tally.readings.hopeless
+                or tally.reached(requests + 1, cost + worst)
+            )
             if reached and not requests:
                 tally.stopped = reached
-            if reached or run.held_back:
+            if reached or run.held_back or requests >= run.room:
                 run.held_back = True
                 held_back.append(question.key)
                 continue
