@@ -65,6 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised-catalog": NAMED | {"objective": "supervised", "catalog_negatives": 4_096},
     "supervised-judged": NAMED | {"objective": "supervised-judged"},
     "supervised-judged-hard": NAMED | {"objective": "supervised-judged", "hard_negatives": 5},
+    "supervised-judged-noes": NAMED | {"objective": "supervised-judged", "judged_negatives": 20},
     "conservative": NAMED | {"objective": "pg-ret", "loss": "conservative"},
     "aggressive": NAMED | {"objective": "pg-ret", "loss": "aggressive"},
     "reinforce": NAMED | {"objective": "reinforce"},

@@ -211,6 +211,14 @@ def train(
         int,
         typer.Option(help="Top base items among the negatives of supervised-judged.", rich_help_panel=STATES),
     ] = 0,
+    judged_negatives: Annotated[
+        int,
+        typer.Option(
+            help="Items that labels call irrelevant to the query among the negatives of supervised-judged, "
+            "so many drawn for each pair and step.",
+            rich_help_panel=STATES,
+        ),
+    ] = 0,
     list_size: Annotated[
         int, typer.Option(help="K: items that a list objective draws per query.", rich_help_panel=STATES)
     ] = 50,

@@ -97,7 +97,6 @@ class Tally:
         failed: key of a question → why it got no answer.
         fault: the last thing that went wrong with a request, in words.
         under_way: keys of questions that are being asked now, or whose answer is not stored yet.
-        settled: keys that were answered in this run and are not asked again in it, come what may.
         retrying_since: UTC time from which on what cannot be read has been asked again for this output.
         stopped: why asking stopped early, if it did.
         note: what goes on, in a few words.
@@ -120,7 +119,6 @@ class Tally:
     failed: dict[bytes, str] = field(default_factory=dict)
     fault: str = ""
     under_way: set[bytes] = field(default_factory=set)
-    settled: set[bytes] = field(default_factory=set)
     retrying_since: str = ""
     stopped: str | None = None
     note: str = ""
@@ -245,7 +243,7 @@ class Feed:
             if ask_again is not None:
                 answers = store.find(stored).items()
                 old = {k: a for k, a in answers if a.time < tally.retrying_since}
-                unread = {k for k, a in old.items() if ask_again(a.text)[0] == UNKNOWN} - tally.settled
+                unread = {k for k, a in old.items() if ask_again(a.text)[0] == UNKNOWN}
                 stored -= unread
             missing = {}
             if len(stored) < len(chunk):

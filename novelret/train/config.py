@@ -86,6 +86,8 @@ class TrainConfig(Asking):
             for the whole catalog (one of fewer items is taken whole); a few thousand hold recall better. 0:
             with the other items of the batch, as published.
         hard_negatives: the base model's top items added to the negatives of "supervised-judged".
+        judged_negatives: items that labels call irrelevant to a pair's query added to these, so many drawn
+            anew, with replacement, for each pair and step.
         list_size: K, items that a list objective draws per query.
         window: two multiples of L; ranks between them are contrasted with. "boundary" means ranks of the base
             model's list, by default "1,2" (L + 1 to 2L); "inclusion" the policy's own, by default "0.7,1.3".
@@ -148,6 +150,7 @@ class TrainConfig(Asking):
     negatives: int = 5
     catalog_negatives: int = 0
     hard_negatives: int = 0
+    judged_negatives: int = 0
     list_size: int = 50
     window: str | None = None
     temperature: float = 0.03
@@ -235,8 +238,10 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
             "--negative-share is of states drawn by their reward: it needs another --draw than plain, and "
             "--alpha and --gamma that leave room for base states"
         )
-    if config.hard_negatives > 0 and config.objective != "supervised-judged":
-        raise UserError("--hard-negatives are of --objective supervised-judged; leave it out")
+    if max(config.hard_negatives, config.judged_negatives) > 0 and config.objective != "supervised-judged":
+        raise UserError(
+            "--hard-negatives and --judged-negatives are of --objective supervised-judged; leave them out"
+        )
     if config.alpha > 0 and config.objective == "supervised":
         raise UserError("--alpha: --objective supervised learns from feedback alone; leave it out")
     if config.keep > 0 and config.validation_fraction == 0:
@@ -275,7 +280,11 @@ def _check_numbers(config: TrainConfig) -> None:
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         ((*sizes, "memory_size", "log_every", "blends", *optional), lambda value: value >= 1, "at least 1"),
         (("patience", "keep", "weight_decay"), lambda value: value >= 0, "at least 0"),
-        (("catalog_negatives", "hard_negatives"), lambda value: value >= 0, "at least 0"),
+        (
+            ("catalog_negatives", "hard_negatives", "judged_negatives"),
+            lambda value: value >= 0,
+            "at least 0",
+        ),
         (positive, lambda value: value > 0, "above 0"),
         (("max_recall_drop", "negative_share", "warmup"), lambda value: 0 <= value <= 1, "from 0 to 1"),
         (("validation_fraction",), lambda value: 0 <= value < 1, "from 0 to below 1"),

@@ -14,7 +14,7 @@ import torch
 
 from novelret.data.split import Split
 from novelret.errors import UserError
-from novelret.label.table import RELEVANT, LabelTable, join_tables
+from novelret.label.table import IRRELEVANT, RELEVANT, LabelTable, join_tables
 from novelret.membership import find_sorted
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.rewards import RewardFunction
@@ -120,6 +120,27 @@ class Material:
         """(P, 2) int64 pairs that are feedback or judged relevant (query row, item row), ascending."""
         split = self.split
         return np.stack(self.labels.relevant_and(split.feedback_queries, split.feedback_items), axis=1)
+
+    @cached_property
+    def _noes(self) -> np.ndarray:
+        """Keys of the pairs that labels call irrelevant and that are no feedback, ascending."""
+        keys: np.ndarray = self.labels.keys[self.labels.verdicts == IRRELEVANT]
+        return keys[~find_sorted(self._feedback_keys, keys)[0]]
+
+    def noes_at(self, queries: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Items that labels call irrelevant: (b, n) catalog rows, −1 where a query has none.
+
+        Args:
+            queries: (b,) query rows.
+            at: (b, n) from 0 to below 1, where in its query's list each is taken.
+        """
+        size = self.labels.catalog_size
+        first, end = (np.searchsorted(self._noes, of * size) for of in (queries, queries + 1))
+        count = end - first
+        places = first[:, None] + (at * count[:, None]).astype(np.int64)
+        found = np.full(at.shape, -1, dtype=np.int64)
+        found[count > 0] = self._noes[places[count > 0]] % size
+        return found
 
     def rewarded_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labelled items of queries with a reward: (b, M) rows, −1 padded, and their rewards, 0 padded."""

@@ -12,11 +12,14 @@ from novelret.train.config import LIST_OBJECTIVES, TrainConfig, window_multiples
 from novelret.train.example_weights import example_weights, is_pair
 from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
+from novelret.train.noise import uniform
 from novelret.train.objectives import pg_ret
 from novelret.train.objectives.supervised import infonce as infonce_loss
 from novelret.train.sampler import Key
 from novelret.train.states import FEEDBACK, Batch, Material
 from novelret.train.step_loss import StepLoss
+
+_JUDGED = 5  # the stream of judged negatives; the first five are the sampler's
 
 
 def batch_loss(
@@ -55,7 +58,7 @@ def batch_loss(
     of_pairs, of_states = here[paired], here[rewarded]
     if len(of_pairs):
         chosen = embeddings[torch.from_numpy(place[paired])]
-        losses = _pair_losses(chosen, of_pairs, batch, infonce, material, config, items)
+        losses = _pair_losses(chosen, of_pairs, batch, infonce, material, config, items, step)
         losses = losses * losses.new_tensor(weights[of_pairs])
         is_feedback = torch.from_numpy(batch.sources[of_pairs] == FEEDBACK).to(losses.device)
         feedback, states = losses[is_feedback].sum(), losses[~is_feedback].sum()
@@ -90,6 +93,7 @@ def _pair_losses(
     material: Material,
     config: TrainConfig,
     items: ItemMatrix,
+    step: int,
 ) -> Tensor:
     _, leader, group = np.unique(batch.passes[pairs], return_index=True, return_inverse=True)
     queries = batch.queries[pairs[leader]]
@@ -110,14 +114,25 @@ def _pair_losses(
         known = material.no_negatives(queries, distinct)[:, place][group]
         known |= own[:, None] == others[None, :]
         positive = np.searchsorted(np.flatnonzero(infonce), pairs)
-    if config.objective == "supervised-judged" and config.hard_negatives:
-        hard = material.base_rows[batch.queries[pairs], : config.hard_negatives].astype(np.int64)
+    if config.hard_negatives or config.judged_negatives:
+        hard = _hard_negatives(pairs, batch, material, config, step)
         vectors = items.rows(torch.from_numpy(np.maximum(hard, 0)), embeddings)
         scores = torch.cat([scores, torch.einsum("sd,snd->sn", embeddings, vectors)], dim=1)
         relevant = material.known_relevant(batch.queries[pairs][:, None], hard) | (hard < 0)
         known = np.concatenate([known, relevant], axis=1)
     column = torch.from_numpy(positive).to(scores.device)
     return infonce_loss(scores, column, torch.from_numpy(known).to(scores.device), config.temperature)
+
+
+def _hard_negatives(
+    pairs: np.ndarray, batch: Batch, material: Material, config: TrainConfig, step: int
+) -> np.ndarray:
+    """Deployed top items of each pair's query and items judged irrelevant to it: catalog rows, −1 padded."""
+    queries = batch.queries[pairs]
+    top = material.base_rows[queries, : config.hard_negatives].astype(np.int64)
+    places, numbers = torch.from_numpy(pairs)[:, None], torch.arange(config.judged_negatives)
+    at = uniform(config.seed, _JUDGED, step, places, numbers)
+    return np.concatenate([top, material.noes_at(queries, at.numpy())], axis=1)
 
 
 def _state_losses(

@@ -9,9 +9,10 @@ import torch
 from novelret.blocks import check_embeddings
 from novelret.data.split import make_split
 from novelret.errors import UserError
-from novelret.label.table import make_table
+from novelret.label.table import IRRELEVANT, make_table
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
 from novelret.train.matrix import ItemMatrix
+from novelret.train.noise import uniform
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material, shuffled
 from novelret.train.step import batch_loss
@@ -274,6 +275,8 @@ def test_losses_of_states_are_written_out(material, changes, ranks):
     "changes",
     [
         {"hard_negatives": 3},
+        {"judged_negatives": 40},
+        {"hard_negatives": 3, "judged_negatives": 7},
         {"draw": "plain"},
         {"draw": "states", "negative_share": 0.5, "reward": "eq6"},
         {},
@@ -288,7 +291,8 @@ def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(materi
     is_feedback = batch.sources == FEEDBACK
     is_pair = is_feedback | (batch.rewards > 0)
     assert is_pair.any()
-    assert changes in ({}, {"hard_negatives": 3}) or not is_pair.all()  # some drawn states are not relevant
+    only_pairs = not {"draw", "negative_share"} & changes.keys()
+    assert only_pairs == is_pair.all()  # some other drawn states are not relevant
     pairs = np.flatnonzero(is_pair)
     expected = {"feedback": [], "judged": []}
     for n in pairs:
@@ -298,7 +302,15 @@ def test_supervised_judged_learns_pairs_that_are_relevant_in_their_shares(materi
         scores = (QUERIES[q] @ torch.from_numpy(ITEMS).T / settings.temperature).double()
         hard = material.base_rows[q, : settings.hard_negatives]
         hard = [item for item in hard if not material.known_relevant(np.array(q), np.array(item))]
-        against = scores[[own, *batch.items[others], *hard]]
+        count = settings.judged_negatives
+        at = uniform(settings.seed, 5, 1, torch.tensor([[n]]), torch.arange(count))
+        noes = material.noes_at(np.array([q]), at.numpy())[0].tolist()
+        has_noes = (material.labels.verdicts[material.labels.query_rows == q] == IRRELEVANT).any()
+        assert (len(noes) > 0 and -1 not in noes) == (count > 0 and has_noes)
+        noes = [item for item in noes if item >= 0]
+        assert (material.labels.lookup(np.full(len(noes), q), np.array(noes)) == IRRELEVANT).all()
+        assert not material.is_feedback(np.full(len(noes), q), np.array(noes)).any()
+        against = scores[[own, *batch.items[others], *hard, *noes]]
         loss = (torch.logsumexp(against, 0) - scores[own]).item()
         expected["feedback" if is_feedback[n] else "judged"].append(loss)
     whole = 0.25 * np.mean(expected["feedback"]) + 0.75 * np.mean(expected["judged"])

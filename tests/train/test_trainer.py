@@ -307,7 +307,8 @@ def test_numbers_that_cannot_be_are_refused_by_name(command, capsys, tmp_path, o
     [
         (("--negative-share", 0.5, "--draw", "plain"), "--negative-share is of states drawn by their reward"),
         (("--negative-share", 0.5, "--gamma", 1), "--negative-share is of states drawn by their reward"),
-        (("--hard-negatives", 3), "--hard-negatives are of --objective supervised-judged"),
+        (("--hard-negatives", 3), "--hard-negatives and --judged-negatives are of --objective supervised"),
+        (("--judged-negatives", 3), "--hard-negatives and --judged-negatives are of --objective supervised"),
         (
             ("--alpha", 0.5, "--gamma", 0.2, "--objective", "supervised"),
             "--alpha: --objective supervised learns",

@@ -146,6 +146,7 @@ def ask_in_batches(
             tally.note = f"{count:,} requests in {len(under_way)} batches"
             if not wait and not run.left & run.waiting_for:  # those concern this run from the next look on
                 raise _left_under_way(model, len(under_way), count)
+            advance(0)  # a log gets its lines all the same
             time.sleep(_POLL)
         ledger.forget(tally.failed)
 
@@ -304,7 +305,7 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
             arrived.append((key, text, prompt, completion))
             answered.add(key)
             if concerns_us:
-                _look_at(run, key, text, cut)
+                run.tally.readings.look_at(text, run.read(text)[0] != UNKNOWN, cut=cut)
         elif reason is not None:
             failed[key] = hide_secrets(reason)
         if len(arrived) >= _AT_ONCE:
@@ -322,13 +323,6 @@ def _settle(run: _Run, submission: Submission, batch: Batch) -> None:
         run.tally.retries += len(keys) - len(answered) - len(failed)
     run.waiting_for.discard(submission.id)
     run.missing = run.missing or len(answered) < len(keys)
-
-
-def _look_at(run: _Run, key: bytes, text: str, cut: bool) -> None:
-    usable = run.read(text)[0] != UNKNOWN
-    run.tally.readings.look_at(text, usable, cut=cut)
-    if not usable:
-        run.tally.settled.add(key)
 
 
 def _replies(run: _Run, batch: Batch) -> Iterator[Reply | None]:
