@@ -200,15 +200,16 @@ def keeps_budget(point: Point, max_recall_drop: float) -> bool:
 def best_first(points: list[Point], max_recall_drop: float) -> list[Point]:
     """Points from the best to the worst.
 
-    Those within the recall budget come first, by what relevant novel items are likely, then novelty, then
-    fewer steps; then the others, by how little recall they lose. What is not judged is not taken for
-    irrelevant: the further an encoder moves, the less of its list has a label. The order of two points never
-    depends on a third, so the best so far can be kept as a run goes on.
+    Those within the recall budget come first, by what relevant novel items are likely, then novel items that
+    are not judged, then recall, then fewer steps; then the others, by how little recall they lose. What is
+    not judged is not taken for irrelevant: the further an encoder moves, the less of its list has a label.
+    The order of two points never depends on a third, so the best so far can be kept as a run goes on.
     """
 
     def goodness(point: Point) -> tuple[float, ...]:
         if keeps_budget(point, max_recall_drop):
-            return (1, point.likely, point.novelty, -point.step)
+            unjudged = point.novelty * (1 - point.judged_novel)
+            return (1, point.likely, unjudged, point.recall, -point.step)
         return (0, point.recall, -point.step)
 
     return sorted(points, key=goodness, reverse=True)

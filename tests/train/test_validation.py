@@ -77,3 +77,11 @@ def test_a_checkpoint_that_moved_beyond_the_labels_is_not_worth_less_for_it():
     far = Point(10, 20.0, 0.9, 0.6, 0.5, 1.8, 0.6, 0.01)
     assert best_first([near, far], 0.0) == [far, near]
     assert pareto([near, far]) == [False, True]
+
+
+def test_novel_items_that_are_all_irrelevant_are_no_reason_to_lose_recall():
+    start = Point(0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.5, 0.0)
+    judged = Point(40, 20.0, 0.0, 0.496, 1.0, 0.0, 0.5, 0.01)
+    unjudged = Point(80, 10.0, 0.0, 0.496, 0.5, 0.0, 0.5, 0.01)
+    assert best_first([judged, start], 0.01) == [start, judged]
+    assert best_first([start, judged, unjudged], 0.01) == [unjudged, start, judged]
