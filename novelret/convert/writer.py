@@ -28,6 +28,7 @@ from novelret.artifacts import (
     write_manifest,
 )
 from novelret.data.catalog import read_id
+from novelret.data.source import quoted
 from novelret.errors import UserError
 
 _RECENT = 500_000
@@ -177,13 +178,13 @@ class Writer:
         self.pairs[split] += 1
         # All digits: `g` would keep six of them.
         number = str(int(score)) if float(score).is_integer() else repr(float(score))
-        self._qrels[split].write(f"{query_id}\t{item_id}\t{number}\n")
+        self._qrels[split].write(f"{quoted(query_id)}\t{quoted(item_id)}\t{number}\n")
 
     def exclude(self, split: str, query_id: str, item_id: str) -> None:
         """Leave an item out of a query's rankings."""
         if split not in self._excluded:
             self._excluded[split] = self._open(f"excluded/{split}.tsv", _HEADER)
-        self._excluded[split].write(f"{query_id}\t{item_id}\t1\n")
+        self._excluded[split].write(f"{quoted(query_id)}\t{quoted(item_id)}\t1\n")
 
     def drop(self, reason: str) -> None:
         """Count what is left out."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Number
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,7 @@ def _batches(data: str) -> Iterator[tuple[list[str], list[str]]]:
     texts: list[str] = []
     for where, row in read_part(data, "corpus"):
         item_id = read_id(where, row)
-        text = f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+        text = f"{read_text(where, row, 'title')} {read_text(where, row, 'text')}".strip()
         if not text:
             raise UserError(
                 f"{where}: item {item_id!r} has neither title nor text; drop it or give it a text"
@@ -186,11 +187,14 @@ def read_id(where: str, row: dict[str, object]) -> str:
     """A row's id as a string.
 
     Raises:
-        UserError: there is none, or it holds white space, which run files and qrels cannot carry.
+        UserError: there is none, it is neither string nor number, or it holds white space, which run files
+            and qrels cannot carry.
     """
     value = row.get("_id")
     if value is None or value == "":
         raise UserError(f"{where}: no _id")
+    if type(value) is not str:
+        _check_plain(where, "_id", value)
     text = str(value)
     if text.isprintable() and " " not in text:
         return text
@@ -200,6 +204,27 @@ def read_id(where: str, row: dict[str, object]) -> str:
     if any(letter.isspace() for letter in text):
         raise UserError(f"{where}: the _id {text!r} holds a space, at which run files are cut; replace it")
     return text
+
+
+def read_text(where: str, row: dict[str, object], name: str) -> str:
+    """A row's title or text as a string, empty where there is none.
+
+    Raises:
+        UserError: it is neither string nor number.
+    """
+    value = row.get(name)
+    if type(value) is str:  # nearly always, of up to 30 million
+        return value
+    if value is not None:
+        _check_plain(where, name, value)
+    return str(value or "")
+
+
+def _check_plain(where: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, str | Number):
+        raise UserError(
+            f"{where}: the {name} is of type {type(value).__name__}; make it a string, or a number"
+        )
 
 
 def _check_unique(data: str, hashes: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv
 
 from novelret.artifacts import fingerprint_file
@@ -23,6 +24,7 @@ from novelret.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
 _QRELS = pa.schema([("query_id", pa.string()), ("item_id", pa.string()), ("score", pa.float64())])
+_COLUMNS = ["query-id", "corpus-id", "score"]
 _QRELS_FORMS = (".tsv", ".jsonl", ".parquet")
 _LINES, _BLOCK = 65_536, 16 << 20  # lines, and bytes, at a time
 
@@ -91,6 +93,17 @@ def read_qrels(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
     yield from read_qrels_file(_qrels_file(data, split))
 
 
+def read_split_blocks(data: str, split: str) -> Iterator[pa.RecordBatch]:
+    """As `read_qrels`, in blocks like those of `read_qrels_blocks`.
+
+    Raises:
+        UserError: as above.
+    """
+    yield from (
+        read_qrels_blocks(_qrels_file(data, split)) if is_folder(data) else _blocks(read_qrels(data, split))
+    )
+
+
 def qrels_name(data: str, split: str) -> str:
     """Where a split's qrels come from, as messages name it."""
     return str(_qrels_file(data, split)) if is_folder(data) else f"{data} (qrels, {split})"
@@ -99,7 +112,7 @@ def qrels_name(data: str, split: str) -> str:
 def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]]:
     """Rows of excluded/SPLIT.tsv: items left out of a query's rankings, like products seen before.
 
-    Its columns are those of qrels; without such a file nothing is left out.
+    Its columns are those of qrels, and a score of 0 leaves nothing out; neither does a missing file.
     """
     path = find_file(Path(data) / "excluded", split, _QRELS_FORMS) if is_folder(data) else None
     if path is not None:
@@ -127,11 +140,12 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 
     A first line whose last column is no number is a header. Where it names further columns, as to_label.tsv
-    of an evaluation does, these are passed over, as are lines without a score. Also reads parquet, and JSON
-    lines (MTEB), with BEIR's column names, by the same rules.
+    of an evaluation does, these are passed over, as are lines without a score. Between tabs, what is quoted
+    as csv does (`"b""c"`) is unquoted. Also reads parquet, and JSON lines (MTEB), with BEIR's column names,
+    by the same rules.
 
     Raises:
-        UserError: the file is missing or a line is malformed.
+        UserError: the file is missing, a line is malformed, or the header has the columns in another order.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -147,19 +161,50 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     has_texts = False
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        columns = line.rstrip("\r\n").split("\t")
-        has_texts |= number == 1 and len(columns) > 3 and columns[:3] == ["query-id", "corpus-id", "score"]
-        columns = columns[:3] if has_texts else columns if len(columns) > 1 else line.split()
+        columns = names = _split_line(line)
+        has_texts |= number == 1 and len(columns) > 3 and columns[:3] == _COLUMNS
+        columns = columns[:3] if has_texts else columns
         if has_texts and not columns[-1].strip():
             continue
         if len(columns) == 4:  # TREC: query, iteration, item, score
             columns = [columns[0], columns[2], columns[3]]
+        if number == 1:
+            _check_order(where, names, columns)
         if len(columns) != 3:
             raise UserError(
                 f"{where}: {len(columns)} columns, expected query-id, corpus-id, score (tab-separated)"
             )
         if number > 1 or _is_float(columns[2]):
             yield where, columns[0], columns[1], _score(where, columns[2])
+
+
+def _split_line(line: str) -> list[str]:
+    columns = line.rstrip("\r\n").split("\t")
+    if len(columns) == 1:
+        return line.split()
+    return [_unquoted(column) for column in columns] if '"' in line else columns
+
+
+def _unquoted(column: str) -> str:
+    inner = column[1:-1]
+    is_quoted = len(column) > 1 and column[0] == column[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if is_quoted else column
+
+
+def quoted(identity: str) -> str:
+    """An id as tab-separated files hold it: quoted, as csv does, where its own quotes would be taken off."""
+    if identity.startswith('"') and identity.endswith('"'):
+        return '"' + identity.replace('"', '""') + '"'
+    return identity
+
+
+def _check_order(where: str, names: list[str], taken: list[str]) -> None:
+    """Refuse a header whose names are not those of the columns that are taken for them."""
+    expected = [name for name in _COLUMNS if name in names]
+    if {"query-id", "corpus-id"} <= set(expected) and taken[: len(expected)] != expected:
+        raise UserError(
+            f"{where}: the columns are {', '.join(names)}; put them in the order {', '.join(_COLUMNS)}"
+        )
 
 
 def read_qrels_blocks(path: Path) -> Iterator[pa.RecordBatch]:
@@ -178,7 +223,10 @@ def read_qrels_blocks(path: Path) -> Iterator[pa.RecordBatch]:
         return
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error):
         pass  # the reader of lines takes more forms, and names the line that it does not take
-    rows = islice(read_qrels_file(path), done, None)
+    yield from _blocks(islice(read_qrels_file(path), done, None))
+
+
+def _blocks(rows: Iterator[tuple[str, str, str, float]]) -> Iterator[pa.RecordBatch]:
     while some := list(islice(rows, _LINES)):
         _, *columns = zip(*some, strict=True)
         yield pa.record_batch(
@@ -194,9 +242,12 @@ def _three_columns(path: Path) -> Iterator[pa.RecordBatch]:
         OSError, EOFError, zlib.error: it cannot be read.
     """
     with _open(path) as file:
-        first = file.readline().rstrip(b"\r\n").split(b"\t")
-    if len(first) != 3 or path.suffix == ".parquet":
+        line = file.readline()
+    first = line.rstrip(b"\r\n").split(b"\t")
+    if len(first) != 3 or path.suffix == ".parquet" or b'"' in line:
         raise pa.ArrowInvalid("other columns")
+    if b"query-id" in first[1:] or b"corpus-id" in (first[0], first[2]):
+        raise pa.ArrowInvalid("another order")
     is_header = not _is_float(first[2])
     with (
         pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as stream,
@@ -210,6 +261,8 @@ def _three_columns(path: Path) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             if not np.isfinite(batch["score"].to_numpy()).all():
                 raise pa.ArrowInvalid("not a number")
+            if any(pc.any(pc.starts_with(batch[name], '"')).as_py() for name in ("query_id", "item_id")):
+                raise pa.ArrowInvalid("quoted")
             yield batch
 
 

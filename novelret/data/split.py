@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from novelret.artifacts import fingerprint_array, fingerprint_of, fingerprint_strings
-from novelret.data.catalog import Catalog, read_id
-from novelret.data.source import qrels_name, read_excluded, read_part, read_qrels, read_unclicked
+from novelret.data.catalog import Catalog, read_id, read_text
+from novelret.data.source import (
+    qrels_name,
+    read_excluded,
+    read_part,
+    read_qrels,
+    read_split_blocks,
+    read_unclicked,
+)
 from novelret.errors import UserError
 from novelret.row_lists import RowLists, row_lists
 
@@ -118,33 +127,33 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
 
     Raises:
         UserError: a line names an unknown query or item, a query has no text, an id occurs twice,
-            or no pair with a positive score is left.
+            no pair with a positive score is left, or no line of excluded/SPLIT.tsv is about both the
+            split's queries and the catalog's items.
     """
-    named = _read_pairs(data, split, ignore_identical_ids=ignore_identical_ids)
-    if not named.queries:
+    query_ids, item_ids, queries, items = _read_pairs(data, split, ignore_identical_ids=ignore_identical_ids)
+    if not query_ids:
         other = " and another item than the query itself" if ignore_identical_ids else ""
         raise UserError(
             f"{qrels_name(data, split)}: split {split!r} has no pairs; these need a score above 0{other}"
         )
     unclicked = {query_id: where for where, query_id in read_unclicked(data, split)}
-    texts = load_queries(data, named.queries | unclicked)
+    texts = load_queries(data, [*query_ids, *unclicked])
     row_of = {query_id: row for row, query_id in enumerate(texts)}
-    where_named = unclicked | dict(zip(named.queries, named.query_at, strict=True))
-    for query_id, where in where_named.items():
+    for query_id in (*query_ids, *unclicked):
         if query_id not in row_of:
+            where = unclicked.get(query_id) or _first_line(data, split, query_id=query_id)
             raise UserError(f"{where}: query id {query_id!r} is not in the queries file")
-    item_ids = list(named.items)
     item_rows = catalog.rows_of(item_ids)
     missing = np.flatnonzero(item_rows < 0)
     if len(missing):
-        first = int(missing[0])
-        lines = int(np.isin(named.item_numbers, missing).sum())
+        item_id = item_ids[missing[0]]
+        lines = int(np.isin(items, missing).sum())
         raise UserError(
-            f"{named.item_at[first]}: item id {item_ids[first]!r} is not in the catalog "
+            f"{_first_line(data, split, item_id=item_id)}: item id {item_id!r} is not in the catalog "
             f"({lines} such line{'s' if lines > 1 else ''}); leave them out, or index the item"
         )
-    query_rows = np.array([row_of[query_id] for query_id in named.queries], dtype=np.int64)
-    queries, items = query_rows[np.asarray(named.query_numbers)], item_rows[np.asarray(named.item_numbers)]
+    query_rows = np.array([row_of[query_id] for query_id in query_ids], dtype=np.int64)
+    queries, items = query_rows[queries], item_rows[items]
     ids = list(texts)
     excluded = _excluded(data, split, row_of, catalog, ignore_identical_ids=ignore_identical_ids)
     kept = ~np.isin(queries * len(catalog) + items, excluded.pairs(len(catalog)))
@@ -153,34 +162,40 @@ def load_split(data: str, split: str, catalog: Catalog, *, ignore_identical_ids:
     return make_split(split, ids, list(texts.values()), queries[kept], items[kept], excluded)
 
 
-@dataclass
-class _Pairs:
-    """Pairs of ids as numbers, in the order the ids first came: eight bytes each, however long the ids are.
+def _read_pairs(
+    data: str, split: str, *, ignore_identical_ids: bool
+) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
+    """Query ids and item ids in the order they first came, and the pairs as numbers of both.
 
-    `query_at` and `item_at` say where each id was first named.
+    A pair is held in eight bytes a number, however long the ids are.
     """
+    queries: dict[str, int] = {}
+    items: dict[str, int] = {}
+    parts = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
+    for block in read_split_blocks(data, split):
+        kept = pc.greater(block["score"], 0)
+        if ignore_identical_ids:
+            kept = pc.and_(kept, pc.not_equal(block["query_id"], block["item_id"]))
+        block = block.filter(kept)
+        parts.append((_numbers(block["query_id"], queries), _numbers(block["item_id"], items)))
+    query_numbers, item_numbers = map(np.concatenate, zip(*parts, strict=True))
+    return list(queries), list(items), query_numbers, item_numbers
 
-    queries: dict[str, int] = field(default_factory=dict)
-    items: dict[str, int] = field(default_factory=dict)
-    query_at: list[str] = field(default_factory=list)
-    item_at: list[str] = field(default_factory=list)
-    query_numbers: array[int] = field(default_factory=lambda: array("q"))
-    item_numbers: array[int] = field(default_factory=lambda: array("q"))
+
+def _numbers(ids: pa.Array, numbers: dict[str, int]) -> np.ndarray:
+    """Each id's number; new ids get the next ones."""
+    found = ids.dictionary_encode()
+    own = [numbers.setdefault(identity, len(numbers)) for identity in found.dictionary.to_pylist()]
+    return np.array(own, dtype=np.int64)[found.indices.to_numpy()]
 
 
-def _read_pairs(data: str, split: str, *, ignore_identical_ids: bool) -> _Pairs:
-    pairs = _Pairs()
-    for where, query_id, item_id, score in read_qrels(data, split):
-        if score > 0 and not (ignore_identical_ids and query_id == item_id):
-            query = pairs.queries.setdefault(query_id, len(pairs.queries))
-            item = pairs.items.setdefault(item_id, len(pairs.items))
-            pairs.query_numbers.append(query)
-            pairs.item_numbers.append(item)
-            if query == len(pairs.query_at):
-                pairs.query_at.append(where)
-            if item == len(pairs.item_at):
-                pairs.item_at.append(where)
-    return pairs
+def _first_line(data: str, split: str, *, query_id: str | None = None, item_id: str | None = None) -> str:
+    """Where the qrels first call an item relevant to this query, or this item; only messages need it."""
+    return next(
+        where
+        for where, query, item, score in read_qrels(data, split)
+        if score > 0 and (query == query_id or item == item_id)
+    )
 
 
 def _excluded(
@@ -189,12 +204,21 @@ def _excluded(
     """Each query's own item, if it may not be ranked, and what excluded/SPLIT.tsv leaves out."""
     numbers: dict[str, int] = {}
     queries, items = array("q"), array("q")
-    for _, query_id, item_id, _ in read_excluded(data, split):
+    scores, first = array("d"), ""
+    for where, query_id, item_id, score in read_excluded(data, split):
+        first = first or where
         if query_id in row_of:
             queries.append(row_of[query_id])
             items.append(numbers.setdefault(item_id, len(numbers)))
+            scores.append(score)
     own = catalog.rows_of(list(row_of)) if ignore_identical_ids else np.empty(0, dtype=np.int64)
     listed = catalog.rows_of(list(numbers))[np.asarray(items)]
+    if first and not (listed >= 0).any():
+        raise UserError(
+            f"{first}: neither this nor a later line names a query of split {split!r} and an item of the "
+            "catalog; write their ids as queries and corpus have them, or remove the file"
+        )
+    listed[np.asarray(scores) <= 0] = -1
     query = np.concatenate([np.arange(len(own)), np.asarray(queries)])
     rows = np.concatenate([own, listed])
     return row_lists(query[rows >= 0], rows[rows >= 0], len(row_of))
@@ -209,7 +233,7 @@ def load_queries(data: str, wanted: Iterable[str] | None = None) -> dict[str, st
     """Query id → text, in file order; only those wanted, where given.
 
     Raises:
-        UserError: a query has no text or an id occurs twice.
+        UserError: a query has no text, an id occurs twice, or either is neither string nor number.
     """
     chosen = None if wanted is None else set(wanted)
     texts: dict[str, str] = {}
@@ -219,7 +243,7 @@ def load_queries(data: str, wanted: Iterable[str] | None = None) -> dict[str, st
         if query_id in seen:
             raise UserError(f"{where}: duplicate _id {query_id!r}")
         seen.add(query_id)
-        text = str(row.get("text") or "").strip()
+        text = read_text(where, row, "text").strip()
         if not text:
             raise UserError(f"{where}: query {query_id!r} has no text; drop it or give it one")
         if chosen is None or query_id in chosen:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from novelret.data.catalog import Catalog
-from novelret.data.source import read_qrels_file
+from novelret.data.source import quoted, read_qrels_file
 from novelret.data.split import Split
 from novelret.errors import UserError
 from novelret.label.scores import are_relevant, warn_of_contradictions
@@ -43,7 +43,7 @@ def write_sample(path: Path, lists: list[np.ndarray], size: int, split: Split, c
             queries.tolist(), catalog.ids_at(items), catalog.texts_at(items), strict=True
         ):
             shown = "\t".join(" ".join(words.split()) for words in (split.query_texts[query], text))
-            file.write(f"{split.query_ids[query]}\t{item_id}\t\t{shown}\n")
+            file.write(f"{quoted(split.query_ids[query])}\t{quoted(item_id)}\t\t{shown}\n")
 
 
 def read_sample(

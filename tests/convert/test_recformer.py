@@ -6,6 +6,7 @@ import pytest
 
 from novelret.build import IndexConfig, build_index
 from novelret.convert.recformer import item_text
+from novelret.data.catalog import open_catalog, write_catalog
 from novelret.data.split import load_split
 from novelret.index import base_lists
 from tests.convert.helpers import convert, fails, pairs_of, rows_of
@@ -92,6 +93,21 @@ def test_seen_products_are_not_ranked_but_one_bought_again_is(source, tmp_path, 
         q: set(index.catalog.ids_at(row[row >= 0])) for q, row in zip(split.query_ids, rows, strict=True)
     }
     assert found == {q: {"B00A", "B00B", "B00C", "B00D"} - ids[q] for q in ids}
+
+
+def test_ids_in_quotes_are_the_same_in_all_files(source, tmp_path, capsys):
+    for name in ("smap.json", "meta_data.json"):
+        text = (source / name).read_text()
+        for own in ("B00A", "B00B", "B00D"):
+            text = text.replace(f'"{own}"', json.dumps(f'"{own}"'))
+        (source / name).write_text(text)
+    out = tmp_path / "out"
+    convert(capsys, "recformer", "--source", source, "--out", out)
+    write_catalog(str(out), tmp_path / "items.arrow", lambda _: None)
+    catalog = open_catalog(tmp_path / "items.arrow")
+    split = load_split(str(out), "test", catalog)
+    assert catalog.ids_at(split.feedback_items) == ['"B00D"', '"B00A"', '"B00B"']
+    assert catalog.ids_at(split.excluded.take([0]).rows) == ['"B00A"', '"B00B"', "B00C"]
 
 
 @pytest.mark.parametrize(

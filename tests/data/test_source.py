@@ -1,5 +1,6 @@
 """Reading what users bring, and every way in which it can be wrong."""
 
+import csv
 import gzip
 import math
 import shutil
@@ -12,8 +13,8 @@ import pytest
 from novelret.data import catalog as data_catalog
 from novelret.data import source
 from novelret.data.catalog import Catalog, open_catalog, take_rows, write_catalog
-from novelret.data.source import read_part, read_qrels, read_qrels_blocks, read_qrels_file
-from novelret.data.split import load_split
+from novelret.data.source import quoted, read_part, read_qrels, read_qrels_blocks, read_qrels_file
+from novelret.data.split import load_queries, load_split
 from novelret.errors import UserError
 from tests.conftest import make_world, write_jsonl, write_qrels
 
@@ -184,6 +185,26 @@ def test_what_is_left_out_of_rankings_is_no_feedback_either(data, tmp_path):
         load_split(str(data), "train", catalog)
 
 
+def test_a_score_of_zero_leaves_nothing_out(data, tmp_path):
+    write_qrels(data / "excluded" / "train.tsv", [("q00", "i30", 0), ("q00", "i04", 1), ("q00", "i05", -1)])
+    split = load_split(str(data), "train", catalog_of(data, tmp_path))
+    assert split.excluded.rows.tolist() == [4]
+
+
+def test_what_is_left_out_must_be_about_the_split(data, tmp_path):
+    catalog, path = catalog_of(data, tmp_path), data / "excluded" / "train.tsv"
+    for rows in ([("q01", "i30", 1), ("none", "i30", 1)], [("q00", "none", 1)]):  # q01 is a query of "test"
+        write_qrels(path, rows)
+        with pytest.raises(
+            UserError, match=r"excluded/train\.tsv:2: neither this nor .* query of split 'train' .* remove"
+        ):
+            load_split(str(data), "train", catalog)
+        write_qrels(path, [*rows, ("q00", "i30", 1)])
+        assert load_split(str(data), "train", catalog).excluded.rows.tolist() == [30]
+    write_qrels(path, [])
+    assert load_split(str(data), "train", catalog).excluded.rows.tolist() == []
+
+
 def test_subset_renumbers_queries(data, tmp_path):
     split = load_split(str(data), "train", catalog_of(data, tmp_path))
     part = split.subset(np.array([1, 3]))
@@ -207,6 +228,10 @@ BAD_CORPUS = [
     ('{"text": "no id"}', r"corpus\.jsonl:3: no _id"),
     ('{"_id": "a\\tb", "text": "tab"}', r"corpus\.jsonl:3: the _id 'a\\tb' holds control characters"),
     ('{"_id": "a b", "text": "space"}', r"corpus\.jsonl:3: the _id 'a b' holds a space"),
+    ('{"_id": ["a"], "text": "x"}', r"corpus\.jsonl:3: the _id is of type list; make it a string"),
+    ('{"_id": true, "text": "x"}', r"corpus\.jsonl:3: the _id is of type bool"),
+    ('{"_id": "a", "title": {"en": "x"}, "text": "x"}', r"corpus\.jsonl:3: the title is of type dict"),
+    ('{"_id": "a", "title": "x", "text": ["x", "y"]}', r"corpus\.jsonl:3: the text is of type list"),
 ]
 
 
@@ -215,6 +240,20 @@ def test_bad_corpus_lines(data, tmp_path, line, message):
     replace_line(data / "corpus.jsonl", 3, line)
     with pytest.raises(UserError, match=message):
         catalog_of(data, tmp_path)
+
+
+def test_numbers_are_ids_and_texts_and_null_is_no_title(data, tmp_path):
+    replace_line(data / "corpus.jsonl", 3, '{"_id": 7, "title": 1984, "text": null}')
+    replace_line(data / "corpus.jsonl", 4, '{"_id": 0, "title": null, "text": 2.5}')
+    catalog = catalog_of(data, tmp_path)
+    assert catalog.ids_at([2, 3]) == ["7", "0"]
+    assert catalog.texts_at([2, 3]) == ["1984", "2.5"]
+
+
+def test_queries_are_strings_or_numbers(data):
+    replace_line(data / "queries.jsonl", 2, '{"_id": "q01", "text": ["buy", "a sofa"]}')
+    with pytest.raises(UserError, match=r"queries\.jsonl:2: the text is of type list; make it a string"):
+        load_queries(str(data))
 
 
 def test_texts_that_end_in_half_an_emoji_are_read(data, tmp_path):
@@ -279,6 +318,7 @@ BAD_QRELS = [
     ("q99\ti01\t1", r"train\.tsv:2: query id 'q99' is not in the queries file"),
     ("q00\ti01\tgood", r"train\.tsv:2: the score 'good' is not a number"),
     ("q00\ti01", r"train\.tsv:2: 2 columns"),
+    ('q00\t"i99"\t1', r"train\.tsv:2: item id 'i99' is not in the catalog"),
 ]
 
 
@@ -288,6 +328,13 @@ def test_bad_qrels_lines(data, tmp_path, line, message):
     replace_line(data / "qrels" / "train.tsv", 2, line)
     with pytest.raises(UserError, match=message):
         load_split(str(data), "train", catalog)
+
+
+def test_feedback_of_three_columns_is_not_read_line_by_line(data, tmp_path, monkeypatch):
+    catalog = catalog_of(data, tmp_path)
+    expected = load_split(str(data), "train", catalog)
+    monkeypatch.setattr(source, "read_qrels_file", None)
+    assert load_split(str(data), "train", catalog).fingerprint == expected.fingerprint
 
 
 def test_other_bad_data(data, tmp_path):
@@ -330,6 +377,9 @@ FORMS = {
     "TREC from some line on": b"q1\ti1\t1\nq1\ti2\t2\nq1 0 i3 3\n",
     "a blank line that holds blanks": b"q1\ti1\t1\n  \nq1\ti2\t2\n",
     "a carriage return in an id": b"q1\ti\r1\t1\nq1\ti2\t2\n",
+    "quoted as csv does": b'query-id\tcorpus-id\tscore\nq1\ti1\t1\nq2\t"i""2"\t1\n"q3"\t"i3"\t"1"\nq4\ti"4"\t0\n',
+    "all quoted, no header": b'"q1"\t"i1"\t"1"\n"q2"\t"i2"\t"0"\n',
+    "quoted in no proper way": b'q1\ti1\t1\nq2\t"i"2"\t1\nq3\t"i3\t1\n"\ti4\t0\n',
     "no lines": b"",
     "a header alone": b"query-id\tcorpus-id\tscore\n",
 }
@@ -338,8 +388,21 @@ BROKEN = {
     "infinite": b"q1\ti1\t1\nq1\ti2\tinf\n",
     "no score": b"q1\ti1\t1\nq1\ti2\t\n",
     "two columns": b"q1\ti1\t1\nq1\ti2\n",
+    "another order": b"corpus-id\tquery-id\tscore\ni1\tq1\t1\n",
+    "the score first": b"score\tcorpus-id\tquery-id\n1\ti1\tq1\n",
+    "a mark of the byte order, another order": b"\xef\xbb\xbfcorpus-id\tquery-id\tscore\ni1\tq1\t1\n",
+    "another order, with texts": b"query-id\tquery\tcorpus-id\titem\tscore\nq1\ta\ti1\tb\t1\n",
+    "no score where it is looked for": b"query-id\tscore\tcorpus-id\nq1\t1\ti1\n",
     "not UTF-8": b"q1\ti1\t1\nq1\t\xff\t1\n",
 }
+
+
+def rows_by_block(path):
+    return [
+        row
+        for block in read_qrels_blocks(path)
+        for row in zip(*(column.to_pylist() for column in block.columns), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("block", [32, 1 << 20])
@@ -351,21 +414,58 @@ def test_blocks_of_qrels_are_its_lines(tmp_path, monkeypatch, form, name, block)
     text, path = (FORMS | BROKEN)[form], tmp_path / name
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
-    def rows_by_block():
-        return [
-            row
-            for block in read_qrels_blocks(path)
-            for row in zip(*(column.to_pylist() for column in block.columns), strict=True)
-        ]
-
     if form in FORMS:
-        assert rows_by_block() == [row[1:] for row in read_qrels_file(path)]
+        assert rows_by_block(path) == [row[1:] for row in read_qrels_file(path)]
         return
     with pytest.raises(UserError) as expected:
         list(read_qrels_file(path))
     with pytest.raises(UserError) as found:
-        rows_by_block()
+        rows_by_block(path)
     assert str(found.value) == str(expected.value)
+
+
+def test_ids_that_csv_quotes_are_read_as_they_were(tmp_path):
+    """BEIR writes its qrels so."""
+    rows = [["q1", 'b"c'], ["q2", '"'], ['"q3"', '"'], ["q4", '"i4'], ['""', '""""'], ["q6", 'i6"']]
+    path = tmp_path / "qrels.tsv"
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", quoting=quoting)
+            writer.writerows([["query-id", "corpus-id", "score"], *([*row, 1] for row in rows)])
+        assert [[query, item] for _, query, item, _ in read_qrels_file(path)] == rows
+        assert [list(row[:2]) for row in rows_by_block(path)] == rows
+
+
+def test_ids_are_written_so_that_they_are_read_back(tmp_path):
+    ids = ['"', '""', '"a"', '"a""b"', '"a"b"', 'a"b', '"a', 'a"', "a"]
+    path = tmp_path / "qrels.tsv"
+    path.write_text("".join(f"{quoted(identity)}\t{quoted(identity)}\t1\n" for identity in ids))
+    assert [row[:2] for row in rows_by_block(path)] == [(identity, identity) for identity in ids]
+    assert [quoted(identity) for identity in ids[5:]] == ids[5:]
+
+
+def test_a_header_in_another_order_is_refused(tmp_path):
+    path = tmp_path / "qrels.tsv"
+    for header in (
+        "corpus-id\tquery-id\tscore",
+        "corpus-id query-id score",
+        "query-id\tcorpus-id\tsplit\tscore",
+    ):
+        path.write_text(f"{header}\n")
+        expected = ", ".join(header.split())
+        for read in (read_qrels_file, read_qrels_blocks):
+            with pytest.raises(
+                UserError, match=rf"qrels\.tsv:1: .* are {expected}; .* order query-id, corpus-id, score$"
+            ):
+                list(read(path))
+    for header in (
+        "query-id\tcorpus-id\trelevance",
+        "query-id\titeration\tcorpus-id\tscore",
+        "qid\tdocid\trel",
+    ):
+        path.write_text(f"{header}\n")
+        assert not list(read_qrels_file(path))
+        assert not list(read_qrels_blocks(path))
 
 
 def test_three_columns_are_not_read_line_by_line(tmp_path, monkeypatch):

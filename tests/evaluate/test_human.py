@@ -1,15 +1,20 @@
 """Prediction-powered inference on synthetic truth: coverage, and what it is worth."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
+from novelret.data.catalog import Catalog
+from novelret.data.split import make_split
 from novelret.evaluate.config import EvalConfig
 from novelret.evaluate.figures import Lists, human_corrections
 from novelret.evaluate.human import corrected_precision, corrected_relevant_novelty, is_uneven
+from novelret.evaluate.human_sample import read_sample, write_sample
 from novelret.evaluate.metrics import novel
 from novelret.label.table import make_table
 from novelret.progress import Reporter
+from novelret.row_lists import row_lists
 
 K, LONG = 10, 12
 
@@ -138,3 +143,16 @@ def test_intervals_from_few_labels_or_few_relevant_ones_are_said_to_be_too_narro
     config = EvalConfig("data", "index", human="people.tsv", k=(5,))
     human_corrections({"base": base, "new": new}, base, people, config, report)
     assert [told in warning for warning in report.warnings] == [True] * bool(told)
+
+
+def test_ids_in_quotes_are_read_back_from_the_table_for_people(tmp_path):
+    ids = pa.chunked_array([['i"0', '"i1"', '""']], pa.large_string())
+    catalog, query_ids = Catalog(ids, ids), ['"q0"', "q1"]
+    nothing = np.empty(0, dtype=np.int64)
+    split = make_split("test", query_ids, ["buy", "buy"], nothing, nothing, row_lists(nothing, nothing, 2))
+    path = tmp_path / "to_label.tsv"
+    write_sample(path, [np.array([[0, 1], [1, 2]])], 4, split, catalog)
+    path.write_text(path.read_text().replace("\t\t", "\t1\t"))
+    table = read_sample(path, query_ids, catalog, None, Reporter())
+    assert table.query_rows.tolist() == [0, 0, 1, 1]
+    assert table.item_rows.tolist() == [0, 1, 1, 2]
