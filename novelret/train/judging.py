@@ -83,6 +83,8 @@ class Judging:
         self.spent: dict[str, Any] = {"requests": 0, "cost": 0.0}
         self.silent = 0  # steps in a row of which no question got an answer
         self.readings = Readings()  # of all steps: one step's answers may be too few to tell
+        self.said = ""  # what was last said of a stop; the same is said once in a process
+        self.said_failed = False
         self.submitted: list[Future[LabelTable]] = []
         self.halt = Event()
         self.thread = ThreadPoolExecutor(1, "judging") if processes.is_first else None
@@ -90,6 +92,7 @@ class Judging:
             self.folder.mkdir(exist_ok=True)
             if (self.folder / "spent.json").is_file():
                 self.spent = read_json(self.folder / "spent.json")
+                self.readings.hopeless = self.spent.get("hopeless")
 
     def forget_after(self, first: int) -> LabelTable:
         """What was learnt before step `first`; files of later steps go (their answers are in the store)."""
@@ -193,15 +196,18 @@ class Judging:
         # What a killed run spent on this step was not known yet.
         self.spent["requests"] += facts["requests"] + facts["earlier"]["requests"]
         self.spent["cost"] += (facts["cost"] or 0.0) + facts["earlier"]["cost"]
+        if self.readings.hopeless:
+            self.spent["hopeless"] = self.readings.hopeless  # a run that goes on asks no more either
         write_json(self.folder / "spent.json", self.spent)
         (self.folder / NOTE).unlink(missing_ok=True)
         stopped = self.readings.hopeless or facts["stopped"]
-        if stopped and not self.spent.get("stopped"):
-            self.spent["stopped"] = stopped
-            self.report.warn(f"step {step}: {_say_stopped(stopped, self.readings)}")
+        said = _say_stopped(stopped, self.readings) if stopped else self.said
+        if said != self.said:
+            self.said = said
+            self.report.warn(f"step {step}: {said}")
         self._check_alive(facts, step)
-        if facts["failed"] and not facts["stopped"] and not self.spent.get("failed"):
-            self.spent["failed"] = True
+        if facts["failed"] and not facts["stopped"] and not self.said_failed:
+            self.said_failed = True
             self.report.warn(f"step {step}: {say_failed(facts)}; they count as not labelled")
         return self._answered(path, queries, items)
 

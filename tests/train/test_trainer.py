@@ -731,6 +731,41 @@ def test_a_judge_that_nobody_can_read_is_asked_no_more(asking, capsys, tmp_path,
         assert 12 <= len(server.seen) <= 12 + 2 * most
 
 
+def test_a_run_that_gave_up_on_its_judge_asks_no_more_after_a_kill(asking, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "_FIRST", 12)
+    given_up = "no more questions are asked, none of the first 12 answers is usable"
+    with LoopbackJudge(always="refusal") as server, monkeypatch.context() as patch:
+        patch.setenv("OPENAI_BASE_URL", server.url)
+        break_off_at(9, patch)
+        code, _, err = run(capsys, *asking, "--out", tmp_path / "broken")
+        assert (code, given_up in " ".join(err.split())) == (130, True)
+        asked = len(server.seen)
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        found, err = train(capsys, asking, tmp_path / "broken")
+        assert server.seen == []
+    assert " ".join(err.split()).count(given_up) == 1
+    facts = json.loads((tmp_path / "broken" / "manifest.json").read_text())["facts"]
+    assert facts["asked"]["requests"] == asked >= 12
+
+
+def test_each_reason_to_stop_asking_is_said_and_again_by_a_run_that_goes_on(
+    asking, capsys, tmp_path, monkeypatch
+):
+    passing = "not all was asked, the endpoint asks to wait 60 minutes; the next steps try again"
+    capped = "no more questions are asked, --max-requests or --max-cost is reached"
+    with LoopbackJudge(["429-for-an-hour"]) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        with monkeypatch.context() as patch:
+            break_off_at(9, patch)
+            code, _, err = run(capsys, *asking, "--max-requests", 20, "--out", tmp_path / "model")
+        said = " ".join(err.split())
+        assert (code, said.count(passing), said.count(capped)) == (130, 1, 1), err
+        _, err = train(capsys, asking, tmp_path / "model", "--max-requests", 20)
+        assert " ".join(err.split()).count(capped) == 1
+        assert sum(server.billed.values()) == 20
+
+
 def test_a_step_that_is_asked_ahead_ends_with_the_run(asking, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(openai_judge, "_ATTEMPTS", 1_000_000)
 
