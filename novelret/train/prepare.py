@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from novelret import encode
-from novelret.artifacts import is_kind, read_manifest
+from novelret.artifacts import fingerprint_file, is_kind, read_manifest
 from novelret.blocks import check_embeddings, read_rows
 from novelret.data.split import Split, load_split
 from novelret.errors import UserError
@@ -22,7 +22,9 @@ from novelret.index import (
     open_deployed,
     pooled_lists,
 )
+from novelret.label.judge import split_judge
 from novelret.label.labels import join_labels, open_labels
+from novelret.label.prompts import PROMPTS
 from novelret.label.table import LabelTable, empty_table, make_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
@@ -30,7 +32,7 @@ from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config, wi
 from novelret.train.memorise import make_memory
 from novelret.train.mirror import Mirror, find_mirror, with_mirror
 from novelret.train.processes import Processes
-from novelret.train.rewards import load_reward
+from novelret.train.rewards import load_reward, reward_file
 from novelret.train.states import Material, gather_material
 from novelret.train.step import negative_ranks
 from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
@@ -90,6 +92,7 @@ def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
     )
     fingerprints = {"index": index.manifest.fingerprint, "split": split.fingerprint}
     fingerprints |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
+    fingerprints |= {what: fingerprint_file(path) for what, path in _files(config).items()}
     table, judges = empty_table(len(index)), []
     if config.label_folders:
         several = [open_labels(Path(folder), *indexes) for folder in config.label_folders]
@@ -105,6 +108,21 @@ def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
     check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
     mirror = find_mirror(config, index.catalog, split, table, report)
     return Inputs(indexes, split, table, judges, fingerprints, mirror)
+
+
+def _files(config: TrainConfig) -> dict[str, Path]:
+    """Files that decide the result beside the artifacts, by what they are."""
+    files = {}
+    if config.judge is not None:
+        kind, name = split_judge(config.judge)
+        if kind == "file":
+            files["judgements"] = Path(name)
+        elif kind == "openai" and Path(config.prompt).is_file() and config.prompt not in PROMPTS:
+            files["prompt file"] = Path(config.prompt)
+    source = reward_file(config.reward)
+    if source is not None:
+        files["reward file"] = source
+    return files
 
 
 def prepare(

@@ -7,6 +7,7 @@ of 0. Callers leave it out and count it.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,9 @@ def graded(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
     return reward.masked_fill(verdicts == UNKNOWN, torch.nan)
 
 
+_NAMED: dict[str, RewardFunction] = {"eq6": eq6, "eq7": eq7, "graded": graded}
+
+
 def load_reward(name: str) -> RewardFunction:
     """The reward called "eq6", "eq7" or "graded", or a user's own as "module:function", found from here.
 
@@ -53,20 +57,9 @@ def load_reward(name: str) -> RewardFunction:
     Raises:
         UserError: no such reward, or the module or the function cannot be found.
     """
-    named: dict[str, RewardFunction] = {"eq6": eq6, "eq7": eq7, "graded": graded}
-    if name in named:
-        return named[name]
-    module_name, separator, function_name = name.partition(":")
-    if not separator:
-        raise UserError(f"--reward {name}: expected eq6, eq7, graded or your own as module:function")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # a console script does not look there by itself
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, ValueError, TypeError) as error:  # the latter of an empty or relative name
-        raise UserError(f"--reward {name}: the module cannot be imported ({error})") from None
-    except AttributeError:
-        raise UserError(f"--reward {name}: {module_name} has no function {function_name}") from None
+    if name in _NAMED:
+        return _NAMED[name]
+    function = _own(name)
 
     def checked(verdicts: Tensor, grades: Tensor, in_base: Tensor) -> Tensor:
         try:
@@ -83,3 +76,34 @@ def load_reward(name: str) -> RewardFunction:
         return reward.float().masked_fill(verdicts == UNKNOWN, torch.nan)
 
     return checked
+
+
+def reward_file(name: str) -> Path | None:
+    """The file of a user's own reward; None where the reward is a named one, or its source is in no file.
+
+    Raises:
+        UserError: no such reward, or the module or the function cannot be found.
+    """
+    if name in _NAMED:
+        return None
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(_own(name)))
+    except TypeError:  # of an object that can be called, or what is written in C
+        return None
+    return Path(source) if source is not None and Path(source).is_file() else None
+
+
+def _own(name: str) -> Callable[..., object]:
+    """The function that "module:function" names."""
+    module_name, separator, function_name = name.partition(":")
+    if not separator:
+        raise UserError(f"--reward {name}: expected eq6, eq7, graded or your own as module:function")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # a console script does not look there by itself
+    try:
+        function: Callable[..., object] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, ValueError, TypeError) as error:  # the latter of an empty or relative name
+        raise UserError(f"--reward {name}: the module cannot be imported ({error})") from None
+    except AttributeError:
+        raise UserError(f"--reward {name}: {module_name} has no function {function_name}") from None
+    return function

@@ -9,7 +9,7 @@ import torch
 
 from novelret.errors import UserError
 from novelret.label.table import make_table
-from novelret.train.rewards import eq6, eq7, graded, load_reward
+from novelret.train.rewards import eq6, eq7, graded, load_reward, reward_file
 
 VERDICTS = torch.tensor([1, 1, 0, 0, -1, -1], dtype=torch.int8)
 GRADES = torch.tensor([3.0, 2.0, 1.0, 0.0, torch.nan, torch.nan])
@@ -44,6 +44,8 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
         load_reward("mine:other")
     with pytest.raises(UserError, match="cannot be imported"):
         load_reward("not_there_at_all:f")
+    assert reward_file("mine:twice") == tmp_path / "mine.py"
+    assert reward_file("eq7") is reward_file("operator:add") is None  # the latter has no source
     sys.modules.pop("mine", None)
 
 

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from novelret.artifacts import fingerprint_file
 from novelret.cli import main
 from novelret.data.split import make_split
 from novelret.errors import UserError
@@ -885,6 +886,43 @@ def test_what_a_judgement_file_taught_survives_a_kill(command, world, capsys, tm
     assert [line["loss"] for line in log_of(tmp_path / "broken")] == [
         line["loss"] for line in log_of(tmp_path / "whole")
     ]
+
+
+def test_a_run_does_not_go_on_with_other_judgements_nor_another_reward(
+    command, world, capsys, tmp_path, monkeypatch
+):
+    judgements, reward = tmp_path / "judgements.tsv", tmp_path / "my_reward.py"
+    shutil.copy(world / "judgements.tsv", judgements)
+    reward.write_text("def mine(verdicts, grades, in_base):\n    return 2.0 * (verdicts == 1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asking = [*command, *ADAPTER, *MIXED, "--judge", f"file:{judgements}", "--missing", "irrelevant",
+              "--reward", "my_reward:mine", "--out", tmp_path / "model"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        break_off_at(9, patch)
+        assert run(capsys, *asking)[0] == 130
+    for path, named in ((judgements, "judgements"), (reward, "reward file")):
+        before = path.read_text()
+        path.write_text(before + "\n")
+        code, _, err = run(capsys, *asking)
+        assert (code, f"an unfinished run with other settings ({named} '" in " ".join(err.split())) == (2, True)
+        path.write_text(before)
+    assert run(capsys, *asking)[0] == 0
+    inputs = json.loads((tmp_path / "model" / "manifest.json").read_text())["inputs"]
+    assert (inputs["judgements"], inputs["reward file"]) == tuple(map(fingerprint_file, (judgements, reward)))
+    sys.modules.pop("my_reward")
+
+
+def test_a_run_does_not_go_on_with_another_prompt_under_the_same_name(asking, capsys, tmp_path, monkeypatch):
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text('user: of "{query}" and "{item}"\n')
+    asking = [*asking, "--prompt", prompt, "--out", tmp_path / "model"]
+    with LoopbackJudge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        break_off_at(9, monkeypatch)
+        assert run(capsys, *asking)[0] == 130
+        prompt.write_text('user: is "{item}" for "{query}"\n')
+        code, _, err = run(capsys, *asking)
+    assert (code, "an unfinished run with other settings (prompt file '" in " ".join(err.split())) == (2, True)
 
 
 def test_a_log_line_that_a_kill_cut_short_is_dropped(tmp_path):
