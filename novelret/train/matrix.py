@@ -64,12 +64,7 @@ class ItemMatrix:
             block=_block(queries),
         )
         perturbed = None if drawn.perturbed is None else drawn.perturbed[asked.mine]
-        return Draw(
-            drawn.rows[asked.mine],
-            drawn.log_probability[asked.mine],
-            drawn.log_partition[asked.mine],
-            perturbed,
-        )
+        return Draw(drawn.rows[asked.mine], perturbed)
 
     def log_partition(self, queries: Tensor, temperature: float, excluded: Tensor) -> Tensor:
         """Log Z of this process's queries, (b,), with gradient; all processes have to call it."""

@@ -87,14 +87,6 @@ def with_slope(queries: Tensor, log_z: Tensor, mean: Tensor, temperature: float)
     return result
 
 
-def log_partition(
-    queries: Tensor, items: Items, temperature: float, excluded: Tensor | None = None, block: int = BLOCK
-) -> Tensor:
-    """Log-partition log Z(q), (B,), with its gradient in the queries."""
-    log_z, mean = moments(queries.detach(), items, temperature, excluded, block)
-    return with_slope(queries, log_z, mean, temperature)
-
-
 def entropy_of(queries: Tensor, log_z: Tensor, mean: Tensor, temperature: float) -> Tensor:
     """Entropy of the policy in nats, (B,): log Z − E[s]/τ, and E[s] is q's product with the mean item."""
     return log_z - (queries * mean).sum(dim=1) / temperature

@@ -62,14 +62,10 @@ class Draw:
 
     Attributes:
         rows: (B, n) int64 catalog rows; in the order drawn.
-        log_probability: (B, n) exact log π(z | q) of each.
-        log_partition: (B,) exact log Z(q).
         perturbed: (B, n) s/τ + Gumbel noise, descending, for draws without replacement; else None.
     """
 
     rows: Tensor
-    log_probability: Tensor
-    log_partition: Tensor
     perturbed: Tensor | None = None
 
 
@@ -100,15 +96,15 @@ def draw_with_replacement(
         UserError: τ is not positive, every item is left out for a query, or scores are not finite.
     """
     best = _Best.empty(queries, n)
-    log_z = best.values.new_full((len(queries),), -torch.inf)
+    sound = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
     places = key.places[:, None]
     draws = torch.arange(n, device=queries.device)[None]
     of_part = uniform(key.seed, _PARTS, key.step, places, draws)
     of_item = uniform(key.seed, _ITEMS, key.step, places, draws)
     for part in _scan(queries, items, temperature, excluded, shard, block):
+        sound &= torch.isfinite(part.masses).all(dim=1)
         masses = _whole_cells(part.masses).double()
         cells = torch.log(masses.sum(dim=2)) + part.shift
-        log_z = torch.logaddexp(log_z, torch.logsumexp(cells, dim=1))
         numbers = part.first // CELL + torch.arange(cells.shape[1], device=queries.device)
         # One number per (draw, cell); catalogs stay below 2^40 cells.
         noise = _noise(key, _CELLS, places[:, :, None], (draws[:, :, None] << 40) + numbers)
@@ -121,15 +117,13 @@ def draw_with_replacement(
         item = _inverse(part.weights[query, inside].double(), of_item[query, place])
         best.values[query, place] = leader.values[query, place]
         best.rows[query, place] = part.first + inside * PART + item
-        best.logits[query, place] = part.logits[query, inside, item].double() + part.shift[query, 0]
+    best.spoil(~sound)
     if shard is not None:
-        log_z = torch.logsumexp(from_all(log_z), dim=0)
-        everyone = _Best(*(from_all(x) for x in (best.values, best.rows, best.logits)))
-        winner = everyone.values.argmax(dim=0, keepdim=True)
-        best = _Best(*(x.gather(0, winner)[0] for x in (everyone.values, everyone.rows, everyone.logits)))
-    _check_log_partition(log_z)
-    log_probability = (best.logits - log_z[:, None]).to(queries.dtype)
-    return Draw(best.rows, log_probability, log_z.to(queries.dtype))
+        values, rows = from_all(best.values), from_all(best.rows)
+        winner = values.argmax(dim=0, keepdim=True)
+        best = _Best(values.gather(0, winner)[0], rows.gather(0, winner)[0])
+    _check_highest(best.values[:, 0])
+    return Draw(best.rows)
 
 
 def draw_without_replacement(
@@ -148,11 +142,11 @@ def draw_without_replacement(
     Arguments and errors as for `draw_with_replacement`; also an error where a query has fewer than n items.
     """
     best = _Best.empty(queries, n)
-    log_z = best.values.new_full((len(queries),), -torch.inf)
+    sound = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
     within = torch.arange(PART, device=queries.device)
     for part in _scan(queries, items, temperature, excluded, shard, block):
+        sound &= torch.isfinite(part.masses).all(dim=1)
         masses = part.masses.double()
-        log_z = torch.logaddexp(log_z, torch.log(masses.sum(dim=1)) + part.shift[:, 0])
         numbers = part.first // PART + torch.arange(masses.shape[1], device=queries.device)
         noise = _noise(key, _MAXIMA, key.places[:, None], numbers)
         maxima = torch.log(masses.masked_fill(masses < _TINY, 0.0)) + part.shift + noise
@@ -169,22 +163,18 @@ def draw_without_replacement(
         free = logits + _noise(key, _NOISE, key.places[query][:, None], rows)
         perturbed = _condition(free, maxima[query, opened][:, None])
         found, column = ((perturbed >= least[query]) & ~torch.isneginf(perturbed)).nonzero(as_tuple=True)
-        best = best.merged(
-            query[found], _Best(perturbed[found, column], rows[found, column], logits[found, column])
-        )
+        best = best.merged(query[found], _Best(perturbed[found, column], rows[found, column]))
+    best.spoil(~sound)
     if shard is not None:
-        log_z = torch.logsumexp(from_all(log_z), dim=0)
-        everyone = (from_all(x).movedim(0, 1).flatten(1) for x in (best.values, best.rows, best.logits))
+        everyone = (from_all(x).movedim(0, 1).flatten(1) for x in (best.values, best.rows))
         best = _Best(*everyone).largest(n)
-    _check_log_partition(log_z)
+    _check_highest(best.values[:, 0])
     short = torch.isneginf(best.values[:, -1])
     if bool(short.any()):
         raise UserError(
             f"query {int(short.nonzero()[0])} of the batch: fewer than {n} items are left to draw"
         )
-    dtype = queries.dtype
-    log_probability = (best.logits - log_z[:, None]).to(dtype)
-    return Draw(best.rows, log_probability, log_z.to(dtype), best.values.to(dtype))
+    return Draw(best.rows, best.values.to(queries.dtype))
 
 
 def draw_from_top(top_rows: Tensor, top_scores: Tensor, n: int, key: Key, temperature: float) -> Draw:
@@ -198,38 +188,39 @@ def draw_from_top(top_rows: Tensor, top_scores: Tensor, n: int, key: Key, temper
         temperature: τ.
 
     Returns:
-        The draw, with probabilities within the support.
+        The draw.
 
     Raises:
         UserError: τ is not positive, a query has no item, or scores are not finite.
     """
     check_temperature(temperature)
     logits = (top_scores.double() / temperature).masked_fill(top_rows < 0, -torch.inf)
-    log_z = torch.logsumexp(logits, dim=1)
-    _check_log_partition(log_z)
+    _check_highest(logits.amax(dim=1))
     draws = torch.arange(n, device=top_rows.device)[None]
     numbers = uniform(key.seed, _ITEMS, key.step, key.places[:, None], draws)
     chosen = _inverse(torch.softmax(logits, dim=1), numbers)
-    log_probability = (logits.gather(1, chosen) - log_z[:, None]).to(top_scores.dtype)
-    return Draw(top_rows.gather(1, chosen), log_probability, log_z.to(top_scores.dtype))
+    return Draw(top_rows.gather(1, chosen))
 
 
 @dataclass(frozen=True)
 class _Best:
-    """Candidates held so far: perturbed scores, catalog rows and logits, all of one shape."""
+    """Candidates held so far: perturbed scores and catalog rows, of one shape."""
 
     values: Tensor
     rows: Tensor
-    logits: Tensor
 
     @staticmethod
     def empty(queries: Tensor, n: int) -> _Best:
         values = torch.full((len(queries), n), -torch.inf, dtype=torch.float64, device=queries.device)
-        return _Best(values, torch.full_like(values, -1, dtype=torch.int64), values.clone())
+        return _Best(values, torch.full_like(values, -1, dtype=torch.int64))
+
+    def spoil(self, queries: Tensor) -> None:
+        """Mark (B,) bool queries whose scores are not finite: NaN counts over what other processes found."""
+        self.values.masked_fill_(queries[:, None], torch.nan)
 
     def largest(self, n: int) -> _Best:
         top = torch.topk(self.values, n, dim=1)
-        return _Best(top.values, self.rows.gather(1, top.indices), self.logits.gather(1, top.indices))
+        return _Best(top.values, self.rows.gather(1, top.indices))
 
     def merged(self, query: Tensor, found: _Best) -> _Best:
         """The n largest of these and of flat candidates, `query` telling whose each is, in rising order."""
@@ -241,15 +232,11 @@ class _Best:
         wide = _Best(
             *(
                 pad(x, (0, width), value=-torch.inf if x.is_floating_point() else -1)
-                for x in (self.values, self.rows, self.logits)
+                for x in (self.values, self.rows)
             )
         )
-        for whole, flat in (
-            (wide.values, found.values),
-            (wide.rows, found.rows),
-            (wide.logits, found.logits),
-        ):
-            whole[query, n + column] = flat
+        wide.values[query, n + column] = found.values
+        wide.rows[query, n + column] = found.rows
         return wide.largest(n)
 
 
@@ -360,9 +347,10 @@ def _inverse(masses: Tensor, numbers: Tensor) -> Tensor:
     return torch.minimum(positions, last[:, None]).view_as(numbers)
 
 
-def _check_log_partition(log_z: Tensor) -> None:
-    bad = ~torch.isfinite(log_z)
+def _check_highest(values: Tensor) -> None:
+    """Refuse queries of which nothing, or no number, is the highest of all values."""
+    bad = ~torch.isfinite(values)
     if bool(bad.any()):
         query = int(bad.nonzero()[0])
-        what = "every item is left out" if bool(torch.isneginf(log_z[query])) else "scores are not finite"
+        what = "every item is left out" if bool(torch.isneginf(values[query])) else "scores are not finite"
         raise UserError(f"query {query} of the batch: {what}")

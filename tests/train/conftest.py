@@ -8,7 +8,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from novelret.blocks import BLOCK, Items
 from novelret.cli import main
+from novelret.train import policy
 
 SHORT = ("--base-depth", 3, "--depth", 12, "--steps", 12, "--eval-every", 4, "--batch-size", 16, "--max-recall-drop", 1,
          "--validation-fraction", 0.2, "--device", "cpu")  # fmt: skip
@@ -21,6 +23,14 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
         for path in sorted(folder.rglob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+def log_partition(
+    queries: Tensor, items: Items, temperature: float, excluded: Tensor | None = None, block: int = BLOCK
+) -> Tensor:
+    """Log-partition log Z(q), (B,), with its gradient in the queries."""
+    log_z, mean = policy.moments(queries.detach(), items, temperature, excluded, block)
+    return policy.with_slope(queries, log_z, mean, temperature)
 
 
 @pytest.fixture(scope="session")

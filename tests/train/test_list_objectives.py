@@ -16,9 +16,9 @@ from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import ca_pg, expected_threshold, gumbel_threshold, pl_rank, reinforce, swap
 from novelret.train.objectives.lists import log_included, log_remaining
-from novelret.train.policy import log_partition
 from novelret.train.sampler import Key, draw_with_replacement, draw_without_replacement
 from tests.rows import from_padded
+from tests.train.conftest import log_partition
 
 N, K, MANY = 6, 3, 150_000
 ITEMS = torch.eye(N, dtype=torch.float64)  # so that a query's coordinates are its logits

@@ -9,8 +9,9 @@ from torch.autograd import gradcheck
 from novelret.errors import UserError
 from novelret.progress import Reporter
 from novelret.shard import Shard
-from novelret.train import policy, sampler
+from novelret.train import sampler
 from novelret.train.matrix import ItemMatrix, open_matrix
+from tests.train.conftest import log_partition
 
 torch.manual_seed(0)
 QUERIES = torch.nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
@@ -32,19 +33,19 @@ def exact_logits(queries):
 @pytest.mark.parametrize("block", [1, 5, 37, 1000])
 def test_log_partition_and_its_gradient_are_exact(block):
     queries = QUERIES.clone().requires_grad_()
-    found = policy.log_partition(queries, ITEMS, TAU, EXCLUDED, block)
+    found = log_partition(queries, ITEMS, TAU, EXCLUDED, block)
     assert torch.allclose(found, torch.logsumexp(exact_logits(QUERIES), dim=1))
     (gradient,) = torch.autograd.grad(found.sum(), queries)
     (expected,) = torch.autograd.grad(torch.logsumexp(exact_logits(queries), dim=1).sum(), queries)
     assert torch.allclose(gradient, expected)
-    assert gradcheck(lambda q: policy.log_partition(q, ITEMS, TAU, EXCLUDED, block), (queries,))
+    assert gradcheck(lambda q: log_partition(q, ITEMS, TAU, EXCLUDED, block), (queries,))
 
 
 @pytest.mark.parametrize(
     "items", [ITEMS.numpy().astype(np.float16), ITEMS.half(), ITEMS.bfloat16(), ITEMS.float().numpy()]
 )
 def test_stored_precisions_are_read(items):
-    found = policy.log_partition(QUERIES, items, TAU, EXCLUDED)
+    found = log_partition(QUERIES, items, TAU, EXCLUDED)
     assert torch.allclose(found, torch.logsumexp(exact_logits(QUERIES), dim=1), atol=0.02)
 
 
@@ -57,7 +58,7 @@ def test_entropy_is_exact():
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_scores_stay_finite(scale):
     queries = (QUERIES * scale).float().requires_grad_()
-    value = policy.log_partition(queries, ITEMS.float(), 1.0)
+    value = log_partition(queries, ITEMS.float(), 1.0)
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(queries.grad).all()
@@ -85,11 +86,27 @@ def test_a_gpu_too_small_for_the_items_reads_them_from_the_host(monkeypatch):
 def test_everything_left_out_is_the_users_error():
     everything = torch.arange(37)[None].repeat(4, 1)
     with pytest.raises(UserError, match="every item is left out"):
-        policy.log_partition(QUERIES, ITEMS, TAU, everything)
+        log_partition(QUERIES, ITEMS, TAU, everything)
     with pytest.raises(UserError, match="every item is left out"):
         sampler.draw_with_replacement(QUERIES, ITEMS, 1, sampler.Key(0, 0, torch.arange(4)), TAU, everything)
     with pytest.raises(UserError, match="must be above 0"):
-        policy.log_partition(QUERIES, ITEMS, 0.0)
+        log_partition(QUERIES, ITEMS, 0.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_the_users_error_wherever_they_stand(monkeypatch, value):
+    cut(4, 2, monkeypatch)
+    top = torch.topk(QUERIES @ ITEMS.T, 10, dim=1)
+    for row in (0, 17, 36):
+        items = ITEMS.clone()
+        items[row] = QUERIES[3] * value
+        for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
+            with pytest.raises(UserError, match="scores are not finite"):
+                draw(QUERIES[3:], items, 5, key([3]), TAU, EXCLUDED[3:], block=12)
+        scores = top.values.clone()
+        scores[3, row // 4] = value
+        with pytest.raises(UserError, match="query 3 of the batch: scores are not finite"):
+            sampler.draw_from_top(top.indices, scores, 5, key(range(4)), TAU)
 
 
 def key(places, step=0):
@@ -124,8 +141,6 @@ def cells(request, monkeypatch):
 def test_draws_with_replacement_follow_the_exact_softmax():
     drawn = sampler.draw_with_replacement(QUERIES, ITEMS, 20_000, key(range(4)), TAU, EXCLUDED, block=28)
     probability = exact_probability()
-    assert torch.allclose(drawn.log_probability, probability.log().gather(1, drawn.rows))
-    assert torch.allclose(drawn.log_partition, torch.logsumexp(exact_logits(QUERIES), dim=1))
     for q in range(4):
         check_counts(np.bincount(drawn.rows[q].numpy(), minlength=37), probability[q].numpy() * 20_000)
 
@@ -150,7 +165,7 @@ def test_draws_without_replacement_are_plackett_luce():
     np.fill_diagonal(order, 0)
     check_counts(np.bincount(a * 37 + b, minlength=37 * 37), order.ravel() * many)
     # The perturbed scores are Gumbel order statistics: the largest is Gumbel around log Z.
-    largest = (drawn.perturbed[:, 0] - drawn.log_partition).numpy()
+    largest = (drawn.perturbed[:, 0] - torch.logsumexp(exact_logits(QUERIES), dim=1)[2]).numpy()
     assert stats.kstest(largest, stats.gumbel_r.cdf).pvalue > 1e-4
 
 
@@ -189,8 +204,8 @@ def test_extreme_scores_are_drawn():
         queries = (QUERIES * scale).float()
         for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
             drawn = draw(queries, ITEMS.float(), 5, key(range(4)), 1.0)
-            assert torch.isfinite(drawn.log_probability).all()
             assert (drawn.rows >= 0).all()
+            assert drawn.perturbed is None or torch.isfinite(drawn.perturbed).all()
     dominating = torch.cat([torch.ones(1, 6), -torch.ones(36, 6)]) * 100
     drawn = sampler.draw_without_replacement(torch.ones(3, 6), dominating, 2, key(range(3)), 1.0)
     assert (drawn.rows[:, 0] == 0).all()
@@ -214,7 +229,12 @@ def _one_of_two(rank, path, results):
     mine = ITEMS[first : first + 20]
     for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
         drawn = draw(QUERIES, mine, 6, key(range(4)), TAU, EXCLUDED, shard=shard)
-        results[rank, draw.__name__] = (drawn.rows, drawn.log_probability, drawn.log_partition)
+        results[rank, draw.__name__] = (drawn.rows, drawn.perturbed)
+        broken = mine.clone()
+        if rank == 1:  # the other process hears of it
+            broken[3, 0] = torch.nan
+        with pytest.raises(UserError, match="query 0 of the batch: scores are not finite"):
+            draw(QUERIES, broken, 6, key(range(4)), TAU, EXCLUDED, shard=shard)
     torch.distributed.destroy_process_group()
 
 
@@ -235,7 +255,6 @@ def test_two_processes_draw_what_one_draws(monkeypatch, tmp_path):
     for draw in (sampler.draw_with_replacement, sampler.draw_without_replacement):
         whole = draw(QUERIES, ITEMS, 6, key(range(4)), TAU, EXCLUDED)
         for rank in range(2):
-            rows, log_probability, log_partition = found[rank, draw.__name__]
+            rows, perturbed = found[rank, draw.__name__]
             assert torch.equal(rows, whole.rows)
-            assert torch.allclose(log_probability, whole.log_probability)
-            assert torch.allclose(log_partition, whole.log_partition)
+            assert perturbed is whole.perturbed is None or torch.allclose(perturbed, whole.perturbed)
