@@ -11,7 +11,10 @@ import numpy as np
 from novelret.artifacts import MANIFEST, is_kind, read_manifest
 
 QUERIES, MIRRORED = "queries.npy", "mirrored.npy"
-"""Files with the hashes of texts that an encoder was trained on, and of items that served it as queries."""
+"""Files with the hashes of an encoder's training queries and of items that served it as such.
+
+Those held back to choose the weights are among the former: it looks better on them than on others.
+"""
 
 
 @dataclass(frozen=True)

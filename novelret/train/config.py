@@ -22,6 +22,9 @@ LIST_OBJECTIVES = (
     "pl-rank",
     "swap",
 )
+THRESHOLD_OBJECTIVES = ("gumbel-threshold", "swap")
+"""Those of lists that draw one item more, which the list is cut off at."""
+
 OBJECTIVES = ("supervised", "supervised-judged", "pg-ret", *LIST_OBJECTIVES)
 LOSSES = ("conservative", "aggressive", "boundary", "inclusion")
 TUNES = ("full", "lora", "adapter", "memory")
@@ -189,6 +192,17 @@ class TrainConfig(Asking):
         return round(1 - self.alpha - self.gamma, 9)
 
     @property
+    def states_by_source(self) -> tuple[int, int, int]:
+        """How many states of a batch are feedback, base and policy states (of base, the forward passes)."""
+        alpha, beta = (0.0, 0.0) if self.objective == "supervised" else (self.alpha, self.beta)
+        if self.objective in LIST_OBJECTIVES:
+            # Every draw of a list objective comes from the policy itself.
+            alpha, beta = alpha + beta, 0.0
+        policy = round(alpha * self.batch_size)
+        base = min(round(beta * self.batch_size), self.batch_size - policy)
+        return self.batch_size - policy - base, base, policy
+
+    @property
     def peak_learning_rate(self) -> float:
         """The learning rate after warm-up."""
         return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.tune]
@@ -253,10 +267,23 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
         raise UserError(
             "--judge asks about items drawn from the policy: it needs --objective pg-ret and --alpha above 0"
         )
-    if config.judge is not None and round(config.alpha * config.batch_size) == 0:
+    _check_shares(config)
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """Refuse a batch too small for a share of it that a judge or labels are there for."""
+    _, base, policy = config.states_by_source
+    if config.judge is not None and policy == 0:
         raise UserError(
             f"--alpha {config.alpha}: not one of --batch-size {config.batch_size} states is drawn from the "
             "policy, which --judge would be asked about; raise one of them"
+        )
+    is_list = config.objective in LIST_OBJECTIVES
+    learns = config.objective != "supervised" and (config.gamma < 1 if is_list else config.beta > 0)
+    if config.label_folders and learns and (policy if is_list else base) == 0:
+        raise UserError(
+            f"--gamma {config.gamma}: not one of --batch-size {config.batch_size} states is drawn for what "
+            "--labels say; lower it, or raise --batch-size"
         )
 
 
@@ -338,6 +365,24 @@ def _check_sizes(config: TrainConfig, catalog_size: int) -> None:
         value = getattr(config, name)
         if is_used and value > config.depth:
             raise UserError(f"{_flag(name)} {value}: more than --depth {config.depth}; raise that")
+
+
+def check_list_size(config: TrainConfig, catalog_size: int, longest: int) -> None:
+    """Refuse lists longer than what there is to a query that leaves `longest` items out.
+
+    Raises:
+        UserError: one line naming the option.
+    """
+    if config.objective not in LIST_OBJECTIVES or config.objective == "reinforce":  # draws with replacement
+        return
+    one_more = config.objective in THRESHOLD_OBJECTIVES
+    most = catalog_size - longest - one_more
+    if config.list_size > most:
+        also = f", and --objective {config.objective} draws one more" if one_more else ""
+        raise UserError(
+            f"--list-size {config.list_size}: of {catalog_size} items a query leaves out {longest}{also}; "
+            f"at most {most}"
+        )
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from novelret.train.config import TrainConfig
+from novelret.train.config import THRESHOLD_OBJECTIVES, TrainConfig
 from novelret.train.matrix import ItemMatrix
 from novelret.train.objectives import ca_pg, expected_threshold, gumbel_threshold, pl_rank, reinforce, swap
 from novelret.train.sampler import Key
@@ -41,7 +41,7 @@ def list_losses(
     """
     k, tau = config.list_size, config.temperature
     excluded = material.split.excluded.tensor(queries, embeddings.device)
-    threshold_based = config.objective in ("gumbel-threshold", "swap")
+    threshold_based = config.objective in THRESHOLD_OBJECTIVES
     replacement = config.objective == "reinforce"
     drawn = items.draw(embeddings, k + threshold_based, key, tau, excluded, replacement=replacement)
     logits = _logits(embeddings, items, drawn.rows, tau)

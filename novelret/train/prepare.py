@@ -28,7 +28,13 @@ from novelret.label.prompts import PROMPTS
 from novelret.label.table import LabelTable, empty_table, make_table
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
-from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config, window_multiples
+from novelret.train.config import (
+    LIST_OBJECTIVES,
+    TrainConfig,
+    check_config,
+    check_list_size,
+    window_multiples,
+)
 from novelret.train.memorise import make_memory
 from novelret.train.mirror import Mirror, find_mirror, with_mirror
 from novelret.train.processes import Processes
@@ -78,8 +84,8 @@ class Prepared:
     held_back: int
 
 
-def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
-    """Read and check everything that goes in.
+def open_inputs(config: TrainConfig, processes: Processes, report: Reporter) -> Inputs:
+    """Read and check everything that goes in; the item matrix in the first process, which others wait for.
 
     Raises:
         UserError: something is missing, damaged or does not fit the rest.
@@ -90,6 +96,7 @@ def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
     split = load_split(
         config.data, config.split, index.catalog, ignore_identical_ids=config.ignore_identical_ids
     )
+    check_list_size(config, len(index), split.excluded.longest)
     fingerprints = {"index": index.manifest.fingerprint, "split": split.fingerprint}
     fingerprints |= {f"index {n}": more.manifest.fingerprint for n, more in enumerate(indexes[1:], 2)}
     fingerprints |= {what: fingerprint_file(path) for what, path in _files(config).items()}
@@ -101,11 +108,13 @@ def open_inputs(config: TrainConfig, device: str, report: Reporter) -> Inputs:
         table, judges = join_labels(several, split, index.catalog), [labels.judge for labels in several]
         table = table.without(split.excluded)
     if config.init:
-        start = load_finetuned(config.init, index, device)
+        start = load_finetuned(config.init, index, processes.device)
         fingerprints["init"] = encode.fingerprint_encoder(start)
         _warn_of_start(config, start, split, report)
     _warn_of_window(config, report)
-    check_embeddings(index.embeddings, normalized=index.normalized, what=str(index.folder / "embeddings.npy"))
+    if processes.is_first:  # where this fails the others, which wait for its search, are ended with it
+        what = str(index.folder / "embeddings.npy")
+        check_embeddings(index.embeddings, normalized=index.normalized, what=what)
     mirror = find_mirror(config, index.catalog, split, table, report)
     return Inputs(indexes, split, table, judges, fingerprints, mirror)
 

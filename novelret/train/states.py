@@ -254,13 +254,8 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     Raises:
         UserError: base states are asked for and no labelled one has a reward.
     """
-    alpha, beta = (0.0, 0.0) if config.objective == "supervised" else (config.alpha, config.beta)
-    if config.objective in LIST_OBJECTIVES:
-        # Every draw of a list objective comes from the policy itself.
-        alpha, beta = alpha + beta, 0.0
-    n_policy = round(alpha * config.batch_size)
-    n_base = min(round(beta * config.batch_size), config.batch_size - n_policy)
-    parts = [_draw_feedback(material, config, step, config.batch_size - n_policy - n_base)]
+    n_feedback, n_base, n_policy = config.states_by_source
+    parts = [_draw_feedback(material, config, step, n_feedback)]
     if n_base:
         parts += _draw_base(material, config, step, n_base)
     if n_policy:
@@ -271,6 +266,18 @@ def draw_batch(material: Material, config: TrainConfig, step: int) -> Batch:
     rewards[known] = material.rewards(queries[known], items[known])
     trust, sampled = material.trust_of(queries, items), _draw_catalog(material, config, step)
     return Batch(queries, items, sources, rewards, np.cumsum(starts) - 1, trust, sampled)
+
+
+def items_as_queries(material: Material, config: TrainConfig) -> np.ndarray:
+    """Query rows of the items that batches draw as queries: those of which a drawn pair is known."""
+    n_feedback, n_base, n_policy = config.states_by_source
+    drawn = [material.split.feedback_queries] if n_feedback else []
+    if config.draw != "plain" and (n_base or (n_policy and config.objective in LIST_OBJECTIVES)):
+        drawn.append(material.promising)
+        if config.negative_share > 0:
+            drawn.append(material.negatives[:, 0])
+    rows = np.unique(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
+    return rows[rows >= material.real]
 
 
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

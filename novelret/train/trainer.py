@@ -11,8 +11,8 @@ MODEL/
   frontier.parquet      the same as a table; frontier.svg and curves.svg show the best
   checkpoints/step-N/   the best checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
-  queries.npy           hashes of the texts that were trained on, here or in what --init names, so that eval
-                        can tell; mirrored.npy of items that served as queries
+  queries.npy           hashes of the queries that were trained on or held back to choose by, here or in what
+                        --init names, so that eval can tell; mirrored.npy of items that served as queries
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _train(
     config: TrainConfig, out: Path, processes: Processes, *, force: bool, report: Reporter
 ) -> list[Point]:
     """Train, choose, train anew on all queries where that is wanted, and write what came of it."""
-    inputs = open_inputs(config, processes.device, report)
+    inputs = open_inputs(config, processes, report)
     # Before there is any output: what is found wrong here leaves nothing behind.
     prepared = prepare(config, inputs, config.validation_fraction, processes, report)
     items = open_matrix(inputs.indexes[0].embeddings, processes.device, report)

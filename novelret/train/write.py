@@ -25,6 +25,7 @@ from novelret.train.curves import curves
 from novelret.train.log import read_log
 from novelret.train.prepare import Inputs
 from novelret.train.run import Run
+from novelret.train.states import items_as_queries
 from novelret.train.validation import Point, best_first, keeps_budget, pareto, pareto_set, worth_showing
 from novelret.trained import MIRRORED, QUERIES, Training, training_of
 
@@ -63,11 +64,12 @@ def write_model(
     finished.save(str(folder), create_model_card=False)
     write_config(folder, config)
     start = training_of(Path(config.init)) if config.init else None
-    mirror = inputs.mirror
+    # Held-back queries, too: they chose the weights, which look better on them than on others.
     _save_hashes(folder, QUERIES, inputs.split.query_texts, start)
-    _save_hashes(folder, MIRRORED, mirror.split.query_texts if mirror is not None else [], start)
+    texts = run.material.split.query_texts
+    _save_hashes(folder, MIRRORED, [texts[row] for row in items_as_queries(run.material, config)], start)
     is_refit = run.folder != folder and chosen is not None and chosen.step > 0  # the start is no training
-    mirrored = mirror.more if mirror is not None else 0
+    mirrored = inputs.mirror.more if inputs.mirror is not None else 0
     card = model_card(
         config,
         run.index,
@@ -107,7 +109,7 @@ def write_model(
 
 
 def _save_hashes(folder: Path, name: str, texts: list[str], start: Training | None) -> None:
-    """Write the hashes of texts it was trained on, and of those that its start was."""
+    """Write the hashes of texts that went into its training, and of those that went into its start's."""
     parts = [hash_texts(plain_texts(texts)), *([] if start is None else [start.hashes(name)])]
     np.save(folder / name, np.unique(np.concatenate(parts)))
 

@@ -9,18 +9,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from novelret.artifacts import hash_texts
 from novelret.cli import main
-from novelret.data.split import load_split, make_split
+from novelret.data.split import load_split, make_split, plain_texts
 from novelret.index import open_index
 from novelret.label.labels import open_labels
 from novelret.label.table import RELEVANT, UNKNOWN, make_table
 from novelret.progress import Reporter
-from novelret.train import prepare
+from novelret.train import batches, prepare
 from novelret.train.config import LIST_OBJECTIVES, TrainConfig
 from novelret.train.memorise import make_memory
 from novelret.train.mirror import Mirror, find_mirror, goes_both_ways, reverse_verdicts, with_mirror
 from novelret.train.rewards import load_reward
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material
+from novelret.trained import MIRRORED, QUERIES, training_of
 from tests.commands import fails, run
 from tests.conftest import make_world, write_jsonl, write_qrels
 from tests.rows import from_padded
@@ -230,6 +232,29 @@ def test_items_are_trained_on_where_judged_feedback_shows_that_relevance_is_mutu
                  "--base-depth", 3, "--model", f"m={tmp_path / mirror}", "--out", tmp_path / f"r-{mirror}"]  # fmt: skip
         code, _, err = run(capsys, *words)
         assert (code, "queries as items, by pairs known the other way round" in err) == (0, mirror == "auto")
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1])
+def test_those_that_stood_in_for_queries_are_known_and_no_others(
+    mutual, capsys, tmp_path, monkeypatch, gamma
+):
+    """Most queries are held back, whose pairs are not turned round where nothing is trained anew."""
+    drawn = set()
+
+    def keep(material, config, step):
+        batch = draw_batch(material, config, step)
+        drawn.update(material.split.query_texts[row] for row in batch.queries if row >= material.real)
+        return batch
+
+    monkeypatch.setattr(batches, "draw_batch", keep)
+    train(capsys, mutual, tmp_path / "model", "--mirror", "always", "--gamma", gamma, "--steps", 40,
+          "--validation-fraction", 0.7, "--no-refit")  # fmt: skip
+    training = training_of(tmp_path / "model")
+    assert set(training.hashes(MIRRORED)) == set(hash_texts(plain_texts(sorted(drawn))))
+    assert 0 < len(drawn) < facts_of(tmp_path / "model")["items_as_queries"]
+    index = open_index(mutual / "index")
+    queries = load_split(str(mutual / "data"), "train", index.catalog).query_texts
+    assert set(training.hashes(QUERIES)) == set(hash_texts(plain_texts(queries)))  # held back or not
 
 
 def test_a_memory_knows_that_a_query_goes_with_its_items_where_they_are_trained_on(

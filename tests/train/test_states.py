@@ -1,5 +1,6 @@
 """Which states a step trains on, and that a batch's loss does not depend on how it is cut."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -10,10 +11,12 @@ from novelret.blocks import check_embeddings
 from novelret.data.split import make_split
 from novelret.errors import UserError
 from novelret.label.table import IRRELEVANT, make_table
-from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config
+from novelret.train.config import LIST_OBJECTIVES, TrainConfig, check_config, check_list_size
+from novelret.train.list_step import list_losses
 from novelret.train.matrix import ItemMatrix
 from novelret.train.noise import uniform
 from novelret.train.rewards import load_reward
+from novelret.train.sampler import Key
 from novelret.train.states import BASE, FEEDBACK, POLICY, draw_batch, gather_material, shuffled
 from novelret.train.step import batch_loss
 from tests.rows import from_padded
@@ -357,6 +360,8 @@ def test_bad_settings_each_have_their_line():
             "--negatives 41: more than --depth 40; raise that",
         ),
         ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
+        ({"gamma": 0.99}, "--gamma 0.99: not one of --batch-size 24 states is drawn for what --labels say"),
+        ({"gamma": 0.99, "objective": "swap"}, "--gamma 0.99: not one of --batch-size 24 states is drawn"),
         ({"alpha": 0.6}, "--alpha 0.6 --gamma 0.5: neither may be below 0, nor their sum above 1"),
         ({"window": "1"}, "--window 1: expected two multiples of L"),
         ({"window": "2,1"}, "--window 2,1: the first must be at least 0 and below the second"),
@@ -372,6 +377,36 @@ def test_bad_settings_each_have_their_line():
     ]:
         with pytest.raises(UserError, match=message):
             check_config(config(**changes), N)
+
+
+def test_labels_that_are_drawn_or_not_meant_to_be_are_no_fault():
+    for changes in ({"gamma": 1.0}, {"gamma": 0.97}, {"gamma": 0.99, "objective": "supervised"}):
+        check_config(config(**changes), N)
+
+
+@pytest.mark.parametrize("objective", [*LIST_OBJECTIVES, "pg-ret"])
+def test_a_list_is_no_longer_than_what_a_query_leaves_and_the_draw_takes(objective):
+    """By the draw itself, of a query that leaves 7 of 90 items out."""
+    excluded = torch.arange(7)[None]
+    most = {"swap": 82, "gumbel-threshold": 82}.get(objective, 83)
+    check_list_size(config(objective=objective, list_size=most), N, 7)
+    too_long = config(objective=objective, list_size=most + 1)
+    if objective in ("reinforce", "pg-ret"):
+        check_list_size(too_long, N, 7)
+        return
+    with pytest.raises(
+        UserError, match=f"--list-size {most + 1}: of 90 items a query leaves out 7.*most {most}"
+    ):
+        check_list_size(too_long, N, 7)
+    lists = np.argsort(-(QUERIES[:1].numpy() @ ITEMS.T), axis=1)[:, :DEPTH]
+    none = np.empty(0, dtype=np.int64)
+    split = make_split("train", ["q"], ["x"], none, none, from_padded(excluded.numpy()))
+    labels = make_table(np.zeros(1, dtype=np.int64), np.array([20]), np.array([1]), N)
+    of_one = gather_material(split, lists, L, labels, load_reward("eq7"))
+    for k in (most, most + 1):
+        settings, key = config(objective=objective, list_size=k), Key(0, 0, torch.arange(1))
+        with pytest.raises(UserError, match="items are left") if k > most else contextlib.nullcontext():
+            list_losses(QUERIES[:1], np.zeros(1, dtype=np.int64), of_one, MATRIX, settings, key)
 
 
 def test_bad_item_embeddings_are_refused():

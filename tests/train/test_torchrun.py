@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from novelret.cli import main
 from novelret.errors import UserError
-from novelret.train import processes
+from novelret.progress import Reporter
+from novelret.train import prepare, processes
+from novelret.train.config import TrainConfig
 from novelret.train.sampler import CELL
 from tests.conftest import COLOURS, THINGS, write_jsonl, write_qrels
 from tests.killing import start
@@ -231,6 +233,16 @@ def test_two_processes_give_the_samples_loss_and_weights_of_one(wide, tmp_path, 
             assert np.allclose(theirs[name], tensor, atol=2e-4), name
             moved = max(moved, float(tensor.abs().max()))
     assert moved > 0
+
+
+def test_the_first_process_alone_passes_over_all_items_to_check_them(wide, monkeypatch):
+    checked = []
+    monkeypatch.setattr(prepare, "check_embeddings", lambda items, **_: checked.append(len(items)))
+    config = TrainConfig(str(wide), str(wide / "runs" / "index"), labels=str(wide / "runs" / "labels"))
+    for rank in (1, 0):
+        assert checked == []
+        prepare.open_inputs(config, processes.Processes(rank, 2, "cpu"), Reporter())
+    assert checked == [2 * CELL + 100]
 
 
 def test_each_process_says_what_went_wrong_in_it(monkeypatch, capsys, tmp_path):

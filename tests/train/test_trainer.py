@@ -315,6 +315,8 @@ def test_numbers_that_cannot_be_are_refused_by_name(command, capsys, tmp_path, o
             "--alpha: --objective supervised learns",
         ),
         (("--keep", 1, "--validation-fraction", 0), "--keep: without held-back queries"),
+        (("--batch-size", 1), "--gamma 0.5: not one of --batch-size 1 states is drawn for what --labels say"),
+        (("--objective", "swap", "--list-size", 40), "--list-size 40: of 40 items a query leaves out 0, and"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(command, capsys, tmp_path, given, says):
@@ -743,7 +745,7 @@ def test_a_run_that_gave_up_on_its_judge_asks_no_more_after_a_kill(asking, capsy
         asked = len(server.seen)
     with LoopbackJudge() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        found, err = train(capsys, asking, tmp_path / "broken")
+        _, err = train(capsys, asking, tmp_path / "broken")
         assert server.seen == []
     assert " ".join(err.split()).count(given_up) == 1
     facts = json.loads((tmp_path / "broken" / "manifest.json").read_text())["facts"]
@@ -904,7 +906,10 @@ def test_a_run_does_not_go_on_with_other_judgements_nor_another_reward(
         before = path.read_text()
         path.write_text(before + "\n")
         code, _, err = run(capsys, *asking)
-        assert (code, f"an unfinished run with other settings ({named} '" in " ".join(err.split())) == (2, True)
+        assert (code, f"an unfinished run with other settings ({named} '" in " ".join(err.split())) == (
+            2,
+            True,
+        )
         path.write_text(before)
     assert run(capsys, *asking)[0] == 0
     inputs = json.loads((tmp_path / "model" / "manifest.json").read_text())["inputs"]
@@ -922,7 +927,10 @@ def test_a_run_does_not_go_on_with_another_prompt_under_the_same_name(asking, ca
         assert run(capsys, *asking)[0] == 130
         prompt.write_text('user: is "{item}" for "{query}"\n')
         code, _, err = run(capsys, *asking)
-    assert (code, "an unfinished run with other settings (prompt file '" in " ".join(err.split())) == (2, True)
+    assert (code, "an unfinished run with other settings (prompt file '" in " ".join(err.split())) == (
+        2,
+        True,
+    )
 
 
 def test_a_log_line_that_a_kill_cut_short_is_dropped(tmp_path):
