@@ -7,9 +7,10 @@ FOLDER is in BEIR's layout with qrels/train.tsv and qrels/test.tsv, judgements.t
 Of every method a residual adapter on the deployed query encoder is tuned, with the same number of queries
 embedded (steps × batch 128). The default's has a memory in front, and what it chose it trains anew on all
 queries: "default-no-refit", "default-adapter" (neither), "supervised-memory", "supervised-refit" and
-"conservative-refit" show what these are worth; "default-inclusion" contrasts with the policy's own list
-instead of the deployed one, a quarter of its batch being feedback pairs; "default-catalog" and
-"supervised-catalog" contrast feedback pairs with random items. The learning rate of the others' methods is
+"conservative-refit" show what these are worth; "supervised-judged-noes" contrasts pairs with what labels call
+irrelevant, "judged-noes-as-default" too, with all else of the default; "default-inclusion" contrasts with the
+policy's own list instead of the deployed one, a quarter of its batch being feedback pairs; "default-catalog"
+and "supervised-catalog" contrast feedback pairs with random items. The learning rate of the others' methods is
 chosen from one grid on queries held back from the train split (seed 1000, not used later), our own are run as
 they come.
 Then each seed trains at that rate and is measured on the test split: at the checkpoint that its own held-back
@@ -66,6 +67,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised-judged": NAMED | {"objective": "supervised-judged"},
     "supervised-judged-hard": NAMED | {"objective": "supervised-judged", "hard_negatives": 5},
     "supervised-judged-noes": NAMED | {"objective": "supervised-judged", "judged_negatives": 20},
+    # The default in all but its loss.
+    "judged-noes-as-default": {"objective": "supervised-judged", "judged_negatives": 20, "tune": "memory"},
     "conservative": NAMED | {"objective": "pg-ret", "loss": "conservative"},
     "aggressive": NAMED | {"objective": "pg-ret", "loss": "aggressive"},
     "reinforce": NAMED | {"objective": "reinforce"},
@@ -88,8 +91,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "default": {"objective": "pg-ret", "tune": "memory"},
     "whole-encoder": {"objective": "pg-ret", "tune": "full", "refit": False},
 }
-# Half an hour a run on a CPU, and at rates of its own: --rates 5e-5.
-ON_REQUEST = ("whole-encoder",)
+# Half an hour a run on a CPU, and at rates of its own, --rates 5e-5; and as long as the default, at its 1e-3.
+ON_REQUEST = ("whole-encoder", "judged-noes-as-default")
 # An exact draw of lists from the whole catalog makes a step of the first two cost ten times another's.
 FIRST_L_ONLY = ("reinforce", "v-pg", "supervised-memory", "supervised-refit", "conservative-refit")
 OURS = "default"
