@@ -10,9 +10,9 @@ queries: "default-no-refit", "default-adapter" (neither), "supervised-memory", "
 "conservative-refit" show what these are worth; "supervised-judged-noes" contrasts pairs with what labels call
 irrelevant, "judged-noes-as-default" too, with all else of the default; "default-inclusion" contrasts with the
 policy's own list instead of the deployed one, a quarter of its batch being feedback pairs; "default-catalog"
-and "supervised-catalog" contrast feedback pairs with random items. The learning rate of the others' methods is
-chosen from one grid on queries held back from the train split (seed 1000, not used later), our own are run as
-they come.
+and "supervised-catalog" contrast feedback pairs with random items. The learning rate of the others' methods
+is chosen from one grid on queries held back from the train split (seed 1000, not used later), our own are run
+as they come.
 Then each seed trains at that rate and is measured on the test split: at the checkpoint that its own held-back
 queries choose without any loss of recall, and, at the first L, at equal recall: where the line through its
 checkpoints has most relevant novel items at no less than the deployed model's recall on the test split. That
