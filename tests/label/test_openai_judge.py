@@ -24,7 +24,7 @@ import pytest
 from novelret.artifacts import Manifest, put_aside
 from novelret.build import IndexConfig, build_index
 from novelret.cli import main
-from novelret.endpoint import check_key, may_be_answered
+from novelret.endpoint import check_key, hide_secrets, may_be_answered
 from novelret.label import judge, label
 from novelret.label import questions as questions_module
 from novelret.label.asking import spent_on
@@ -688,6 +688,47 @@ def test_a_stopped_run_goes_on_with_a_higher_cap(arguments, tmp_path, capsys, mo
         assert (code, "exists already" in err) == (2, True)
         assert set(server.billed.values()) == {1}
         assert {path.name for path in tmp_path.glob("labels*")} == {"labels"}
+
+
+def test_what_another_process_went_on_from_meanwhile_is_not_gone_on_from(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    out = ["--out", tmp_path / "labels"]
+    with LoopbackJudge() as server:
+        assert ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 40)[0] == 0
+        prepare = label._prepare
+
+        def slowly(*given):  # and the same command, started twice, is through meanwhile
+            monkeypatch.setattr(label, "_prepare", prepare)
+            assert ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 60)[0] == 0
+            return prepare(*given)
+
+        monkeypatch.setattr(label, "_prepare", slowly)
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 60)
+        assert (code, len(server.seen), len(rows_of(tmp_path / "labels"))) == (2, 60, 60), err
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *out, "--max-requests", 61)
+        assert (code, len(server.seen)) == (0, 61), err
+
+
+def test_a_source_that_is_named_twice_counts_once(arguments, tmp_path, capsys, monkeypatch):
+    more = ["--from", "base-top", "--from", "base-top", "--per-query", 2, "--out", tmp_path / "labels"]
+    with LoopbackJudge() as server:
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["sources"], facts["pairs"]) == (0, {"base-top": 40}, 40), err
+
+
+def test_a_short_key_is_hidden_where_it_is_a_word(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "e")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert hide_secrets("the model does not exist, key: e") == "the model does not exist, key: ***"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert KEY not in hide_secrets(f"Bearer{KEY}s")
+
+
+@pytest.mark.parametrize("model", ["gpt-5-mini", "openai/gpt-5-mini", "azure/openai/o3"])
+def test_reasoning_models_are_known_behind_their_makers_name(model):
+    assert endpoint.parameters_for(model, 5) == {"max_completion_tokens": 2_005}
+    assert endpoint.parameters_for("openai/gpt-4o-mini", 5) == {"temperature": 0, "max_tokens": 5}
 
 
 def test_a_higher_cap_in_dollars_goes_on(arguments, tmp_path, capsys, monkeypatch):
