@@ -9,6 +9,7 @@ import codecs
 import errno
 import io
 import os
+import sqlite3
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -22,6 +23,8 @@ from novelret.errors import UserError
 from novelret.progress import shown
 
 _INTERRUPTED = "interrupted; what is finished is kept, the same command goes on from there"
+
+_STORES = "it is --store, NOVELRET_STORE or NOVELRET_EMBEDDINGS, else ~/.cache/novelret"
 
 app = typer.Typer(
     name="novelret",
@@ -65,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when done, 2 when the user's input is wrong, 3 when batches are left under way (--no-wait), 130 when
-        interrupted, 1 for anything else.
+        0 when done or stopped at a cap, 1 when a judge was given up before all was asked, 2 when the user's
+        input is wrong, 3 when batches are left under way (--no-wait), 130 when interrupted, 1 for anything
+        else.
     """
     for stream in (sys.stdout, sys.stderr):  # one that cannot show a sign shows another
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
@@ -85,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, 130)
     except Exception as error:
+        if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError) and not _disk_is_full(error):
+            return _fail(f"a store of answers or embeddings cannot be used ({error}); {_STORES}", 2)
         if not _disk_is_full(error):
             raise
         where = getattr(error, "filename", None) or "the output"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from novelret.artifacts import read_manifest
 from novelret.cli.label import render_plan
 from novelret.cli.options import (
     JUDGE,
@@ -147,6 +148,7 @@ def evaluate(
     cuts = parse_cuts(k)
     from novelret.evaluate.config import EvalConfig
     from novelret.evaluate.evaluate import evaluate_models, plan_judging, result_of
+    from novelret.label.asking import gave_up
 
     values = settings_among(arguments, EvalConfig)
     values |= {"index": joined(index), "models": tuple(models or ()), "runs": tuple(runs or ()), "k": cuts}
@@ -163,6 +165,8 @@ def evaluate(
         raise leave_batches("report", waiting, as_json=as_json) from None
     result = {**result_of(evaluation), "report": str(out / "report.html")}
     show_result(result, as_json=as_json, render=lambda console: render(console, evaluation, out))
+    if gave_up(read_manifest(out, "report").facts["asked"]):
+        raise typer.Exit(1)
 
 
 def parse_cuts(text: str) -> tuple[int, ...]:

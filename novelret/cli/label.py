@@ -128,6 +128,7 @@ def label(
 
     from novelret.errors import BatchesUnderWay, UserError
     from novelret.label import label as stage
+    from novelret.label.asking import gave_up
 
     # The libraries' million objects stay; going through them again and again would double the time per pair.
     gc.freeze()
@@ -146,6 +147,8 @@ def label(
     show_result(
         {"labels": str(out), **facts}, as_json=as_json, render=lambda console: _render(console, out, facts)
     )
+    if gave_up(facts):
+        raise typer.Exit(1)
 
 
 def _render(console: Console, out: Path, facts: dict[str, Any]) -> None:

@@ -175,11 +175,15 @@ _NOT_OF_THE_OUTPUT = {
 }  # fmt: skip
 
 
-def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
-    """Whether an output stopped at a cap that the recipe has raised since; its stage then goes on."""
+def _is_to_go_on(out: Path, options: dict[str, Any]) -> bool:
+    """Whether an output stopped at a cap that the recipe has raised since, or before all was asked."""
+    from novelret.label.asking import gave_up
+
     before = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     facts = before.get("facts") or {}
     of_asking = facts.get("asked") if before.get("kind") == "report" else facts
+    if gave_up(of_asking):
+        return True
     stopped = str((of_asking or {}).get("stopped") or "")
     caps = [(name, before["config"].get(name.replace("-", "_"))) for name in _CAPS if f"--{name} " in stopped]
     return any(then is not None and (options.get(name) or math.inf) > then for name, then in caps)
@@ -188,7 +192,7 @@ def _cap_was_raised(out: Path, options: dict[str, Any]) -> bool:
 def _output_there(options: dict[str, Any]) -> Path | None:
     """A stage's output where it lies there, and is not to be gone on with."""
     out = None if options.get("out") is None else Path(options["out"])
-    return out if out is not None and out.exists() and not _cap_was_raised(out, options) else None
+    return out if out is not None and out.exists() and not _is_to_go_on(out, options) else None
 
 
 def _check_inputs(stage: str, out: Path, file: Path, ran: str | None) -> None:

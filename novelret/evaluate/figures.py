@@ -17,7 +17,7 @@ from novelret.evaluate.significance import (
     holm,
     randomization_tests,
 )
-from novelret.label.table import UNKNOWN, LabelTable
+from novelret.label.table import IRRELEVANT, UNKNOWN, LabelTable
 from novelret.progress import Reporter
 
 
@@ -199,6 +199,11 @@ def human_corrections(
     ]
     fewest, _, figure = min(counts)
     uneven = [name for name, of in lists.items() if is_uneven(of.rows, top, people)]
+    if not (people.verdicts == IRRELEVANT).any():
+        report.warn(
+            f"{config.human}: calls no pair irrelevant, as clicks and qrels often do not; a sample that "
+            "people labelled holds noes, too, and without them the corrected figures are far too high"
+        )
     if uneven:
         report.warn(
             f"{config.human}: in the lists of {', '.join(uneven)}, novel and other items are not labelled at "

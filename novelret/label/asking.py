@@ -193,7 +193,7 @@ def ask_and_write(
         reason = next(iter(tally.failed.values()))
         raise UserError(
             f"{judge.name}: not one of {len(tally.failed):,} questions got an answer (for instance: "
-            f"{reason}); see to that and run the same command again"
+            f"{reason}); see to that, and to OPENAI_BASE_URL, and run the same command again"
         )
     if tally.stopped and tally.stopped != readings.hopeless and not judged and not may_be_empty:
         fault = f" (the last fault: {tally.fault})" if tally.fault else ""
@@ -227,6 +227,12 @@ def ask_and_write(
     }
     _report(report, tally, facts, len(candidates) - judged, send=send)
     return facts
+
+
+def gave_up(facts: dict[str, Any] | None) -> bool:
+    """Whether an asking ended before all was asked, and not at a cap of the user's, by its facts."""
+    stopped = str((facts or {}).get("stopped") or "")
+    return stopped != "" and not stopped.startswith("--")
 
 
 def say_failed(facts: dict[str, Any]) -> str:
@@ -380,15 +386,14 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             f"{facts['queries']:,} queries have some that are. Run again{with_more} to go on"
         )
     if tally.failed:
-        report.warn(
-            f"{say_failed(facts)}; they are listed in failures.jsonl. "
-            "Run again with --force to ask these alone"
-        )
+        again = "The same command" if tally.stopped else "Run again with --force to ask these alone"
+        again += " asks these again, too" if tally.stopped else ""
+        report.warn(f"{say_failed(facts)}; they are listed in failures.jsonl. {again}")
     if facts["verdicts"]["unusable"]:
         shown = ", ".join(
             repr(text[:120]) if text else "no text at all" for text in facts["unusable_examples"]
         )
         report.warn(
             f"{facts['verdicts']['unusable']} answers are not usable, for instance {shown}; another "
-            "--answer reads them in another way for free, --retry-unusable asks them again alone"
+            "--answer reads them in another way for free, --force --retry-unusable asks them again alone"
         )

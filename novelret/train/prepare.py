@@ -264,6 +264,11 @@ def _check_rewards(config: TrainConfig, material: Material) -> None:
         return
     draws_labelled = config.beta > 0 and config.draw != "plain" and config.objective not in LIST_OBJECTIVES
     without = ""
+    if config.label_folders and not len(material.labels):
+        raise UserError(
+            f"--labels: hold no pair of the {len(material.split):,} training queries of split "
+            f"{config.split}; were they made for another --split or --data?"
+        )
     if config.judge is not None or config.objective == "supervised-judged":
         if not draws_labelled:
             return

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import typer
 import yaml
 
 from novelret import recipe
-from novelret.artifacts import Manifest, write_manifest
+from novelret.artifacts import Manifest, read_manifest, write_manifest
 from novelret.cli import app, main
 from novelret.cli.recipe import _check_inputs
 from novelret.errors import UserError
@@ -275,3 +276,13 @@ def test_a_raised_cap_goes_on_and_what_follows_is_made_again(
         shutil.rmtree("model")
         for _ in range(2):
             assert main(again) == 0, capsys.readouterr().err
+        # A judge that was given up midway ends the recipe, which goes on from there.
+        shutil.rmtree("model")
+        shutil.rmtree("labels")
+        server.always = "400"
+        more = [*again, "--set", "label.depth=20", "--set", f"label.{cap}=1000"]
+        assert main(more) == 1, capsys.readouterr().err
+        assert not Path("model").exists()
+        server.always = None
+        assert main(more) == 0, capsys.readouterr().err
+        assert read_manifest(Path("labels"), "labels").facts["stopped"] is None

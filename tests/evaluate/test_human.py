@@ -128,6 +128,7 @@ def test_a_sample_of_other_lists_is_noticed():
 @pytest.mark.parametrize(("labels", "relevant", "told"), [
     (250, 30, ""),
     (250, 29, "people call only 29 of the pairs relevant that"),
+    (250, 250, "people.tsv: calls no pair irrelevant, as clicks and qrels often do not"),
     (199, 30, "only 199 human labels fall on"),
 ])  # fmt: skip
 def test_intervals_from_few_labels_or_few_relevant_ones_are_said_to_be_too_narrow(labels, relevant, told):

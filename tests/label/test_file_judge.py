@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -69,6 +70,25 @@ def test_lines_that_contradict_each_other_are_told(world, index_folder, tmp_path
     code, _, err = run(capsys, *command, "--out", tmp_path / "labels")
     assert code == 0
     assert "1 pair called relevant in one line and irrelevant in another; the last line counts" in err
+
+
+def test_queries_that_a_file_says_nothing_of_are_told_where_that_makes_noes(
+    world, index_folder, tmp_path, capsys
+):
+    lines = (world / "judgements.tsv").read_text().splitlines()
+    first = lines[1].split("\t")[0]
+    (tmp_path / "part.tsv").write_text(
+        "\n".join(line for line in lines if line.startswith(first + "\t")) + "\n"
+    )
+    command = ["label", "--data", world, "--index", index_folder, "--judge", f"file:{tmp_path}/part.tsv",
+               "--base-depth", 3, "--depth", 12]  # fmt: skip
+    code, _, err = run(capsys, *command, "--missing", "irrelevant", "--out", tmp_path / "a")
+    assert (code, re.search(r"has no line for \d+ of \d+ queries; by --missing irrelevant", err) is None) == (
+        0,
+        False,
+    )
+    code, _, err = run(capsys, *command, "--out", tmp_path / "b")
+    assert (code, "has no line for" in err) == (0, False)
 
 
 def test_a_list_of_relevant_pairs_alone_is_asked_what_the_others_are(result):

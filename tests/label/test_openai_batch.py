@@ -334,7 +334,7 @@ def test_a_cancelled_batch_ends_the_asking(ask, monkeypatch):
         assert ask(server, "--no-wait")[1]["requests_under_way"] == 100
         server.batches["batch_0"] |= {"status": "in_progress", "fault": "cancelled", "due": 0}
         code, facts, err = ask(server)
-        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 50, 50, 1), err
+        assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (1, 50, 50, 1), err
         assert facts["stopped"] == "batch batch_0 was cancelled at the endpoint"
         assert "was cancelled at the endpoint; 70 pairs are not judged" in " ".join(err.split())
         server.batch_delay = 0
@@ -344,7 +344,7 @@ def test_a_cancelled_batch_ends_the_asking(ask, monkeypatch):
     monkeypatch.setattr(openai_batch, "MAX_REQUESTS", 50)
     with LoopbackJudge(batch_faults=["cancelled"], batch_delay=0.1) as server:  # the others are collected
         code, facts, err = ask(server, "--depth", 15, out="b")
-        assert (code, facts["requests"], sizes_of(server)) == (0, 95, [50, 50, 20]), err
+        assert (code, facts["requests"], sizes_of(server)) == (1, 95, [50, 50, 20]), err
         assert facts["stopped"] == "batch batch_0 was cancelled at the endpoint"
 
 
@@ -360,7 +360,7 @@ def test_what_went_wrong_with_another_runs_batch_is_told_to_that_run(ask, fault)
         elif fault == "crowded":
             assert (code, facts["pairs"], sizes_of(server)) == (0, 120, [120, 120, 60, 60]), err
         else:
-            assert (code, facts["pairs"], facts["stopped"] is None) == (0, 60, False), err
+            assert (code, facts["pairs"], facts["stopped"] is None) == (1, 60, False), err
 
 
 def test_questions_of_another_runs_refused_batch_are_asked(ask):

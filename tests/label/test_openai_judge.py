@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -250,7 +251,7 @@ def test_an_endpoint_that_asks_for_an_hour_stops_the_asking(arguments, tmp_path,
     with LoopbackJudge([None] * 20, always="429-for-an-hour") as server:
         more = ["--concurrency", 1, "--out", tmp_path / "a"]
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
-        assert (code, facts["pairs"]) == (0, 20), err
+        assert (code, facts["pairs"]) == (1, 20), err
         assert "stopped: the endpoint asks to wait 60 minutes; 100 pairs are not judged" in " ".join(
             err.split()
         )
@@ -429,7 +430,7 @@ def test_an_endpoint_that_answers_nothing_is_left_alone(arguments, tmp_path, cap
         server.faults.extend(["400"] * 120)
         more = ["--depth", 39, "--out", tmp_path / "deeper"]
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
-        assert (code, facts["pairs"]) == (0, 120)
+        assert (code, facts["pairs"]) == (1, 120)
         assert "50 questions in a row got no answer" in err
         server.faults.clear()
         code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
@@ -508,7 +509,7 @@ def test_an_endpoint_that_dies_midway_ends_the_asking_and_not_the_questions(
         out = ["--concurrency", "4", "--out", str(tmp_path / "labels")]
         code = main([*arguments, *out])
         err = capsys.readouterr().err
-        assert (code, len(rows_of(tmp_path / "labels"))) == (0, 30), err
+        assert (code, len(rows_of(tmp_path / "labels"))) == (1, 30), err
         assert err.count("; trying again") == 1
         assert re.search(r"no answer for \d+ s: InternalServerError", err)
         assert f"stopped: {server.url} has answered nothing for " in err
@@ -543,6 +544,35 @@ def test_what_is_answered_may_be_claimed_by_others(tmp_path):
                 asking.receive(question, "Yes", None)
             next(given)
             assert theirs.take([question.key for question in first]) == {q.key for q in first[:30]}
+
+
+def test_a_time_that_is_too_short_each_time_is_not_kept_to(arguments, tmp_path, capsys, monkeypatch):
+    with LoopbackJudge([None], always="503-retry-after") as server:
+        monkeypatch.setattr(judge_module, "_FIRST_WAIT", 0.2)
+        monkeypatch.setattr(judge_module, "_PATIENCE", 3.0)
+        more = ["--concurrency", 1, "--out", tmp_path / "labels"]
+        code, facts, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, facts["pairs"]) == (1, 1), err
+        assert len(server.seen) < 20  # of 60 that the times would allow
+
+
+@pytest.mark.parametrize("harm", ["locked", "damaged"])
+def test_a_store_that_fails_is_one_line(arguments, tmp_path, capsys, monkeypatch, harm):
+    monkeypatch.setattr("novelret.database._WAIT", 0.1)
+    path = tmp_path / "store.sqlite"
+    with LoopbackJudge() as server, contextlib.ExitStack() as stack:
+        assert ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "a")[0] == 0
+        if harm == "locked":
+            holder = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+            holder.execute("BEGIN IMMEDIATE")
+        else:
+            data = bytearray(path.read_bytes())
+            data[4_096:] = b"x" * (len(data) - 4_096)
+            path.write_bytes(data)
+        more = ["--out", tmp_path / "b", "--depth", 12]
+        code, _, err = ask(capsys, server, monkeypatch, arguments, *more)
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert "--store" in err
 
 
 def test_a_full_disk_stops_the_spending(arguments, tmp_path, capsys, monkeypatch):
@@ -1020,7 +1050,7 @@ def test_answers_that_turn_useless_stop_the_asking(arguments, tmp_path, capsys, 
     with LoopbackJudge([None] * 20 + ["refusal"] * 100) as server:
         more = ["--out", tmp_path / "labels", "--concurrency", 1]
         code, facts, _ = ask(capsys, server, monkeypatch, arguments, *more)
-        assert (code, len(server.seen)) == (0, 50)
+        assert (code, len(server.seen)) == (1, 50)
         assert facts["stopped"].startswith("but for 20, none of the last 50 answers is usable")
         assert (facts["verdicts"]["unusable"], facts["pairs"]) == (30, 50)
 

@@ -629,6 +629,12 @@ def test_a_file_judge_rewards_policy_states(command, world, capsys, tmp_path):
     assert all(line["unknown/policy"] == 0 for line in log_of(tmp_path / "with"))
 
 
+def test_labels_of_another_split_are_told_as_such(command, capsys, tmp_path):
+    code, _, err = run(capsys, *command, *ADAPTER, "--split", "test", "--out", tmp_path / "model")
+    assert code == 2
+    assert "queries of split test; were they made for another --split or --data?" in " ".join(err.split())
+
+
 def test_without_a_relevant_label_a_judge_needs_a_draw_of_something_else(command, capsys, tmp_path, world):
     at = command.index("--labels")
     bare = [*command[:at], *command[at + 2 :], *ADAPTER, "--gamma", 0.25, "--judge",

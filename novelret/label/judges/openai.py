@@ -45,6 +45,7 @@ _ROOM = 0.02  # seconds until the caps are looked at again
 _OTHERS = 0.2  # seconds until what other processes are asking is looked at again
 _AT_ONCE = 32  # questions claimed in one go
 _HOPELESS = 50  # questions in a row without an answer: something is wrong with all of them
+_IN_VAIN = 5  # waves of refusals, each after the time that the one before named
 _DEAD_AFTER = 20.0  # seconds of nothing but faults from an endpoint that never answered at all
 _GONE_AFTER = 300.0  # from one that did: time to start a server anew
 _TELL_AFTER = 10.0  # seconds of such faults that are told
@@ -463,10 +464,12 @@ async def _ask(asking: _Asking, client: AsyncOpenAI, question: Question, tokens:
         if not fault.later:
             await _sleep_until(asking, clock() + (fault.silence or _pause(attempt)))
             continue
-        if fault.silence is None:
-            asking.pace.narrow(sent, clock())
+        asking.pace.narrow(sent, clock(), names_a_time=fault.silence is not None)
         # The next slot is after it, for everybody. Turns that are waited for do not count as put off.
-        pause = fault.silence or _pause(max(1, asking.pace.refusals))
+        refusals = max(1, asking.pace.refusals)
+        pause = fault.silence or _pause(refusals)
+        if refusals > _IN_VAIN:  # the time that it names is too short
+            pause = max(pause, _pause(refusals - _IN_VAIN))
         put_off += pause
         asking.pace.refuse(clock(), pause)
 

@@ -18,7 +18,7 @@ class Pace:
         tpm: tokens per minute, prompt and longest answer together, as endpoints count them.
         silent_until: time before which the endpoint asked for silence.
         width: requests that may be under way at once, as far as the endpoint has let that be known.
-        refusals: waves of refusals since the last answer that named no time to wait.
+        refusals: waves of refusals since the last answer.
     """
 
     def __init__(self, rpm: float | None = None, tpm: float | None = None, widest: int = 1) -> None:
@@ -52,18 +52,20 @@ class Pace:
             self._silent_since = now
         self.silent_until = max(self.silent_until, self._silent_since + silence)
 
-    def narrow(self, sent: float, now: float) -> None:
-        """Take note of a refusal that names no time to wait: fewer requests may be under way at once.
+    def narrow(self, sent: float, now: float, *, names_a_time: bool = False) -> None:
+        """Take note of a refusal; where it names no time to wait, fewer requests may be under way at once.
 
         Args:
             sent: when the request went out; those that were under way when another was refused say nothing
                 new.
             now: on the same clock.
+            names_a_time: whether the endpoint says how long to wait.
         """
         if sent >= self._narrowed:
             self._narrowed = now
             self.refusals += 1
-            self.width = max(1.0, self.width / 2)
+            if not names_a_time:
+                self.width = max(1.0, self.width / 2)
 
     def widen(self) -> None:
         """Take note of an answer: after as many as are under way, one more may be."""
