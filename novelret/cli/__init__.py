@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when done or stopped at a cap, 1 when a judge was given up before all was asked, 2 when the user's
+        0 when done or stopped at a cap, 1 when a judge did not get to answer all of it, 2 when the user's
         input is wrong, 3 when batches are left under way (--no-wait), 130 when interrupted, 1 for anything
         else.
     """

@@ -103,7 +103,7 @@ def test_what_lies_in_a_batch_is_not_asked_directly(ask, tmp_path):
     with LoopbackJudge(batch_delay=60) as server:
         ask(server, "--no-wait", out="batch")
         code, facts, err = ask(server, "--judge", "openai:tiny", "--depth", 11)
-        assert (code, facts["pairs"], facts["requests"], len(server.seen)) == (0, 40, 40, 40), err
+        assert (code, facts["pairs"], facts["requests"], len(server.seen)) == (1, 40, 40, 40), err
         assert "120 questions lie in batches under way, to be collected by the command" in " ".join(
             err.split()
         )
@@ -133,7 +133,8 @@ def test_what_is_asked_directly_lies_in_no_batch(ask, arguments, tmp_path):
             time.sleep(0.002)
         code, facts, err = ask(server)
         process.join()
-        assert (code, process.exitcode) == (0, 0), err + (tmp_path / "log").read_text()
+        # What the batch holds by then is left to it; then the direct labels are not whole.
+        assert (code, process.exitcode in (0, 1)) == (0, True), err + (tmp_path / "log").read_text()
         assert (facts["pairs"], len(server.billed), len(server.batches)) == (120, 120, 1)
         assert set(server.billed.values()) == {1}
 
