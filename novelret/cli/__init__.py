@@ -89,12 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, 130)
     except Exception as error:
-        if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError) and not _disk_is_full(error):
+        if _disk_is_full(error):
+            where = getattr(error, "filename", None) or "the output"
+            return _fail(f"{where}: no space left on the device; free some and run again", 2)
+        if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
             return _fail(f"a store of answers or embeddings cannot be used ({error}); {_STORES}", 2)
-        if not _disk_is_full(error):
-            raise
-        where = getattr(error, "filename", None) or "the output"
-        return _fail(f"{where}: no space left on the device; free some and run again", 2)
+        raise
     return 0
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from novelret.artifacts import read_manifest
 from novelret.cli.label import render_plan
 from novelret.cli.options import (
     JUDGE,
@@ -165,7 +164,7 @@ def evaluate(
         raise leave_batches("report", waiting, as_json=as_json) from None
     result = {**result_of(evaluation), "report": str(out / "report.html")}
     show_result(result, as_json=as_json, render=lambda console: render(console, evaluation, out))
-    if gave_up(read_manifest(out, "report").facts["asked"]):
+    if gave_up(evaluation.asked):
         raise typer.Exit(1)
 
 

@@ -99,7 +99,7 @@ def read_split_blocks(data: str, split: str) -> Iterator[pa.RecordBatch]:
     Raises:
         UserError: as above.
     """
-    yield from (
+    return (
         read_qrels_blocks(_qrels_file(data, split)) if is_folder(data) else _blocks(read_qrels(data, split))
     )
 

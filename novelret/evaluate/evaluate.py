@@ -85,6 +85,7 @@ class Evaluation:
         pairs: tests between the models compared, on the main metrics.
         judge: who judged, or None.
         judged: share of judged items among all places of the lists; None without a judge.
+        asked: what came of asking the judge, as `ask_and_write` says it; None where nothing was asked.
         inputs: fingerprints of everything that went in.
         out: the REPORT folder.
         models: model name → its folder.
@@ -106,6 +107,7 @@ class Evaluation:
     pairs: list[PairTest]
     judge: str | None
     judged: float | None
+    asked: dict[str, Any] | None
     inputs: dict[str, str]
     out: Path
     models: dict[str, str]
@@ -172,6 +174,7 @@ def evaluate_models(
             ),
             judge=config.judge,
             judged=judged,
+            asked=asked,
             inputs=gathered.inputs,
             out=out,
             models=gathered.models,

@@ -80,7 +80,8 @@ def export_model(
 
         difference, keys = write_arrays(encoder, model, out, report)
     else:
-        identity = fingerprint_of(form, encode.fingerprint_encoder(encoder))
+        exported = encode.fingerprint_encoder(encoder)
+        identity = fingerprint_of(form, exported)
         with open_output(out, identity, force=force) as folder:
             if form == "onnx":
                 from novelret.export.onnx import write_onnx
@@ -94,9 +95,8 @@ def export_model(
                 facts["training"] = training.facts()
                 for name in (QUERIES, MIRRORED):
                     np.save(folder / name, training.hashes(name))
-            inputs = {"model": encode.fingerprint_encoder(encoder)}
             settings = {"model": str(model), "format": form}
-            write_manifest(folder, Manifest("export", settings, inputs, identity, facts))
+            write_manifest(folder, Manifest("export", settings, {"model": exported}, identity, facts))
     return Exported(out, form, int(encoder.get_embedding_dimension() or 0), difference, keys)
 
 

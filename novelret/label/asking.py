@@ -386,9 +386,12 @@ def _report(report: Reporter, tally: Tally, facts: dict[str, Any], without: int,
             f"{facts['queries']:,} queries have some that are. Run again{with_more} to go on"
         )
     if tally.failed:
-        again = "The same command" if tally.stopped else "Run again with --force to ask these alone"
-        again += " asks these again, too" if tally.stopped else ""
-        report.warn(f"{say_failed(facts)}; they are listed in failures.jsonl. {again}")
+        how = (
+            "The same command asks these again, too"
+            if tally.stopped
+            else "Run again with --force to ask these alone"
+        )
+        report.warn(f"{say_failed(facts)}; they are listed in failures.jsonl. {how}")
     if facts["verdicts"]["unusable"]:
         shown = ", ".join(
             repr(text[:120]) if text else "no text at all" for text in facts["unusable_examples"]

@@ -58,12 +58,13 @@ def file_table(
         raise UserError(
             f"{path}: no line is about the split's {len(query_ids)} queries; is it the right file?"
         )
-    without = len(query_ids) - len(np.unique(queries))
-    if report is not None and missing == "irrelevant" and without:
-        report.warn(
-            f"{path}: has no line for {without:,} of {len(query_ids):,} queries; by --missing irrelevant "
-            "nothing is relevant to these"
-        )
+    if report is not None and missing == "irrelevant":
+        without = int((np.bincount(queries, minlength=len(query_ids)) == 0).sum())
+        if without:
+            report.warn(
+                f"{path}: has no line for {without:,} of {len(query_ids):,} queries; by --missing irrelevant "
+                "nothing is relevant to these"
+            )
     known = rows >= 0
     unknown = int((~known).sum())
     if report is not None and unknown:
