@@ -48,6 +48,7 @@ class LoopbackJudge:
     "expired" and "cancelled" (every second request has no answer), "errors" (every third is refused, every third
     fails), "crowded" (refused as a whole, for now), "bad" (refused for good), "create-cut" (made, but the connection
     breaks), "create-500" (not made), "create-refused" (not made, for good), "look-500" (the first look at it fails).
+    Without `batches`, there is nothing at their paths.
     A batch is crowded, too, where more requests than `room` would lie in batches with it. The first times that a file is asked
     for it breaks off as if that were all of it, "in" a line or "after" one as `cut_files` says; the first
     `html_pages` times that a batch is, there comes a page of HTML.
@@ -64,6 +65,7 @@ class LoopbackJudge:
         tells: bool = False,
         always: str | None = None,
         at_once: int | None = None,
+        batches: bool = True,
     ) -> None:
         self.at_once, self.under_way = at_once, 0
         self.always, self.delivered = always, 0
@@ -75,6 +77,7 @@ class LoopbackJudge:
         self.room = math.inf
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
+        self.has_batches = batches
         self.delay = delay
         self.cut_files: deque[str] = deque()
         self.html_pages = 0
@@ -205,6 +208,9 @@ class LoopbackJudge:
         data = request.rfile.read(int(request.headers["Content-Length"]))
         with self.lock:
             self.authorization.add(request.headers["Authorization"])
+        if not self.has_batches:
+            send(request, 404, json.dumps({"error": {"message": "no such path"}}))
+            return
         if request.path.endswith("/files"):
             message = email.message_from_bytes(
                 b"Content-Type: " + request.headers["Content-Type"].encode() + b"\r\n\r\n" + data
@@ -248,7 +254,9 @@ class LoopbackJudge:
         """GET /batches, /batches/ID and /files/ID/content."""
         url = urlsplit(request.path)
         words = url.path.split("/")
-        if words[-1] == "content" and words[-2] not in self.files:
+        if not self.has_batches:
+            send(request, 404, json.dumps({"error": {"message": "no such path"}}))
+        elif words[-1] == "content" and words[-2] not in self.files:
             send(request, 404, json.dumps({"error": {"message": "no such file"}}))
         elif words[-1] == "content" and self.cut_files:
             data = self.files[words[-2]]

@@ -19,7 +19,8 @@ CREATE TABLE IF NOT EXISTS submissions (
     requests INTEGER NOT NULL,
     cost REAL NOT NULL,
     time TEXT NOT NULL,
-    run TEXT
+    run TEXT,
+    endpoint TEXT
 );
 CREATE TABLE IF NOT EXISTS spent (
     run TEXT PRIMARY KEY,
@@ -50,6 +51,7 @@ class Submission:
         requests: how many questions.
         cost: dollars that they may cost at most.
         run: who submitted it and pays for it; None for one that an older novelret submitted.
+        endpoint: where it was sent; None for one that an older novelret sent.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Submission:
     requests: int
     cost: float
     run: str | None
+    endpoint: str | None
 
 
 class Spending(NamedTuple):
@@ -84,9 +87,9 @@ class Ledger:
         for statement in _SCHEMA.split(";"):
             store.connection.execute(statement)
         columns = [row[1] for row in store.connection.execute("PRAGMA table_info(submissions)")]
-        if "run" not in columns:  # of an older novelret
+        for name in {"run", "endpoint"} - set(columns):  # the file is of an older novelret
             with contextlib.suppress(sqlite3.OperationalError):  # another process has just added it
-                store.connection.execute("ALTER TABLE submissions ADD COLUMN run TEXT")
+                store.connection.execute(f"ALTER TABLE submissions ADD COLUMN {name} TEXT")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -111,7 +114,7 @@ class Ledger:
     def open(self) -> list[Submission]:
         """All submissions that are not settled."""
         rows = self._store.connection.execute(
-            "SELECT id, batch, requests, cost, run FROM submissions WHERE judge = ? ORDER BY time",
+            "SELECT id, batch, requests, cost, run, endpoint FROM submissions WHERE judge = ? ORDER BY time",
             (self._judge,),
         )
         return [Submission(*row) for row in rows]
@@ -138,8 +141,17 @@ class Ledger:
         time = datetime.now(UTC).isoformat()
         with self._store.transaction() as connection:
             connection.execute(
-                "INSERT INTO submissions VALUES (?, ?, NULL, ?, ?, ?, ?)",
-                (submission.id, self._judge, submission.requests, submission.cost, time, submission.run),
+                "INSERT INTO submissions (id, judge, requests, cost, time, run, endpoint) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    submission.id,
+                    self._judge,
+                    submission.requests,
+                    submission.cost,
+                    time,
+                    submission.run,
+                    submission.endpoint,
+                ),
             )
             connection.executemany(
                 "INSERT INTO asked VALUES (?, ?, 0, NULL) "

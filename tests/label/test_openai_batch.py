@@ -250,6 +250,31 @@ def test_a_kill_around_a_submission_is_made_good(ask, monkeypatch, moment):
         assert len(ours) == 3
 
 
+@pytest.mark.parametrize("made_at", ["here", "elsewhere"])
+def test_a_kill_before_an_endpoint_without_batches_was_reached(ask, monkeypatch, made_at):
+    """Nothing is held for ever there; what may lie at another endpoint is."""
+    real = Ledger.begin
+
+    def killed(self, *arguments):
+        real(self, *arguments)
+        raise KeyboardInterrupt
+
+    with LoopbackJudge(batches=False) as server, LoopbackJudge() as other:
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "begin", killed)
+            assert ask(server if made_at == "here" else other)[0] == 130
+        code, _, err = ask(server)
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        code, facts, _ = ask(server, "--judge", "openai:tiny", "--plan")
+        if made_at == "here":
+            assert f"{server.url} takes no batches" in err and "--judge openai:tiny" in err
+            assert (code, facts["to_ask"]) == (0, 120)
+        else:
+            assert f"were being submitted to {other.url} when that was interrupted" in err
+            assert ask(other)[0] == 0
+            assert set(other.billed.values()) == {1}
+
+
 def test_another_process_that_submits_for_long_is_waited_for(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_LOCK_WAIT", 0.02)
     path = tmp_path / "store.sqlite.lock"
@@ -315,7 +340,7 @@ def test_a_fault_after_a_batch_was_collected_leaves_nothing_unasked(ask, tmp_pat
 
         def sleep(_):
             if "batch_theirs" not in server.batches:
-                other.begin(Submission("theirs", None, 1, 0.0, "their run"), [b"theirs"])
+                other.begin(Submission("theirs", None, 1, 0.0, "their run", None), [b"theirs"])
                 other.record("theirs", "batch_theirs")
                 server.batches["batch_theirs"] = {
                     "id": "batch_theirs", "object": "batch", "status": "in_progress", "due": time.time() + 3600,
@@ -407,10 +432,11 @@ def test_refusals_are_one_line_and_leave_nothing_under_way(ask):
 def test_another_endpoint_does_not_know_the_batch(ask):
     with LoopbackJudge(batch_delay=60) as server:
         ask(server, "--no-wait")
+        first = server.url
     with LoopbackJudge() as server:
         code, _, err = ask(server)
         assert (code, len(err.strip().splitlines())) == (2, 1)
-        assert "does not know batch_0, submitted before with 120 questions" in err
+        assert f"{server.url} does not know batch_0, submitted before to {first} with 120 questions" in err
         # It is in nobody else's way.
         code, facts, err = ask(server, "--prompt", "query-document", out="other")
         assert (code, facts["pairs"], facts["requests"]) == (0, 120, 120), err
@@ -456,7 +482,9 @@ def test_batches_that_an_older_novelret_submitted_are_collected(ask, tmp_path):
     with LoopbackJudge() as server:
         ask(server, "--no-wait")
         with closing(sqlite3.connect(tmp_path / "store.sqlite")) as store:
-            store.executescript("ALTER TABLE submissions DROP COLUMN run; DROP TABLE spent;")
+            store.executescript(
+                "ALTER TABLE submissions DROP COLUMN run; ALTER TABLE submissions DROP COLUMN endpoint; DROP TABLE spent;"
+            )
         code, facts, err = ask(server)
         assert (code, facts["pairs"], facts["requests"], len(server.batches)) == (0, 120, 120, 1), err
 
@@ -671,7 +699,7 @@ def test_room_that_another_process_makes_is_noticed(ask, tmp_path, monkeypatch):
         closing(Store(tmp_path / "store.sqlite")) as store,
     ):
         other = Ledger(store, "openai:tiny")
-        other.begin(Submission("theirs", "batch_theirs", 1, 0.0, "their run"), [b"theirs"])
+        other.begin(Submission("theirs", "batch_theirs", 1, 0.0, "their run", None), [b"theirs"])
         server.batches["batch_theirs"] = {
             "id": "batch_theirs", "object": "batch", "status": "in_progress", "due": time.time() + 3600,
             "metadata": {"novelret": "theirs"}, "fault": None, "made": 0,

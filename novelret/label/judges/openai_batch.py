@@ -222,19 +222,35 @@ def _take_note(run: _Run) -> None:
 
 
 def _batch_of(run: _Run, submission: Submission) -> Batch | None:
-    """A submission's batch as it stands now; None where the endpoint never got it."""
+    """A submission's batch as it stands now; None where the endpoint never got it.
+
+    Raises:
+        UserError: it was sent to another endpoint, or with another account's key.
+    """
+    here = shown_url(str(run.client.base_url))
+    elsewhere = submission.endpoint not in (None, here)
+    where = f" to {submission.endpoint}" if elsewhere else ""
     if submission.batch is not None:
         try:
             return check_reply(run.client.batches.retrieve(submission.batch), Batch)
         except openai.NotFoundError:
             raise UserError(
-                f"openai-batch:{run.model}: this endpoint does not know {submission.batch}, submitted "
-                f"before with {submission.requests:,} questions; use its endpoint and key, or another "
+                f"openai-batch:{run.model}: {here} does not know {submission.batch}, submitted "
+                f"before{where} with {submission.requests:,} questions; use its endpoint and key, or another "
                 "--store to go on without it and what else is stored"
             ) from None
-    batch = _find(run, submission.id)
+    try:
+        batch = _find(run, submission.id)
+    except openai.NotFoundError:  # an endpoint without a Batch API has made none
+        batch = None
     if batch is not None:
         run.ledger.record(submission.id, batch.id)
+    elif elsewhere:
+        raise UserError(
+            f"openai-batch:{run.model}: {submission.requests:,} questions were being submitted{where} when that "
+            f"was interrupted, and {here} has not got them; use that endpoint, or another --store to go on "
+            "without them and what else is stored"
+        )
     return batch
 
 
@@ -464,7 +480,14 @@ class _File:
     def send(self) -> None:
         run = self.run
         if self.keys:
-            submission = Submission(uuid.uuid4().hex, None, len(self.keys), self.cost, run.tally.run)
+            submission = Submission(
+                uuid.uuid4().hex,
+                None,
+                len(self.keys),
+                self.cost,
+                run.tally.run,
+                shown_url(str(run.client.base_url)),
+            )
             run.ledger.begin(submission, self.keys)
             run.claims.give_up(self.keys)  # from here on the ledger says where they are
             run.waiting_for.add(submission.id)
@@ -472,8 +495,14 @@ class _File:
                 batch = self._make_batch(submission.id)
             except openai.APIStatusError as error:
                 # Refused for good: nothing of it is under way. Other faults leave that open.
-                if not isinstance(error, PASSING):
-                    run.ledger.drop(submission.id)
+                if isinstance(error, PASSING):
+                    raise
+                run.ledger.drop(submission.id)
+                if isinstance(error, openai.NotFoundError):
+                    raise UserError(
+                        f"openai-batch:{run.model}: {submission.endpoint} takes no batches "
+                        f"({hide_secrets(str(error))}); without a Batch API use --judge openai:{run.model}"
+                    ) from None
                 raise
             run.ledger.record(submission.id, batch.id)
         run.tally.under_way.clear()  # the ledger knows them
