@@ -1,4 +1,4 @@
-"""Query-keyword logs: query, keyword and count, tab-separated; a first line without a number is a header."""
+"""Query-keyword logs: query, keyword and count, tab-separated; a first line without a count is a header."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from novelret.convert.draw import SPLITS, Draw, check_sizes
 from novelret.convert.pairs import item_id_of, query_id_of
 from novelret.convert.writer import Converted, Hashes, columns_of, converted, open_writer
-from novelret.data.source import read_lines
+from novelret.data.source import is_header, read_lines
 from novelret.errors import UserError
 from novelret.progress import Reporter
 
@@ -93,11 +93,11 @@ def _rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, str
             advance(_TELL)
         where = f"{path}:{number}"
         query, keyword, count = columns_of(where, line, _COLUMNS)
+        if number == 1 and is_header(count):
+            continue
         try:
             value = float(count)
         except ValueError:
-            if number == 1:
-                continue
             raise UserError(f"{where}: the count {count!r} is not a number") from None
         if not math.isfinite(value):
             raise UserError(f"{where}: the count {count!r} is not finite; correct the line or leave it out")

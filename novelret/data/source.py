@@ -113,8 +113,11 @@ def read_excluded(data: str, split: str) -> Iterator[tuple[str, str, str, float]
     """Rows of excluded/SPLIT.tsv: items left out of a query's rankings, like products seen before.
 
     Its columns are those of qrels, and a score of 0 leaves nothing out; neither does a missing file.
+
+    Raises:
+        UserError: a line is malformed, or what the folder holds instead is read for no split.
     """
-    path = find_file(Path(data) / "excluded", split, _QRELS_FORMS) if is_folder(data) else None
+    path = _optional_file(data, "excluded", split, _QRELS_FORMS)
     if path is not None:
         yield from read_qrels_file(path)
 
@@ -125,11 +128,11 @@ def read_unclicked(data: str, split: str) -> Iterator[tuple[str, str]]:
     Without such a file there are none.
 
     Raises:
-        UserError: a line has more than one column.
+        UserError: a line has more than one column, or what the folder holds instead is read for no split.
     """
-    path = find_file(Path(data) / "unclicked", split, (".tsv",)) if is_folder(data) else None
+    path = _optional_file(data, "unclicked", split, (".tsv",))
     for number, line in [] if path is None else read_lines(path):
-        query_id = line.rstrip("\r\n")
+        query_id = _unquoted(line.rstrip("\r\n"))
         if "\t" in query_id:
             raise UserError(f"{path}:{number}: several columns; each line names one query, without an item")
         if (number, query_id) != (1, "query-id"):
@@ -139,10 +142,10 @@ def read_unclicked(data: str, split: str) -> Iterator[tuple[str, str]]:
 def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     """Rows (where, query id, item id, score) of a qrels file, tab-separated (BEIR) or TREC's four columns.
 
-    A first line whose last column is no number is a header. Where it names further columns, as to_label.tsv
-    of an evaluation does, these are passed over, as are lines without a score. Between tabs, what is quoted
-    as csv does (`"b""c"`) is unquoted. Also reads parquet, and JSON lines (MTEB), with BEIR's column names,
-    by the same rules.
+    A first line whose last column is a word is a header (see `is_header`). Where it names further columns, as
+    to_label.tsv of an evaluation does, these are passed over, as are lines without a score. Between tabs,
+    what is quoted as csv does (`"b""c"`) is unquoted. Also reads parquet, and JSON lines (MTEB), with BEIR's
+    column names, by the same rules.
 
     Raises:
         UserError: the file is missing, a line is malformed, or the header has the columns in another order.
@@ -161,7 +164,7 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
     has_texts = False
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        columns = names = _split_line(line)
+        columns = names = split_columns(line)
         has_texts |= number == 1 and len(columns) > 3 and columns[:3] == _COLUMNS
         columns = columns[:3] if has_texts else columns
         if has_texts and not columns[-1].strip():
@@ -174,15 +177,24 @@ def read_qrels_file(path: Path) -> Iterator[tuple[str, str, str, float]]:
             raise UserError(
                 f"{where}: {len(columns)} columns, expected query-id, corpus-id, score (tab-separated)"
             )
-        if number > 1 or _is_float(columns[2]):
+        if number > 1 or not is_header(columns[2]):
             yield where, columns[0], columns[1], _score(where, columns[2])
 
 
-def _split_line(line: str) -> list[str]:
+def split_columns(line: str) -> list[str]:
+    """The columns of a tab-separated line, unquoted; without a tab, what stands between spaces."""
     columns = line.rstrip("\r\n").split("\t")
     if len(columns) == 1:
         return line.split()
     return [_unquoted(column) for column in columns] if '"' in line else columns
+
+
+def is_header(last: str) -> bool:
+    """Whether a first line is a header by its last column: a word, where lines of data have a number.
+
+    A number with a slip in it ("1,5") is none of either.
+    """
+    return last[:1].isalpha() and not _is_float(last)
 
 
 def _unquoted(column: str) -> str:
@@ -248,12 +260,12 @@ def _three_columns(path: Path) -> Iterator[pa.RecordBatch]:
         raise pa.ArrowInvalid("other columns")
     if b"query-id" in first[1:] or b"corpus-id" in (first[0], first[2]):
         raise pa.ArrowInvalid("another order")
-    is_header = not _is_float(first[2])
+    skipped = int(is_header(first[2].decode("utf-8", "replace")))
     with (
         pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as stream,
         csv.open_csv(
             stream,
-            csv.ReadOptions(column_names=_QRELS.names, skip_rows=int(is_header), block_size=_BLOCK),
+            csv.ReadOptions(column_names=_QRELS.names, skip_rows=skipped, block_size=_BLOCK),
             csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False),
             csv.ConvertOptions(column_types=_QRELS, null_values=[]),
         ) as batches,
@@ -370,11 +382,35 @@ def _qrels_file(data: str, split: str) -> Path:
     folder = Path(data) / "qrels"
     path = find_file(folder, split, _QRELS_FORMS)
     if path is None:
-        files = [p.name.removesuffix(".gz") for p in folder.glob("*.*")] if folder.is_dir() else []
-        present = sorted({Path(name).stem for name in files if name.endswith(_QRELS_FORMS)})
         raise UserError(
-            f"{folder / (split + '.tsv')}: no such file (splits there: {', '.join(present) or 'none'})"
+            f"{folder / (split + '.tsv')}: no such file (splits there: {', '.join(_splits(data)) or 'none'})"
         )
+    return path
+
+
+def _splits(data: str) -> list[str]:
+    """The splits that a folder has qrels of."""
+    names = [path.name.removesuffix(".gz") for path in (Path(data) / "qrels").glob("*.*")]
+    return sorted({Path(name).stem for name in names if name.endswith(_QRELS_FORMS)})
+
+
+def _optional_file(data: str, part: str, split: str, forms: tuple[str, ...]) -> Path | None:
+    """The file of a split in a folder that data need not have, and that need not hold every split.
+
+    Raises:
+        UserError: there is none, but a file that no split's name makes sense of: this one's, misnamed.
+    """
+    if not is_folder(data):
+        return None
+    folder = Path(data) / part
+    path = find_file(folder, split, forms)
+    if path is None:
+        known = {name + form + ending for name in _splits(data) for form in forms for ending in ("", ".gz")}
+        names = sorted(p.name for p in folder.glob("[!.]*") if p.suffix != ".md" and p.name not in known)
+        if names:
+            raise UserError(
+                f"{folder / names[0]}: is read for no split; name it {split}{forms[0]}, or move it"
+            )
     return path
 
 
@@ -395,7 +431,7 @@ def _score(where: str, value: Any) -> float:
     return score
 
 
-def _is_float(text: str | bytes) -> bool:
+def _is_float(text: str) -> bool:
     try:
         float(text)
     except ValueError:

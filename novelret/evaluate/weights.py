@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from novelret.data.source import read_lines, read_part
+from novelret.data.source import is_header, read_lines, read_part, split_columns
 from novelret.errors import UserError
 
 BUCKETS = ("head", "torso", "tail")
@@ -117,11 +117,11 @@ def _read_file(path: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for line_number, line in read_lines(path):
         where = f"{path}:{line_number}"
-        columns = line.rstrip("\r\n").split("\t")
+        columns = split_columns(line)
         if len(columns) != 2:
             raise UserError(f"{where}: {len(columns)} columns, expected query-id and weight (tab-separated)")
-        if line_number == 1 and not _is_number(columns[1]):
-            continue  # a header
+        if line_number == 1 and is_header(columns[1]):
+            continue
         if columns[0] in found:
             raise UserError(f"{where}: query {columns[0]!r} has a weight already; keep one")
         found[columns[0]] = _number(where, columns[1])

@@ -13,7 +13,14 @@ import pytest
 from novelret.data import catalog as data_catalog
 from novelret.data import source
 from novelret.data.catalog import Catalog, open_catalog, take_rows, write_catalog
-from novelret.data.source import quoted, read_part, read_qrels, read_qrels_blocks, read_qrels_file
+from novelret.data.source import (
+    quoted,
+    read_part,
+    read_qrels,
+    read_qrels_blocks,
+    read_qrels_file,
+    read_unclicked,
+)
 from novelret.data.split import load_queries, load_split
 from novelret.errors import UserError
 from tests.conftest import make_world, write_jsonl, write_qrels
@@ -74,6 +81,16 @@ def test_title_and_text_are_joined(data, tmp_path):
 def test_qrels_header_is_detected(data, header):
     write_qrels(data / "qrels" / "train.tsv", [("q00", "i01", 1)], header=header)
     assert [row[1:] for row in read_qrels(str(data), "train")] == [("q00", "i01", 1.0)]
+
+
+@pytest.mark.parametrize("score", ["1,5", "1.O", "", "-"])
+def test_a_first_line_with_a_slip_in_its_score_is_no_header(data, score):
+    path = data / "qrels" / "train.tsv"
+    path.write_text(f"q00\ti01\t{score}\nq00\ti02\t1\n")
+    with pytest.raises(UserError, match=rf"{path}:1: .*(is not a number|2 columns)"):
+        list(read_qrels(str(data), "train"))
+    with pytest.raises(UserError, match=rf"{path}:1: "):
+        list(read_qrels_blocks(path))
 
 
 def test_trec_qrels_are_read(data):
@@ -203,6 +220,26 @@ def test_what_is_left_out_must_be_about_the_split(data, tmp_path):
         assert load_split(str(data), "train", catalog).excluded.rows.tolist() == [30]
     write_qrels(path, [])
     assert load_split(str(data), "train", catalog).excluded.rows.tolist() == []
+
+
+def test_misnamed_files_are_not_passed_over(data, tmp_path):
+    catalog = catalog_of(data, tmp_path)
+    for part, name in [("excluded", "trian.tsv"), ("excluded", "train.csv"), ("unclicked", "train.jsonl")]:
+        path = data / part / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        with pytest.raises(UserError, match=rf"{path}: is read for no split; name it train\.tsv"):
+            load_split(str(data), "train", catalog)
+        path.unlink()
+        for other in ("test.tsv", "README.md", ".hidden"):
+            (data / part / other).write_text("")
+        load_split(str(data), "train", catalog)
+
+
+def test_ids_of_unclicked_queries_may_be_quoted(data):
+    (data / "unclicked").mkdir()
+    (data / "unclicked" / "train.tsv").write_text('query-id\n"q ""a"""\nq02\n')
+    assert [name for _, name in read_unclicked(str(data), "train")] == ['q "a"', "q02"]
 
 
 def test_subset_renumbers_queries(data, tmp_path):

@@ -267,7 +267,8 @@ def test_a_kill_before_an_endpoint_without_batches_was_reached(ask, monkeypatch,
         assert (code, len(err.strip().splitlines())) == (2, 1)
         code, facts, _ = ask(server, "--judge", "openai:tiny", "--plan")
         if made_at == "here":
-            assert f"{server.url} takes no batches" in err and "--judge openai:tiny" in err
+            assert f"{server.url} takes no batches" in err
+            assert "--judge openai:tiny" in err
             assert (code, facts["to_ask"]) == (0, 120)
         else:
             assert f"were being submitted to {other.url} when that was interrupted" in err

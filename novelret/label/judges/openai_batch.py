@@ -247,9 +247,9 @@ def _batch_of(run: _Run, submission: Submission) -> Batch | None:
         run.ledger.record(submission.id, batch.id)
     elif elsewhere:
         raise UserError(
-            f"openai-batch:{run.model}: {submission.requests:,} questions were being submitted{where} when that "
-            f"was interrupted, and {here} has not got them; use that endpoint, or another --store to go on "
-            "without them and what else is stored"
+            f"openai-batch:{run.model}: {submission.requests:,} questions were being submitted{where} when "
+            f"that was interrupted, and {here} has not got them; use that endpoint, or another --store to go "
+            "on without them and what else is stored"
         )
     return batch
 
