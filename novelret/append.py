@@ -127,8 +127,7 @@ def append_items(
 def _write_items(config: AppendConfig, old: Index, folder: Path, report: Reporter) -> None:
     """items.arrow: the old items in their order, then those that the data has beyond them."""
     whole = folder / "whole.arrow"
-    with report.bar("reading the catalog") as advance:
-        write_catalog(config.data, whole, advance)
+    write_catalog(config.data, whole, report)
     now = open_catalog(whole)
     new = _new_rows(config, old, now)
     temporary = folder / "items.tmp"

@@ -187,8 +187,7 @@ def _prepare_catalog(config: IndexConfig, source: Source | None, folder: Path, r
     if (folder / "id_rank.npy").is_file():
         return
     try:
-        with report.bar("reading the catalog") as advance:
-            write_catalog(config.data, folder / "items.arrow", advance)
+        write_catalog(config.data, folder / "items.arrow", report)
         catalog = open_catalog(folder / "items.arrow")
         if source:
             ids, named_in = ids_of(source, Path(config.ids) if config.ids else None)

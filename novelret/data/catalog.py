@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Number
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from novelret.data.source import read_part
 from novelret.errors import UserError
+from novelret.progress import Reporter
 
 SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
 _BATCH = 65_536
@@ -120,26 +121,35 @@ def open_catalog(path: Path) -> Catalog:
     return Catalog(table["id"], table["text"])
 
 
-def write_catalog(data: str, path: Path, advance: Callable[[int], None]) -> None:
+def write_catalog(data: str, path: Path, report: Reporter | None = None) -> None:
     """Stream a corpus into a catalog file.
 
     Args:
         data: a BEIR folder or a Hugging Face data set.
         path: the file to write; it appears when it is whole.
-        advance: told the number of items written since the last call.
+        report: for a bar, and a warning where no item has a text, but a title.
 
     Raises:
         UserError: a row has no id or no text, an id occurs twice, or there are no items.
     """
     temporary = path.with_suffix(".tmp")
     hashes: list[np.ndarray] = []
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for ids, texts in _batches(data):
+    report = report or Reporter()
+    has_texts = False
+    with (
+        report.bar("reading the catalog") as advance,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        for ids, texts, some_have_texts in _batches(data):
             writer.write_batch(pa.record_batch([ids, texts], schema=SCHEMA))
             hashes.append(np.fromiter((hash(i) for i in ids), dtype=np.int64, count=len(ids)))
+            has_texts |= some_have_texts
             advance(len(ids))
     if not hashes:
         raise UserError(f"{data}: the corpus holds no items")
+    if not has_texts:
+        report.warn(f"{data}: no item has a `text`; their titles are all that is read")
     _check_unique(data, np.concatenate(hashes))
     temporary.replace(path)
 
@@ -164,12 +174,16 @@ def id_ranks(catalog: Catalog) -> np.ndarray:
     return ranks
 
 
-def _batches(data: str) -> Iterator[tuple[list[str], list[str]]]:
+def _batches(data: str) -> Iterator[tuple[list[str], list[str], bool]]:
+    """Ids, titles and texts joined, and whether there are texts among them."""
     ids: list[str] = []
     texts: list[str] = []
+    has_texts = False
     for where, row in read_part(data, "corpus"):
         item_id = read_id(where, row)
-        text = f"{read_text(where, row, 'title')} {read_text(where, row, 'text')}".strip()
+        own = read_text(where, row, "text")
+        text = f"{read_text(where, row, 'title')} {own}".strip()
+        has_texts |= own != ""
         if not text:
             raise UserError(
                 f"{where}: item {item_id!r} has neither title nor text; drop it or give it a text"
@@ -177,10 +191,10 @@ def _batches(data: str) -> Iterator[tuple[list[str], list[str]]]:
         ids.append(item_id)
         texts.append(text)
         if len(ids) == _BATCH:
-            yield ids, texts
+            yield ids, texts, has_texts
             ids, texts = [], []
     if ids:
-        yield ids, texts
+        yield ids, texts, has_texts
 
 
 def read_id(where: str, row: dict[str, object]) -> str:

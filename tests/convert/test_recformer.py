@@ -103,7 +103,7 @@ def test_ids_in_quotes_are_the_same_in_all_files(source, tmp_path, capsys):
         (source / name).write_text(text)
     out = tmp_path / "out"
     convert(capsys, "recformer", "--source", source, "--out", out)
-    write_catalog(str(out), tmp_path / "items.arrow", lambda _: None)
+    write_catalog(str(out), tmp_path / "items.arrow")
     catalog = open_catalog(tmp_path / "items.arrow")
     split = load_split(str(out), "test", catalog)
     assert catalog.ids_at(split.feedback_items) == ['"B00D"', '"B00A"', '"B00B"']

@@ -23,6 +23,7 @@ from novelret.data.source import (
 )
 from novelret.data.split import load_queries, load_split
 from novelret.errors import UserError
+from novelret.progress import Reporter
 from tests.conftest import make_world, write_jsonl, write_qrels
 
 
@@ -32,7 +33,7 @@ def data(tmp_path):
 
 
 def catalog_of(data, tmp_path):
-    write_catalog(str(data), tmp_path / "items.arrow", lambda _: None)
+    write_catalog(str(data), tmp_path / "items.arrow")
     return open_catalog(tmp_path / "items.arrow")
 
 
@@ -75,6 +76,17 @@ def test_title_and_text_are_joined(data, tmp_path):
         data / "corpus.jsonl", [{"_id": "a", "title": "one", "text": "two"}, {"_id": "b", "text": "x"}]
     )
     assert catalog_of(data, tmp_path).texts_at([0, 1]) == ["one two", "x"]
+
+
+def test_a_corpus_of_titles_alone_is_told(data, tmp_path):
+    rows = [{"_id": "a", "title": "one"}, {"_id": "b", "title": "two", "text": ""}]
+    for more, warnings in ([], 1), ([{"_id": "c", "text": "three"}], 0):
+        write_jsonl(data / "corpus.jsonl", [*rows, *more])
+        report = Reporter()
+        write_catalog(str(data), tmp_path / "items.arrow", report)
+        assert len(report.warnings) == warnings
+        assert all("no item has a `text`" in warning for warning in report.warnings)
+    assert open_catalog(tmp_path / "items.arrow").texts_at(range(3)) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("header", [True, False])
