@@ -22,7 +22,7 @@ import torch
 from sentence_transformers.base.modules import InputModule
 
 from novelret.database import open_database, select, transaction
-from novelret.endpoint import PASSING, check_key, hide_secrets
+from novelret.endpoint import PASSING, check_key, hide_secrets, refusal, shown_url
 from novelret.errors import UserError
 
 PREFIX = "openai:"
@@ -216,9 +216,10 @@ def _request(
         passes = isinstance(error, PASSING) or status == 408
         passes = passes and getattr(error, "code", None) != "insufficient_quota"
         again = "; run the same command again, what came so far is kept" if passes else ""
-        raise UserError(f"{PREFIX}{model}: {hide_secrets(str(error))}{again}") from None
+        raise UserError(f"{PREFIX}{model}: {refusal(error)}{again}") from None
     except (TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{PREFIX}{model}: malformed answer ({hide_secrets(str(error))})") from None
+        where = shown_url(str(client.base_url))
+        raise UserError(f"{PREFIX}{model}: {where}: malformed answer ({hide_secrets(str(error))})") from None
     if [entry.index for entry in ordered] != list(range(len(texts))) or embeddings.ndim != 2:
         raise UserError(f"{PREFIX}{model}: {len(texts)} texts were sent, {len(rows)} embeddings came back")
     if expected is not None:

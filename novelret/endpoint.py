@@ -107,6 +107,13 @@ def shown_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{hide_secrets(parts.path).rstrip('/')}"
 
 
+def refusal(error: openai.OpenAIError) -> str:
+    """What an endpoint said, in words, and the URL that said so, which may be the wrong one."""
+    request = getattr(error, "request", None)
+    where = f"{shown_url(str(request.url))}: " if request is not None else ""
+    return f"{where}{hide_secrets(str(error))}"
+
+
 def may_be_answered(error: openai.OpenAIError) -> bool:
     """Whether a request was sent and its answer got lost on the way, so that it may be on the bill."""
     if not isinstance(error, openai.APIConnectionError):

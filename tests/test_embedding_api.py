@@ -161,6 +161,7 @@ def test_keys_are_checked_and_no_secret_is_told(api, world, tmp_path, capsys, mo
     api.faults.append("401")  # tells the header that it got
     line = fails(capsys, *index)
     assert "Incorrect API key provided: Basic ***" in line
+    assert f"{api.url}: " in line
     assert not any(secret in line for secret in ("hunter2", "s3cr3t", "dXNlcjpodW50ZXIy"))
     monkeypatch.setenv("OPENAI_BASE_URL", "localhost:80")
     assert "OPENAI_BASE_URL is no URL" in fails(capsys, *index)
@@ -182,6 +183,7 @@ def test_other_faults_are_one_line_without_the_key(api, world, tmp_path, capsys,
     api.faults.extend([fault] * 9)
     line = fails(capsys, "index", "--data", world, "--model", "openai:m", "--out", tmp_path / "index")
     assert "openai:m: " in line
+    assert api.url in line or fault == "400"
     assert not (tmp_path / "index").exists()
 
 

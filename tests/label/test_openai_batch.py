@@ -267,7 +267,7 @@ def test_a_kill_before_an_endpoint_without_batches_was_reached(ask, monkeypatch,
         assert (code, len(err.strip().splitlines())) == (2, 1)
         code, facts, _ = ask(server, "--judge", "openai:tiny", "--plan")
         if made_at == "here":
-            assert f"{server.url} takes no batches" in err
+            assert f"{server.url}/files: Error code: 404" in err
             assert "--judge openai:tiny" in err
             assert (code, facts["to_ask"]) == (0, 120)
         else:

@@ -630,6 +630,7 @@ def test_a_refused_key_is_one_line_without_the_key(arguments, tmp_path, capsys, 
         code, _, err = ask(capsys, server, monkeypatch, arguments, "--out", tmp_path / "labels")
         assert code == 2
         assert len(err.strip().splitlines()) == 1
+        assert f"{server.url}/chat/completions: " in err
         assert "Incorrect API key" in err
         assert KEY not in err
 

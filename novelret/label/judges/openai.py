@@ -22,6 +22,7 @@ from novelret.endpoint import (
     hide_secrets,
     may_be_answered,
     reason_of,
+    refusal,
     shown_url,
 )
 from novelret.errors import UserError
@@ -499,7 +500,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
         if isinstance(error, openai.PermissionDeniedError) and asking.is_known:  # of this text alone
             asking.fail(question, hide_secrets(str(error)))
             return None
-        raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+        raise UserError(f"openai:{asking.model}: {refusal(error)}") from None
     except PASSING as error:
         return _passing_fault(asking, question, error)
     except openai.APIStatusError as error:
@@ -526,7 +527,7 @@ async def _send(asking: _Asking, client: AsyncOpenAI, question: Question) -> _Fa
 
 def _passing_fault(asking: _Asking, question: Question, error: openai.OpenAIError) -> _Fault:
     if getattr(error, "code", None) == "insufficient_quota":
-        raise UserError(f"openai:{asking.model}: {hide_secrets(str(error))}") from None
+        raise UserError(f"openai:{asking.model}: {refusal(error)}") from None
     silence = retry_after(getattr(getattr(error, "response", None), "headers", {}))
     paid = may_be_answered(error)
     later = not paid and (silence is not None or isinstance(error, openai.RateLimitError))

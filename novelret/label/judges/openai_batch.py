@@ -20,7 +20,7 @@ import openai
 from openai import OpenAI
 from openai.types import Batch, FileObject
 
-from novelret.endpoint import PASSING, check_key, hide_secrets, reason_of, shown_url
+from novelret.endpoint import PASSING, check_key, hide_secrets, reason_of, refusal, shown_url
 from novelret.errors import BatchesUnderWay, UserError
 from novelret.label.claims import Claims
 from novelret.label.judges.batch_output import OddReply, Reply, all_batches, check_reply, replies_in
@@ -138,7 +138,7 @@ def ask_in_batches(
                 if lost == 1:
                     say(f"no answer: {reason_of(error)}; trying again")
             except openai.APIStatusError as error:
-                raise UserError(f"openai-batch:{model}: {hide_secrets(str(error))}") from None
+                raise UserError(f"openai-batch:{model}: {refusal(error)}") from None
             under_way = [s for s in ledger.open() if s.id in run.waiting_for]
             if not (under_way or run.missing or lost):
                 break
@@ -500,8 +500,8 @@ class _File:
                 run.ledger.drop(submission.id)
                 if isinstance(error, openai.NotFoundError):
                     raise UserError(
-                        f"openai-batch:{run.model}: {submission.endpoint} takes no batches "
-                        f"({hide_secrets(str(error))}); without a Batch API use --judge openai:{run.model}"
+                        f"openai-batch:{run.model}: {refusal(error)}; an endpoint without a Batch API is "
+                        f"asked with --judge openai:{run.model}"
                     ) from None
                 raise
             run.ledger.record(submission.id, batch.id)
