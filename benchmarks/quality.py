@@ -90,9 +90,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "default-catalog": {"objective": "pg-ret", "tune": "memory", "catalog_negatives": 4_096},
     "default": {"objective": "pg-ret", "tune": "memory"},
     "whole-encoder": {"objective": "pg-ret", "tune": "full", "refit": False},
+    "supervised-whole": NAMED | {"objective": "supervised", "tune": "full", "blends": 10},
 }
 # Half an hour a run on a CPU, and at rates of its own, --rates 5e-5; and as long as the default, at its 1e-3.
-ON_REQUEST = ("whole-encoder", "judged-noes-as-default")
+ON_REQUEST = ("whole-encoder", "supervised-whole", "judged-noes-as-default")
 # An exact draw of lists from the whole catalog makes a step of the first two cost ten times another's.
 FIRST_L_ONLY = ("reinforce", "v-pg", "supervised-memory", "supervised-refit", "conservative-refit")
 OURS = "default"
