@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,14 @@ from novelret.deployed import Source, ids_of, open_embeddings, open_faiss, rows_
 from novelret.errors import UserError
 from novelret.index import Index, open_index
 from novelret.progress import Reporter
-from novelret.search import read_faiss, search_exact, search_faiss, set_search_params
+from novelret.search import (
+    compares_products,
+    faiss_reason,
+    read_faiss,
+    search_exact,
+    search_faiss,
+    set_search_params,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -172,13 +180,17 @@ def _check_options(config: IndexConfig) -> None:
         raise UserError("--ids: names the rows of --embeddings or --faiss, and neither is given")
     if config.faiss and config.factory != "Flat":
         raise UserError("--factory: a --faiss file is searched as it is; leave one of them out")
-    if config.search_params and config.factory == "Flat":
-        raise UserError("--search-params: belong to a --factory that is not Flat")
+    if config.search_params and config.factory == "Flat" and not config.faiss:
+        raise UserError("--search-params: belong to a --factory that is not Flat, or to --faiss")
 
 
 def _open_source(config: IndexConfig) -> Source | None:
     if config.faiss:
-        return open_faiss(Path(config.faiss))
+        source = open_faiss(Path(config.faiss))
+        if config.search_params and source.faiss is None:
+            raise UserError(f"--search-params: {config.faiss} is a flat index, which takes none")
+        _check_search_params(source.faiss, config.search_params, config.faiss)
+        return source
     return open_embeddings(Path(config.embeddings)) if config.embeddings else None
 
 
@@ -244,7 +256,8 @@ def encode_catalog(
 
     def encoded(start: int, stop: int) -> np.ndarray:
         texts = catalog.texts_at(range(start, stop))
-        embeddings = encode.encode_items(model, texts, batch_size)
+        with np.errstate(over="ignore"):  # what is too large for float16 is refused in the next line
+            embeddings = encode.encode_items(model, texts, batch_size).astype(dtype, copy=False)
         encode.check_finite(embeddings, f"items {start} to {stop - 1}")
         return embeddings
 
@@ -376,26 +389,43 @@ def _empty_faiss(config: IndexConfig, dimension: int) -> Any:
     Raises:
         UserError: faiss does not know the factory or the search parameters, or items could not be added.
     """
+    if re.search(r"(?<!\d)0(?!\d)", config.factory):  # of some, faiss would end the process later
+        raise UserError(f"--factory {config.factory}: holds a 0; for instance Flat, IVF1024,Flat or HNSW32")
     try:
         index = faiss.index_factory(dimension, config.factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError:
+    except RuntimeError as error:
         raise UserError(
-            f"--factory {config.factory}: faiss does not know it; for instance Flat, IVF1024,Flat or HNSW32"
+            f"--factory {config.factory}: faiss does not take it ({faiss_reason(error)}); for instance Flat, "
+            "IVF1024,Flat or HNSW32"
         ) from None
+    if not compares_products(index):
+        raise UserError(
+            f"--factory {config.factory}: faiss builds it for Euclidean distances alone, and lists are "
+            "ranked by inner products; for instance HNSW32_SQ8 or IVF1024,PQ64"
+        )
     if isinstance(index, faiss.IndexIDMap):
         raise UserError(
             f"--factory {config.factory}: items are known by their rows, an IDMap wants ids of its own; "
             "leave it out"
         )
-    if config.search_params:
-        try:
-            set_search_params(index, config.search_params)
-        except RuntimeError:
-            raise UserError(
-                f"--search-params {config.search_params}: faiss does not take them for {config.factory}; for "
-                "instance nprobe=16 or efSearch=64"
-            ) from None
+    if not config.faiss:  # whose parameters were checked when it was opened
+        _check_search_params(index, config.search_params, config.factory)
     return index
+
+
+def _check_search_params(index: Any, params: str | None, what: str) -> None:
+    """Refuse search parameters that faiss does not take for an index, or with which it would find nothing."""
+    if params is None:
+        return
+    try:
+        if re.search(r"(nprobe|efSearch)=(0|-)", params):
+            raise RuntimeError("too few to find anything")
+        set_search_params(index, params)
+    except RuntimeError as error:
+        raise UserError(
+            f"--search-params {params}: faiss does not take them for {what} ({faiss_reason(error)}); for "
+            "instance nprobe=16 or efSearch=64"
+        ) from None
 
 
 def _build_faiss(config: IndexConfig, folder: Path, report: Reporter) -> None:
@@ -427,9 +457,8 @@ def add_to_faiss(index: Any, embeddings: np.ndarray, path: Path, report: Reporte
             try:
                 index.add(block)
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1][-200:]
                 raise UserError(
-                    f"the faiss index takes no items ({reason}); give another --factory, the "
+                    f"the faiss index takes no items ({faiss_reason(error)}); give another --factory, the "
                     "embeddings are kept"
                 ) from None
             advance(len(block))
@@ -489,7 +518,10 @@ def measure_recall(
     recall = round(float(np.mean(hits)) / k, 4)
     said = f"{what}: finds {recall:.1%} of the exact top {k} ({len(queries)} queries)"
     if recall < _LOW_RECALL:
-        report.warn(f"{said}; novelty will count what the deployed lists miss. Raise nprobe or efSearch")
+        report.warn(
+            f"{said}; novelty will count what the deployed lists miss. Raise nprobe or efSearch by "
+            "--search-params"
+        )
     else:
         report.note(said)
     return {"recall": {"k": k, "recall": recall, "queries": len(queries)}}

@@ -21,6 +21,7 @@ from novelret.artifacts import fingerprint_file, fingerprint_of
 from novelret.data.catalog import Catalog, take_rows
 from novelret.data.source import read_lines
 from novelret.errors import UserError
+from novelret.search import compares_products, faiss_reason
 
 _IDS_AT_ONCE = 65_536
 _ROUNDING = 1e-4  # of a transform of single precision and its reverse; one dimension less is far more
@@ -165,13 +166,12 @@ def open_faiss(path: Path) -> Source:
     try:
         index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1][-200:]
-        raise UserError(f"{path}: not readable as a faiss index ({reason})") from None
+        raise UserError(f"{path}: not readable as a faiss index ({faiss_reason(error)})") from None
     ids, whole = None, index
     if isinstance(index, faiss.IndexIDMap):
         ids = faiss.vector_to_array(index.id_map)
         index = faiss.downcast_index(index.index)
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    if not compares_products(index):
         raise UserError(
             f"{path}: is a faiss index of {_metric(index.metric_type)}, novelret compares inner products; "
             "build it with METRIC_INNER_PRODUCT over normalised vectors, or pass the vectors by --embeddings"
@@ -205,8 +205,10 @@ def _make_direct(index: Any, path: Path) -> None:
             "it with lists in memory (faiss.read_index without IO_FLAG_MMAP, then replace_invlists), or pass "
             "the vectors by --embeddings"
         )
-    if ivf.direct_map.no():
+    direct: Any = faiss.DirectMap  # type: ignore[attr-defined]
+    if ivf.direct_map.type != direct.Array:  # the labels of an array are its places
         _check_labels(ivf, path)
+    if ivf.direct_map.no():
         ivf.make_direct_map()
 
 

@@ -34,7 +34,7 @@ from novelret.errors import UserError
 from novelret.membership import is_in
 from novelret.progress import Reporter
 from novelret.row_lists import RowLists
-from novelret.search import read_faiss, search_exact, search_faiss
+from novelret.search import compares_products, read_faiss, search_exact, search_faiss
 from novelret.trained import training_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,15 @@ class Index:
     def faiss_index(self) -> Any:
         """The faiss index, or None where search is exact over the embeddings."""
         path = self.folder / "items.faiss"
-        return read_faiss(path, self.manifest.config.get("search_params")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        index = read_faiss(path, self.manifest.config.get("search_params"))
+        if not compares_products(index):  # of an older novelret, which let faiss build such
+            raise UserError(
+                f"{self.folder}: its faiss index ranks by Euclidean distances instead of inner products; run "
+                "`novelret index` again with another --factory, for instance HNSW32_SQ8"
+            )
+        return index
 
     def query_encoder(self, device: str = "cpu") -> SentenceTransformer:
         """A fresh copy of the deployed query encoder."""

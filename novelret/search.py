@@ -40,6 +40,16 @@ def read_faiss(path: Path, params: str | None) -> Any:
     return index
 
 
+def compares_products(index: Any) -> bool:
+    """Whether a faiss index ranks by inner products; of some factories faiss makes others without a word."""
+    return bool(index.metric_type == faiss.METRIC_INNER_PRODUCT)
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """The end of what faiss says of a fault; before it stand functions and files of its own."""
+    return str(error).strip().splitlines()[-1][-200:]
+
+
 def set_search_params(index: Any, params: str) -> None:
     """Set parameters like "nprobe=16,max_codes=10000".
 

@@ -270,6 +270,19 @@ def test_factory_measures_recall_and_keeps_search_parameters(world, encoder, tmp
     assert (ivf.nprobe, ivf.max_codes) == (4, 1000)  # of which faiss stores the first alone
 
 
+def test_an_imported_faiss_index_is_searched_as_its_parameters_say(
+    world, encoder, deployed, ids, tmp_path, capsys
+):
+    path = write_faiss(tmp_path / "deployed.faiss", deployed[0], "IVF8,Flat")
+    found = []
+    for more in ({}, {"search_params": "nprobe=8"}):
+        out = tmp_path / f"index{len(found)}"
+        index = imported(world, encoder, out, faiss=path, ids=ids, **more)
+        found.append(index.manifest.facts["recall"]["recall"])
+        assert faiss.extract_index_ivf(open_index(out).faiss_index).nprobe == (8 if more else 1)
+    assert found[0] < found[1] == 1.0
+
+
 def test_files_that_do_not_fit_are_named(world, encoder, deployed, ids, tmp_path, capsys):
     matrix, item_ids = deployed
 
@@ -377,11 +390,21 @@ def test_faiss_files_that_do_not_fit_are_named(world, encoder, deployed, ids, tm
     assert "give one" in refused("--faiss", path, "--embeddings", path)
     assert "--ids: names the rows" in refused("--ids", ids)
     assert "--search-params: belong to a --factory" in refused("--search-params", "nprobe=2")
+    flat = ["--faiss", path, "--search-params", "nprobe=2"]
+    assert "deployed.faiss is a flat index, which takes none" in refused(*flat)
+    write_faiss(path, matrix, "IVF3,Flat")
+    assert "nprobe=0: faiss does not take them for" in refused("--faiss", path, "--search-params", "nprobe=0")
     assert "--model is the query side; leave it out" in refused("--faiss", path, "--query-model", encoder)
     other = make_encoder(tmp_path / "other", dimension=8)
     assert "deployed.faiss: 16 dimensions, but --model" in fails(
         capsys, world, other, tmp_path, "--faiss", path, "--ids", ids
     )
+    strange = faiss.read_index(str(path))
+    strange.reset()
+    strange.add_with_ids(matrix, 2 * np.arange(len(matrix)))
+    strange.set_direct_map_type(faiss.DirectMap.Hashtable)
+    faiss.write_index(strange, str(path))
+    assert "its labels are not 0 to 39" in refused("--faiss", path, "--ids", ids)
 
 
 def test_a_row_of_zeros_is_an_embedding_too(world, encoder, deployed, ids, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import faiss
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -77,15 +78,41 @@ def test_a_faiss_factory_is_searched(world, encoder, index_folder, tmp_path, fac
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"factory": "IFV2,Flat"}, {"factory": "IDMap,Flat"}, {"search_params": "nprobe=many"}]
+    "wrong",
+    [
+        {"factory": "IFV2,Flat"},
+        {"factory": "IDMap,Flat"},
+        {"factory": "IVF0,Flat"},
+        {"factory": "HNSW8_PQ4", "search_params": None},  # faiss makes an index of L2 distances of it
+        {"factory": "PCA8,HNSW8_PQ4", "search_params": None},
+        {"search_params": "nprobe=many"},
+        {"search_params": "nprobe=0"},
+        {"search_params": "nprobe=-3"},
+    ],
 )
 def test_what_faiss_does_not_take_is_refused_before_anything_is_encoded(
     world, encoder, tmp_path, monkeypatch, wrong
 ):
     monkeypatch.setattr(encode, "encode_items", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(UserError, match=r"faiss does not|leave it out"):
+    with pytest.raises(UserError, match=r"faiss does not|leave it out|holds a 0|Euclidean distances alone"):
         build(world, encoder, tmp_path / "index", **({"factory": "IVF2,Flat"} | wrong))
     assert not (tmp_path / "index.partial").exists()
+
+
+def test_an_index_by_distances_that_lies_there_already_is_refused(world, encoder, tmp_path):
+    index = build(world, encoder, tmp_path / "index", factory="HNSW8")
+    wrong = faiss.index_factory(16, "HNSW8", faiss.METRIC_L2)
+    wrong.add(np.array(index.embeddings))
+    faiss.write_index(wrong, str(index.folder / "items.faiss"))
+    with pytest.raises(UserError, match="ranks by Euclidean distances instead of inner products"):
+        open_index(tmp_path / "index").search(np.ones((1, 16), np.float32), 3)
+
+
+def test_what_overflows_in_float16_is_refused_where_it_is_encoded(world, encoder, tmp_path, monkeypatch):
+    real = encode.encode_items
+    monkeypatch.setattr(encode, "encode_items", lambda *given: real(*given) * np.float32(1e6))
+    with pytest.raises(UserError, match=r"items 0 to .*: embedding 0 is not finite; .* overflows in float16"):
+        build(world, encoder, tmp_path / "index", dtype="float16")
 
 
 def test_where_no_place_can_be_reserved_zeros_are_written(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     values = read_yaml(path)
     command = str(context.info_name)
     if isinstance(values, dict) and isinstance(values.get(command), dict):
-        values = values[command]
+        values = _section(path, values, command)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected option names and values, like `depth: 200`")
     names, repeated = {}, set()
@@ -128,7 +128,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise UserError(
             f"{path}: unknown option {unknown[0]!r} for `novelret {command}` (it knows: {options})"
         )
-    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    given = _given_once(path, values, names)
     for key in repeated & given.keys():
         if given[key] is not None:
             given[key] = given[key] if isinstance(given[key], list) else [given[key]]
@@ -136,6 +136,29 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     _check_values(context, path, found)
     context.default_map = {**(context.default_map or {}), **found}
     return path
+
+
+def _section(path: Path, values: dict[str, Any], command: str) -> Any:
+    """A command's section of a file for the whole chain."""
+    beside = next((key for key, value in values.items() if not isinstance(value, dict | None)), None)
+    if beside is not None:
+        raise UserError(
+            f"{path}: {beside!r} stands outside the commands' sections, where nothing reads it; move it into "
+            f"{command!r}, or wherever it belongs"
+        )
+    return values[command]
+
+
+def _given_once(path: Path, values: dict[Any, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Option name → value; two names of one option are refused."""
+    given: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if names[name] in keys:
+            raise UserError(f"{path}: {keys[names[name]]!r} and {key!r} are one option; keep one of them")
+        given[name], keys[names[name]] = value, key
+    return given
 
 
 def _check_values(context: typer.Context, path: Path, found: dict[str, Any]) -> None:

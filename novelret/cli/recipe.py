@@ -186,7 +186,8 @@ def _is_to_go_on(out: Path, options: dict[str, Any]) -> bool:
         return True
     stopped = str((of_asking or {}).get("stopped") or "")
     caps = [(name, before["config"].get(name.replace("-", "_"))) for name in _CAPS if f"--{name} " in stopped]
-    return any(then is not None and (options.get(name) or math.inf) > then for name, then in caps)
+    now = {name: math.inf if options.get(name) is None else float(options[name]) for name, _ in caps}
+    return any(then is not None and now[name] > then for name, then in caps)
 
 
 def _output_there(options: dict[str, Any]) -> Path | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
 from novelret.convert.writer import Converted, Writer, check_splits, converted, open_writer
+from novelret.data.catalog import plain_text
 from novelret.data.hub import quiet_datasets
 from novelret.errors import UserError
 from novelret.progress import Reporter
@@ -76,8 +78,8 @@ def convert_hf(
         texts = PairWriter(writer)
         for ours, theirs in chosen.items():
             with report.bar(f"writing {ours}") as advance:
-                for number, row in enumerate(streams[theirs], 1):
-                    _write_row(f"{dataset} ({theirs}): row {number}", row, ours, columns, texts, writer)
+                for where, row in _rows(dataset, theirs, streams[theirs]):
+                    _write_row(where, row, ours, columns, texts, writer)
                     advance(1)
     return converted(out, writer)
 
@@ -85,31 +87,35 @@ def convert_hf(
 def _write_row(
     where: str, row: dict[str, Any], split: str, columns: Columns, texts: PairWriter, writer: Writer
 ) -> None:
-    query = str(row[columns.query] or "").strip()
-    title = str(row[columns.title] or "").strip() if columns.title else ""
+    def text_in(column: str | None) -> str:
+        return plain_text(where, column, row[column]).strip() if column else ""
+
+    query, title = text_in(columns.query), text_in(columns.title)
+    query_id, item_id = text_in(columns.query_id), text_in(columns.item_id)
     given = row[columns.item]
-    items = [str(text or "").strip() for text in (given if isinstance(given, list) else [given])]
+    given = given if isinstance(given, list) else [given]
+    items = [plain_text(where, columns.item, text).strip() for text in given]
     if not query:
         writer.drop(f"{split}: rows with an empty query")
         return
     if len(items) != 1 and columns.item_id:
         raise UserError(f"{where}: {columns.item!r} is a list, so {columns.item_id!r} cannot name each item")
-    if columns.query_id and row[columns.query_id] in (None, ""):
+    if columns.query_id and not query_id:
         writer.drop(f"{split}: rows without a query id")
         return
-    if columns.item_id and row[columns.item_id] in (None, ""):
+    if columns.item_id and not item_id:
         writer.drop(f"{split}: rows without an item id")
         return
-    query_id = str(row[columns.query_id]) if columns.query_id else query_id_of(query)
+    query_id = query_id or query_id_of(query)
     score = _score(where, row[columns.score]) if columns.score else 1.0
     for text in items:
         if not text and not title:
             writer.drop(f"{split}: rows with an empty item")
             continue
-        item_id = str(row[columns.item_id]) if columns.item_id else item_id_of(f"{title}\t{text}")
+        of_text = item_id or item_id_of(f"{title}\t{text}")
         texts.query(where, query_id, query)
-        texts.item(where, item_id, title, text)
-        writer.pair(split, query_id, item_id, score)
+        texts.item(where, of_text, title, text)
+        writer.pair(split, query_id, of_text, score)
 
 
 def _score(where: str, value: Any) -> float:
@@ -126,8 +132,28 @@ def _load(dataset: str, config: str | None) -> Any:
     try:
         return quiet_datasets().load_dataset(dataset, config, streaming=True)
     except Exception as error:  # whatever the library raises, the user needs one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{dataset}: cannot be loaded as a Hugging Face data set ({reason})") from None
+        raise UserError(
+            f"{dataset}: cannot be loaded as a Hugging Face data set ({_first_line(error)})"
+        ) from None
+
+
+def _rows(dataset: str, split: str, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a split, whose files are read while it is gone through."""
+    rows = iter(stream)
+    for number in count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise UserError(
+                f"{dataset} ({split}): cannot be read behind row {number - 1} ({_first_line(error)})"
+            ) from None
+        yield f"{dataset} ({split}): row {number}", row
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _choose(dataset: str, splits: list[str] | None, present: list[str]) -> dict[str, str]:
@@ -142,7 +168,7 @@ def _choose(dataset: str, splits: list[str] | None, present: list[str]) -> dict[
 
 
 def _check_columns(dataset: str, split: str, stream: Iterable[dict[str, Any]], columns: Columns) -> None:
-    first = next(iter(stream), None)
+    _, first = next(_rows(dataset, split, stream), ("", None))
     missing = [] if first is None else [name for name in columns.named() if name not in first]
     if missing and first is not None:
         raise UserError(

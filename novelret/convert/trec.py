@@ -13,6 +13,7 @@ from pathlib import Path
 from novelret.convert.collections import Part, Rows, write_collection
 from novelret.convert.msmarco import read_two_columns
 from novelret.convert.writer import Converted, converted, open_writer
+from novelret.data.catalog import read_text
 from novelret.data.source import read_jsonl, read_lines
 from novelret.errors import UserError
 from novelret.progress import Reporter
@@ -117,12 +118,16 @@ def _blocks(path: Path, tag: str) -> Iterator[tuple[str, str]]:
 
 def _read_json(path: Path) -> Rows:
     for where, row in read_jsonl(path, "a JSON object"):
-        ids = (row.get(name) for name in ("_id", "id", "docno", "docid"))
-        identity = next((value for value in ids if value not in (None, "")), None)
-        if identity is None:
+        identity = _first_of(where, row, "_id", "id", "docno", "docid")
+        if not identity:
             raise UserError(f"{where}: no id, _id, docno or docid")
-        text = next((row[name] for name in ("text", "contents", "body") if row.get(name)), "")
-        yield where, str(identity), str(row.get("title") or ""), str(text)
+        text = _first_of(where, row, "text", "contents", "body")
+        yield where, identity, read_text(where, row, "title"), text
+
+
+def _first_of(where: str, row: dict[str, object], *names: str) -> str:
+    """The first of some values that is there, empty where none is."""
+    return next((text for name in names if (text := read_text(where, row, name))), "")
 
 
 def _unpadded(topic: str) -> str:

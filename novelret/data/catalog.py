@@ -204,12 +204,9 @@ def read_id(where: str, row: dict[str, object]) -> str:
         UserError: there is none, it is neither string nor number, or it holds white space, which run files
             and qrels cannot carry.
     """
-    value = row.get("_id")
-    if value is None or value == "":
+    text = plain_text(where, "_id", row.get("_id"))
+    if not text:
         raise UserError(f"{where}: no _id")
-    if type(value) is not str:
-        _check_plain(where, "_id", value)
-    text = str(value)
     if text.isprintable() and " " not in text:
         return text
     # Joiners between letters are not printable either, and words of many scripts hold them.
@@ -226,19 +223,24 @@ def read_text(where: str, row: dict[str, object], name: str) -> str:
     Raises:
         UserError: it is neither string nor number.
     """
-    value = row.get(name)
+    return plain_text(where, name, row.get(name))
+
+
+def plain_text(where: str, name: str, value: object) -> str:
+    """A value as a string, empty where there is none: None, or NaN, which tables have in empty cells.
+
+    Raises:
+        UserError: it is neither string nor number.
+    """
     if type(value) is str:  # nearly always, of up to 30 million
         return value
-    if value is not None:
-        _check_plain(where, name, value)
-    return str(value or "")
-
-
-def _check_plain(where: str, name: str, value: object) -> None:
+    if value is None or value != value:
+        return ""
     if isinstance(value, bool) or not isinstance(value, str | Number):
         raise UserError(
             f"{where}: the {name} is of type {type(value).__name__}; make it a string, or a number"
         )
+    return str(value)
 
 
 def _check_unique(data: str, hashes: np.ndarray) -> None:

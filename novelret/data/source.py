@@ -332,6 +332,8 @@ def read_jsonl(path: Path, expected: str = "a JSON object with _id and text") ->
             row = json.loads(line.rstrip("\r\n"))  # the decoder counts columns from the last line break
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+            raise UserError(f"{where}: JSON that cannot be read ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected {expected}, found {type(row).__name__}")
         if "\\u" in line:  # only an escape can hold half of a surrogate pair, of a text cut in an emoji

@@ -345,10 +345,14 @@ def test_bad_options_each_have_their_line(chain, world, encoder, capsys, tmp_pat
         "nameless: is no folder here": ["eval", *common, "--model", "nameless", "--k", 5, "--base-depth", 5, *out],
         "no such folder; make it with `novelret index`": ["eval", "--data", world, "--index", tmp_path / "x", *out],
         "expected float32 or float16": ["index", "--data", world, "--model", encoder, "--dtype", "int4", *out],
-        "faiss does not know it": ["index", "--data", world, "--model", encoder, "--factory", "Best", *out],
+        "faiss does not take it (": ["index", "--data", world, "--model", encoder, "--factory", "Best", *out],
         "unknown option 'colour'": ["index", "--config", tmp_path / "bad.yaml", *out],
+        "'seed' stands outside the commands' sections": ["train", "--config", tmp_path / "beside.yaml", *out],
+        "'model' and 'models' are one option": ["eval", "--config", tmp_path / "twice.yaml", *out],
     }  # fmt: skip
     (tmp_path / "bad.yaml").write_text("colour: red\n")
+    (tmp_path / "beside.yaml").write_text("seed: 1\ntrain:\n  steps: 2\n")
+    (tmp_path / "twice.yaml").write_text("model: [a=x]\nmodels: [b=y]\n")
     if "OPENAI" in str(cases):
         monkeypatch.setenv("NOVELRET_STORE", str(tmp_path / "store.sqlite"))
     judge = ["--judge", f"file:{world}/judgements.tsv"]

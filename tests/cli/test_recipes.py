@@ -14,7 +14,7 @@ import yaml
 from novelret import recipe
 from novelret.artifacts import Manifest, read_manifest, write_manifest
 from novelret.cli import app, main
-from novelret.cli.recipe import _check_inputs
+from novelret.cli.recipe import _check_inputs, _is_to_go_on
 from novelret.errors import UserError
 from novelret.evaluate.config import check_config as check_evaluation
 from novelret.label.cost import find_price
@@ -239,6 +239,16 @@ def test_every_stage_is_checked_before_the_first_runs(world, encoder, tmp_path, 
     (tmp_path / "mine.yaml").write_text("lable:\n  depth: 3\n")
     assert "recipe mine.yaml: 'lable' is no command" in fails(capsys, "recipe", "run", "mine.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("now", "goes_on"), [("1e2", True), (30, True), (None, True), (25, False), (0, False)]
+)
+def test_a_cap_is_a_number_however_yaml_reads_it(tmp_path, now, goes_on):
+    facts = {"stopped": "--max-cost 25 reached"}
+    manifest = {"kind": "labels", "config": {"max_cost": 25.0}, "facts": facts}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert _is_to_go_on(tmp_path, {"max-cost": now}) == goes_on
 
 
 @pytest.mark.parametrize("cap", ["max-requests", "max_requests"])

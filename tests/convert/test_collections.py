@@ -185,6 +185,24 @@ def test_trec_json_documents_and_xml_topics(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_trec_json_texts_are_strings_or_numbers(tmp_path, capsys):
+    (tmp_path / "topics.xml").write_text(XML_TOPICS)
+    qrels = write_lines(tmp_path / "qrels.txt", ["1 0 0 1"])
+    rest = ["--split", f"test={tmp_path / 'topics.xml'},{qrels}", "--out", tmp_path / "out"]
+    for row in (
+        {"id": 0, "contents": ["a", "b"]},
+        {"id": 0, "title": {"a": "b"}},
+        {"id": ["0"], "text": "a"},
+    ):
+        docs = write_lines(tmp_path / "docs.jsonl", [json.dumps(row)])
+        said = fails(capsys, "trec", "--corpus", docs, *rest)
+        assert "docs.jsonl:1: the " in said
+        assert "make it a string, or a number" in said
+    docs = write_lines(tmp_path / "docs.jsonl", ['{"id": 0, "title": NaN, "text": NaN, "body": "b"}'])
+    convert(capsys, "trec", "--corpus", docs, *rest)
+    assert rows_of(tmp_path / "out" / "corpus.jsonl") == [{"_id": "0", "title": "", "text": "b"}]
+
+
 def test_trec_files_cut_off_are_named(tmp_path, capsys):
     (tmp_path / "docs").write_text(SGML[:-8])
     (tmp_path / "topics.txt").write_text(TOPICS)
@@ -397,6 +415,31 @@ def test_ids_that_index_would_refuse_are_refused(dataset, tmp_path, capsys):
     pq.write_table(pa.table(table), dataset / "train-00000.parquet")
     said = fails(capsys, "hf", "--dataset", dataset, "--item-id-column", "i", "--out", tmp_path / "out")
     assert "(train): row 1: the _id 'B 7' holds a space" in said
+
+
+def test_hugging_face_texts_are_strings_or_numbers(dataset, tmp_path, capsys):
+    (dataset / "test-00000.parquet").unlink()
+    path, common = dataset / "train-00000.parquet", ["hf", "--dataset", dataset, "--out", tmp_path / "out"]
+    for column in ("query", "t"):
+        table = {"query": ["a"], "document": ["b"], "t": ["c"]} | {column: [["x", "y"]]}
+        pq.write_table(pa.table(table), path)
+        said = fails(capsys, *common, "--title-column", "t")
+        assert f"row 1: the {column} is of type list; make it a string, or a number" in said
+    pq.write_table(pa.table({"query": ["a", "b"], "document": ["b", "c"], "t": [float("nan"), 2.5]}), path)
+    convert(capsys, *common, "--title-column", "t")
+    assert [row["title"] for row in rows_of(tmp_path / "out" / "corpus.jsonl")] == ["", "2.5"]
+
+
+def test_hugging_face_files_that_break_off_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    good = json.dumps({"query": "a", "document": "b"})
+    (folder / "train-0.jsonl").write_text(f"{good}\n")
+    (folder / "train-1.jsonl").write_text('{"query": broken')
+    said = fails(capsys, "hf", "--dataset", folder, "--out", tmp_path / "out")
+    assert "(train): cannot be read behind row 1 (" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_hugging_face_columns_and_splits_are_checked(dataset, tmp_path, capsys):

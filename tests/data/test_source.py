@@ -89,6 +89,31 @@ def test_a_corpus_of_titles_alone_is_told(data, tmp_path):
     assert open_catalog(tmp_path / "items.arrow").texts_at(range(3)) == ["one", "two", "three"]
 
 
+def test_an_empty_cell_of_a_table_is_no_text(data, tmp_path):
+    """As pandas writes it, NaN."""
+    nan = float("nan")
+    write_jsonl(
+        data / "corpus.jsonl", [{"_id": "a", "title": nan, "text": "x"}, {"_id": 0, "title": 7, "text": nan}]
+    )
+    assert catalog_of(data, tmp_path).texts_at([0, 1]) == ["x", "7"]
+    for row, said in (
+        ({"_id": "a", "title": nan, "text": nan}, "item 'a' has neither title nor text"),
+        ({"_id": nan, "text": "x"}, "corpus.jsonl:1: no _id"),
+    ):
+        write_jsonl(data / "corpus.jsonl", [row])
+        with pytest.raises(UserError, match=said):
+            catalog_of(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"_id": ' + "1" * 5_000 + ', "text": "a"}', '{"_id": "a", "text": ' + "[" * 100_000]
+)
+def test_what_python_cannot_read_as_json_is_named(data, tmp_path, line):
+    (data / "corpus.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"corpus.jsonl:1: (JSON that cannot be read|malformed)"):
+        catalog_of(data, tmp_path)
+
+
 @pytest.mark.parametrize("header", [True, False])
 def test_qrels_header_is_detected(data, header):
     write_qrels(data / "qrels" / "train.tsv", [("q00", "i01", 1)], header=header)
