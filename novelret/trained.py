@@ -10,11 +10,11 @@ import numpy as np
 
 from novelret.artifacts import MANIFEST, is_kind, read_manifest
 
-QUERIES, MIRRORED = "queries.npy", "mirrored.npy"
-"""Files with the hashes of an encoder's training queries and of items that served it as such.
-
-Those held back to choose the weights are among the former: it looks better on them than on others.
+QUERIES, HELD_BACK, MIRRORED = "queries.npy", "held_back.npy", "mirrored.npy"
+"""Files with the hashes of an encoder's training queries, of those among them that were held back to choose
+its weights by, on which it looks better than on others, too, and of items that served it as queries.
 """
+HASHES = (QUERIES, HELD_BACK, MIRRORED)
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Training:
         folder: of the MODEL or the export that tells.
         init: the encoder that it began with; None for the deployed one, and in exports of before.
         deployed: fingerprint of the deployed query encoder; None in models of before.
+        refit: whether these weights were trained anew on all queries, held-back ones too.
     """
 
     index: str
@@ -36,27 +37,42 @@ class Training:
     folder: Path
     init: str | None = None
     deployed: str | None = None
+    refit: bool = False
 
     def hashes(self, name: str) -> np.ndarray:
         """(n,) uint64 hashes of one of these files; none where a model of before lacks it."""
         path = self.folder / name
         return np.load(path) if path.is_file() else np.empty(0, dtype=np.uint64)
 
+    def trained_on(self) -> np.ndarray:
+        """(n,) uint64 hashes of the queries that the weights, or what they began with, were trained on.
+
+        A model of before may not tell; there are none then.
+        """
+        queries = self.hashes(QUERIES)
+        if self.refit:
+            return queries
+        is_told = (self.folder / HELD_BACK).is_file()
+        return np.setdiff1d(queries, self.hashes(HELD_BACK)) if is_told else queries[:0]
+
     def facts(self) -> dict[str, Any]:
         """As an export's manifest carries it; the hashes lie beside it."""
-        told = ("index", "index_folder", "judges", "init", "deployed")
+        told = ("index", "index_folder", "judges", "init", "deployed", "refit")
         return {name: getattr(self, name) for name in told}
 
 
 def model_of(folder: Path) -> Path:
-    """The MODEL that a kept checkpoint lies in, or the folder itself."""
-    is_checkpoint = folder.parent.name == "checkpoints" and not (folder / MANIFEST).is_file()
-    return folder.parent.parent if is_checkpoint else folder
+    """The MODEL that a kept checkpoint lies in, whatever link leads there, or the folder itself."""
+    lies_at = folder.resolve()
+    if lies_at.parent.name != "checkpoints" or (lies_at / MANIFEST).is_file():
+        return folder
+    is_plain = folder.parent.name == "checkpoints" and not folder.is_symlink()
+    return folder.parent.parent if is_plain else lies_at.parent.parent
 
 
 def training_of(folder: Path) -> Training | None:
     """How the encoder in a folder was trained; None where nothing tells."""
-    folder = model_of(folder)
+    given, folder = folder, model_of(folder)
     if is_kind(folder, "export"):
         facts = read_manifest(folder, "export").facts.get("training")
         return Training(**facts, folder=folder) if facts else None
@@ -67,4 +83,5 @@ def training_of(folder: Path) -> Training | None:
     index, config = manifest.inputs["index"], manifest.config
     lay = config["index"] if isinstance(config["index"], str) else config["index"][0]
     init, deployed = config.get("init"), manifest.facts.get("deployed")
-    return Training(index, lay, list(map(str, judges)), folder, init, deployed)
+    refit = bool(manifest.facts.get("refit") or (given != folder and manifest.facts.get("checkpoints_refit")))
+    return Training(index, lay, list(map(str, judges)), folder, init, deployed, refit)

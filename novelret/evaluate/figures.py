@@ -142,8 +142,8 @@ def bound_of(metric: str, means: dict[str, float], judged: float | None) -> str:
 def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Intervals of every mean; p-values against the base, corrected over the models compared.
 
-    What no query has a figure for has no interval, and no p-value where a model and the base share none; nor
-    has NovelJudged, which is no mean over queries.
+    What hardly any query has a figure for has no interval, and no p-value where a model and the base share
+    none; nor has NovelJudged, which is no mean over queries.
     """
     names = [name for name in per_query[BASE] if not name.startswith("NovelJudged")]
     figures = {model: np.stack([of[name] for name in names], axis=1) for model, of in per_query.items()}
@@ -153,11 +153,11 @@ def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, di
     low, high = (
         end.reshape(shape) for end in bootstrap_intervals(np.concatenate([*figures.values()], axis=1))
     )
-    p_values, shared = np.empty((0, len(names))), np.empty((0, len(names)), dtype=bool)
+    p_values = np.empty((0, len(names)))
     if others:
         differences = np.concatenate([figures[model] - figures[BASE] for model in others], axis=1)
-        p_values = randomization_tests(differences).reshape(shape)
-        shared = (~np.isnan(differences)).any(axis=0).reshape(shape)
+        is_shared = (~np.isnan(differences)).any(axis=0)
+        p_values = np.where(is_shared, randomization_tests(differences), np.nan).reshape(shape)
     corrected = holm(p_values)
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for place, model in enumerate(figures):
@@ -166,7 +166,7 @@ def significance_of(per_query: dict[str, dict[str, np.ndarray]]) -> dict[str, di
             name: {} if math.isnan(start) else {"low": start, "high": end} for name, start, end in ends
         }
     for place, model in enumerate(others):
-        for column in np.flatnonzero(shared[place]):
+        for column in np.flatnonzero(~np.isnan(p_values[place])):
             found = {"p": float(p_values[place, column]), "p_holm": float(corrected[place, column])}
             result[model][names[column]] |= found
     return result

@@ -157,7 +157,7 @@ def _pairs(evaluation: Evaluation) -> str:
     """Models against each other; where they are many, only against the one that is shown."""
     shown = _shown_model(evaluation)
     metrics = list(dict.fromkeys(pair.metric for pair in evaluation.pairs))
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for pair in evaluation.pairs:
         if len(evaluation.lists) <= _ALL_PAIRS or shown in (pair.first, pair.second):
             text = f"{pair.difference:+.{digits_of(pair.metric)}f}"
@@ -166,13 +166,15 @@ def _pairs(evaluation: Evaluation) -> str:
                 for model in (pair.first, pair.second)
             )
             text = f"~{text}" if is_bound else text + stars(pair.p_holm)
-            rows.setdefault((pair.first, pair.second), []).append(text)
+            rows.setdefault((pair.first, pair.second), {})[pair.metric] = text
     if not rows:
         return ""
-    lines = [_row([f"{escape(a)} − {escape(b)}", *cells]) for (a, b), cells in rows.items()]
-    return "<h3>Between the models</h3><p>Differences of means; marks as above.</p>" + _table(
-        ["pair", *metrics], lines
-    )
+    lines = [
+        _row([f"{escape(a)} − {escape(b)}", *(cells.get(metric, "–") for metric in metrics)])
+        for (a, b), cells in rows.items()
+    ]
+    said = "Mean differences over the queries for which both have a figure; marks as above."
+    return f"<h3>Between the models</h3><p>{said}</p>" + _table(["pair", *metrics], lines)
 
 
 def _cells(evaluation: Evaluation, model: str, names: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 _GROUPS = 10_000  # of which a standard error is known to within a hundredth
 _CHUNK, _CELLS = 500, 1 << 24  # resamples at a time, and resamples × queries: memory stays flat
 _COLUMNS = 256  # differences of two models' figures at a time
+_LEAST_QUERIES = 5  # of which resamples tell something
 
 
 def bootstrap_intervals(
@@ -29,7 +30,7 @@ def bootstrap_intervals(
         seed: decides the resamples; the same seed pairs the resamples of several models.
 
     Returns:
-        (M,) lower and (M,) upper ends; NaN for a column without figures.
+        (M,) lower and (M,) upper ends; NaN for a column with fewer than 5 figures.
     """
     sums, known = _by_group(values)
     n_groups = len(sums)
@@ -43,10 +44,10 @@ def bootstrap_intervals(
         with np.errstate(invalid="ignore", divide="ignore"):
             means.append((counts @ sums) / (counts @ known))
     tail = (1 - level) / 2
-    # A resample may hold none of a rare figure's queries; a column without any stays NaN.
+    # A resample may hold none of a rare figure's queries.
     drawn = np.concatenate(means)
     ends = np.full((2, values.shape[1]), np.nan)
-    some = ~np.isnan(drawn).all(axis=0)
+    some = known.sum(axis=0) >= _LEAST_QUERIES
     ends[:, some] = np.nanquantile(drawn[:, some], [tail, 1 - tail], axis=0)
     return ends[0], ends[1]
 
@@ -97,10 +98,11 @@ def _chunk(groups: int) -> int:
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """p-values corrected for being several (Holm, 1979), along the first axis."""
-    order = np.argsort(p_values, axis=0, kind="stable")
-    factors = np.arange(len(p_values), 0, -1).reshape(-1, *([1] * (p_values.ndim - 1)))
-    ordered = np.minimum(1.0, np.take_along_axis(p_values, order, axis=0) * factors)
+    """p-values corrected for being several (Holm, 1979), along the first axis; NaN is no test and stays."""
+    order = np.argsort(p_values, axis=0, kind="stable")  # NaN last
+    tests = (~np.isnan(p_values)).sum(axis=0)
+    ranks = np.arange(len(p_values)).reshape(-1, *([1] * (p_values.ndim - 1)))
+    ordered = np.minimum(1.0, np.take_along_axis(p_values, order, axis=0) * np.maximum(tests - ranks, 1))
     corrected = np.empty_like(ordered)
     np.put_along_axis(corrected, order, np.maximum.accumulate(ordered, axis=0), axis=0)
     return corrected
@@ -128,7 +130,7 @@ class PairTest:
 
 
 def compare_pairs(per_query: dict[str, dict[str, np.ndarray]], metrics: list[str]) -> list[PairTest]:
-    """Paired tests between all models, on some metrics.
+    """Paired tests between all models, on some metrics; none where two share no query with a figure.
 
     Args:
         per_query: model → metric → (Q,) figures.
@@ -142,17 +144,18 @@ def compare_pairs(per_query: dict[str, dict[str, np.ndarray]], metrics: list[str
     for start in range(0, len(pairs), step):
         some = pairs[start : start + step]
         differences = np.stack([per_query[a][m] - per_query[b][m] for a, b in some for m in metrics], axis=1)
-        known = ~np.isnan(differences)
-        sums = np.where(known, differences, 0.0).sum(axis=0)
-        means.append((sums / np.maximum(known.sum(axis=0), 1)).reshape(len(some), len(metrics)))
+        known = (~np.isnan(differences)).sum(axis=0)
+        means.append((np.nansum(differences, axis=0) / np.maximum(known, 1)).reshape(len(some), len(metrics)))
         # By one seed, so that all pairs share the sign flips.
-        p_values.append(randomization_tests(differences).reshape(len(some), len(metrics)))
+        p = np.where(known > 0, randomization_tests(differences), np.nan)
+        p_values.append(p.reshape(len(some), len(metrics)))
     difference, p = np.concatenate(means), np.concatenate(p_values)
     corrected = holm(p)
     return [
         PairTest(a, b, metric, *(float(of[row, column]) for of in (difference, p, corrected)))
         for row, (a, b) in enumerate(pairs)
         for column, metric in enumerate(metrics)
+        if not np.isnan(p[row, column])
     ]
 
 

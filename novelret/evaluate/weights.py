@@ -92,9 +92,9 @@ def merged_by_bucket(weights: np.ndarray, per_query: dict[str, dict[str, np.ndar
             float(weights[kept].max()),
             {
                 model: {
-                    metric: float(np.average(values[kept], weights=by[kept]))
+                    metric: float(np.average(values[here], weights=by[here]))
                     for metric, values in figures.items()
-                    if metric.startswith("Merged")
+                    if metric.startswith("Merged") and (here := kept & ~np.isnan(values) & (by > 0)).any()
                 }
                 for model, figures in per_query.items()
             },

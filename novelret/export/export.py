@@ -22,7 +22,7 @@ from novelret.artifacts import (
 from novelret.errors import UserError
 from novelret.export.difference import SAMPLES, difference_of
 from novelret.progress import Reporter
-from novelret.trained import MIRRORED, QUERIES, training_of
+from novelret.trained import HASHES, training_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -93,7 +93,7 @@ def export_model(
             training = training_of(model)
             if training is not None:
                 facts["training"] = training.facts()
-                for name in (QUERIES, MIRRORED):
+                for name in HASHES:
                     np.save(folder / name, training.hashes(name))
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, {"model": exported}, identity, facts))

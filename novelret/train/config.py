@@ -200,6 +200,8 @@ class TrainConfig(Asking):
             alpha, beta = alpha + beta, 0.0
         policy = round(alpha * self.batch_size)
         base = min(round(beta * self.batch_size), self.batch_size - policy)
+        if self.gamma == 0 and alpha + beta > 0:  # what rounding leaves is no feedback
+            base, policy = (self.batch_size - policy, policy) if beta > 0 else (0, self.batch_size)
         return self.batch_size - policy - base, base, policy
 
     @property
@@ -271,20 +273,28 @@ def check_config(config: TrainConfig, catalog_size: int) -> None:
 
 
 def _check_shares(config: TrainConfig) -> None:
-    """Refuse a batch too small for a share of it that a judge or labels are there for."""
-    _, base, policy = config.states_by_source
-    if config.judge is not None and policy == 0:
-        raise UserError(
-            f"--alpha {config.alpha}: not one of --batch-size {config.batch_size} states is drawn from the "
-            "policy, which --judge would be asked about; raise one of them"
-        )
-    is_list = config.objective in LIST_OBJECTIVES
-    learns = config.objective != "supervised" and (config.gamma < 1 if is_list else config.beta > 0)
-    if config.label_folders and learns and (policy if is_list else base) == 0:
-        raise UserError(
-            f"--gamma {config.gamma}: not one of --batch-size {config.batch_size} states is drawn for what "
-            "--labels say; lower it, or raise --batch-size"
-        )
+    """Refuse a batch too small for one of its shares."""
+    if config.objective == "supervised":
+        return
+    feedback, base, policy = config.states_by_source
+    gamma, alpha, drawn, labelled = (
+        f"--gamma {config.gamma}",
+        f"--alpha {config.alpha}",
+        config.alpha,
+        config.beta,
+    )
+    if (
+        config.objective in LIST_OBJECTIVES
+    ):  # all but feedback is drawn from the policy, and labels say what of it
+        drawn, base, labelled = 0.0, policy, 1 - config.gamma
+    both = f"{gamma}, {alpha}" if drawn > 0 else gamma
+    for share, count, options, what in (
+        (config.gamma, feedback, gamma, "is feedback; raise one of them, or set it to 0"),
+        (drawn, policy, alpha, "is drawn from the policy; raise one of them, or set it to 0"),
+        (labelled, base, both, "is drawn for what --labels say; lower it, or raise --batch-size"),
+    ):
+        if share > 0 and count == 0:
+            raise UserError(f"{options}: not one of --batch-size {config.batch_size} states {what}")
 
 
 def _check_choices(config: TrainConfig) -> None:

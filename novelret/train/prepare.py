@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from novelret import encode
-from novelret.artifacts import fingerprint_file, is_kind, read_manifest
+from novelret.artifacts import fingerprint_file, hash_texts
 from novelret.blocks import check_embeddings, read_rows
-from novelret.data.split import Split, load_split
+from novelret.data.split import Split, load_split, plain_texts
 from novelret.errors import UserError
 from novelret.index import (
     Index,
@@ -170,7 +170,7 @@ def prepare(
         load_reward(config.reward),
         _some(found.pool, train_rows),
     )
-    _check_rewards(config, material)
+    _check_rewards(config, material, 0 if inputs.labels is None else len(inputs.labels))
     if deployed is not None and is_weighed:
         material = weigh_labels(
             material, _some(deployed, train_rows), index.embeddings, config.seed, processes, report
@@ -237,29 +237,21 @@ def _warn_of_start(config: TrainConfig, start: SentenceTransformer, split: Split
             "better served than queries that it never saw; better start from the deployed encoder"
         )
     training = training_of(Path(str(config.init)))  # of a kept checkpoint, its MODEL's
-    if config.validation_fraction == 0 or training is None or not is_kind(training.folder, "model"):
+    if training is None:
         return
-    before = read_manifest(training.folder, "model")
-    if before.inputs["split"] != split.fingerprint:
-        return
-    is_kept = training.folder.resolve() != Path(str(config.init)).resolve()
-    if before.facts.get("refit") or (is_kept and before.facts.get("checkpoints_refit")):
+    _, rows = hold_back(split, config.validation_fraction, config.seed)
+    held_back = hash_texts(plain_texts([split.query_texts[row] for row in rows]))
+    known = int(np.isin(held_back, training.trained_on()).sum())
+    if known:
         report.warn(
-            f"--init {config.init}: was trained anew on all of these queries in the end, those that are held "
-            "back here too, and looks better on them than it is; train it with --no-refit"
-        )
-        return
-    held_back = {name: before.config[name] for name in ("seed", "validation_fraction")}
-    now = {name: getattr(config, name) for name in held_back}
-    if held_back != now:
-        report.warn(
-            f"--init {config.init}: was trained with --seed {held_back['seed']} and --validation-fraction "
-            f"{held_back['validation_fraction']}, so on some of the queries that are held back here, and "
-            "looks better on them than it is; give the same two"
+            f"--init {config.init}: was trained on {known:,} of the {len(rows):,} queries that are held back "
+            "here, and looks better on them than it is; train it with --no-refit and the same --seed, "
+            "--validation-fraction and queries, or begin with the deployed encoder"
         )
 
 
-def _check_rewards(config: TrainConfig, material: Material) -> None:
+def _check_rewards(config: TrainConfig, material: Material, labels: int) -> None:
+    """Refuse a training without a positive reward; `labels` are those of held-back queries as well."""
     if len(material.positives) or config.objective == "supervised":
         return
     draws_labelled = config.beta > 0 and config.draw != "plain" and config.objective not in LIST_OBJECTIVES
@@ -267,7 +259,12 @@ def _check_rewards(config: TrainConfig, material: Material) -> None:
     if config.label_folders and not len(material.labels):
         raise UserError(
             f"--labels: hold no pair of the {len(material.split):,} training queries of split "
-            f"{config.split}; were they made for another --split or --data?"
+            f"{config.split}; "
+            + (
+                "what they hold is of held-back queries, so lower --validation-fraction"
+                if labels
+                else "were they made for another --split or --data?"
+            )
         )
     if config.judge is not None or config.objective == "supervised-judged":
         if not draws_labelled:

@@ -12,7 +12,8 @@ MODEL/
   checkpoints/step-N/   the best checkpoints (--keep)
   judgements.parquet    what was asked during training (--judge)
   queries.npy           hashes of the queries that were trained on or held back to choose by, here or in what
-                        --init names, so that eval can tell; mirrored.npy of items that served as queries
+                        --init names, so that eval can tell; held_back.npy of those that only chose,
+                        mirrored.npy of items that served as queries
 """
 
 from __future__ import annotations

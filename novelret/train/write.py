@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from novelret import encode
 from novelret.artifacts import Manifest, hash_texts, read_json, write_config, write_json, write_manifest
-from novelret.data.split import plain_texts
+from novelret.data.split import Split, plain_texts
 from novelret.evaluate.chart import Mark, scatter
 from novelret.memory import memory_modules
 from novelret.train import checkpoint
@@ -26,8 +26,16 @@ from novelret.train.log import read_log
 from novelret.train.prepare import Inputs
 from novelret.train.run import Run
 from novelret.train.states import items_as_queries
-from novelret.train.validation import Point, best_first, keeps_budget, pareto, pareto_set, worth_showing
-from novelret.trained import MIRRORED, QUERIES, Training, training_of
+from novelret.train.validation import (
+    Point,
+    best_first,
+    hold_back,
+    keeps_budget,
+    pareto,
+    pareto_set,
+    worth_showing,
+)
+from novelret.trained import HELD_BACK, MIRRORED, QUERIES, Training, training_of
 
 REFIT = "refit"
 _POINTS = "validation.json"
@@ -66,6 +74,7 @@ def write_model(
     start = training_of(Path(config.init)) if config.init else None
     # Held-back queries, too: they chose the weights, which look better on them than on others.
     _save_hashes(folder, QUERIES, inputs.split.query_texts, start)
+    _save_held_back(folder, inputs.split, config, start)
     texts = run.material.split.query_texts
     _save_hashes(folder, MIRRORED, [texts[row] for row in items_as_queries(run.material, config)], start)
     is_refit = run.folder != folder and chosen is not None and chosen.step > 0  # the start is no training
@@ -112,6 +121,14 @@ def _save_hashes(folder: Path, name: str, texts: list[str], start: Training | No
     """Write the hashes of texts that went into its training, and of those that went into its start's."""
     parts = [hash_texts(plain_texts(texts)), *([] if start is None else [start.hashes(name)])]
     np.save(folder / name, np.unique(np.concatenate(parts)))
+
+
+def _save_held_back(folder: Path, split: Split, config: TrainConfig, start: Training | None) -> None:
+    """Write the hashes of the queries that were held back, and that its start was not trained on either."""
+    _, rows = hold_back(split, config.validation_fraction, config.seed)
+    hashes = hash_texts(plain_texts([split.query_texts[row] for row in rows]))
+    known = hashes[:0] if start is None else start.trained_on()
+    np.save(folder / HELD_BACK, np.setdiff1d(hashes, known))
 
 
 def drop_resumables(folder: Path) -> None:

@@ -43,6 +43,9 @@ def test_judged_metrics_by_hand():
     assert merged.density.tolist() == [2, 0]  # item 2 once, and the novel relevant item 7
     assert merged.covered.tolist() == [True, False]
     assert merged.judged.tolist() == [4 / 5, 1.0]  # of base 1, 2, 3 and new 7, 8: all but 8
+    assert np.isnan(
+        metrics.merge(new[:1] & False, verdicts[:1], BASE[:1] * 0 - 1, base_verdicts[:1] * 0 - 1).judged
+    )
     assert metrics.catalog_coverage(ROWS, 2, 10) == 4 / 10
 
 

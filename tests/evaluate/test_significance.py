@@ -22,10 +22,13 @@ def test_bootstrap_agrees_with_scipy():
 
 
 def test_bootstrap_leaves_missing_figures_out():
-    values = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan], [2.0, np.nan]])
+    values = np.full((9, 3), np.nan)
+    values[:6, 0] = [1, 3, 2, 1, 3, 2]
+    values[:4, 2] = 1  # too few for resamples to tell anything
     low, high = bootstrap_intervals(values)
-    assert 1 <= low[0] <= 2 <= high[0] <= 3
-    assert np.isnan(low[1])
+    assert 1 <= low[0] < 2 < high[0] <= 3
+    assert np.isnan(low[1:]).all()
+    assert np.isnan(high[1:]).all()
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -53,6 +56,28 @@ def test_randomization_test_rejects_rarely_under_the_null_and_counts_ties():
 def test_holm_by_hand():
     corrected = holm(np.array([[0.01], [0.04], [0.03], [0.005]]))
     assert corrected[:, 0].tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_counts_tests_alone():
+    corrected = holm(np.array([[np.nan, 0.5], [0.01, np.nan], [0.03, np.nan]]))
+    assert corrected[1:, 0].tolist() == pytest.approx([0.02, 0.03])
+    assert corrected[0, 1] == 0.5
+    assert np.isnan(corrected[0, 0])
+
+
+def test_models_without_a_common_query_are_not_compared():
+    first, second = np.full(20, np.nan), np.full(20, np.nan)
+    first[:10], second[10:] = 1.0, 0.0
+    every = np.arange(20.0) % 3
+    figures = {
+        "x": {"a": first, "b": every},
+        "y": {"a": second, "b": every + 1},
+        "z": {"a": first, "b": every},
+    }
+    tests = {(t.first, t.second, t.metric): t for t in compare_pairs(figures, ["a", "b"])}
+    assert {names for names in tests if names[2] == "a"} == {("x", "z", "a")}
+    assert tests["x", "z", "a"].p_holm == tests["x", "z", "a"].p == 1
+    assert tests["x", "y", "b"].p_holm == pytest.approx(3 * tests["x", "y", "b"].p)
 
 
 def test_pairs_of_models_against_scipy():
@@ -123,7 +148,7 @@ def test_what_has_no_figure_has_neither_interval_nor_p_value():
     per_query = {
         "base": {"a": some, "b": none},
         "x": {"a": some + 1, "b": some},
-        "y": {"a": some, "b": none},
+        "y": {"a": some, "b": none},  # counts for nothing where x is corrected for the others
     }
     found = significance_of(per_query)
     assert found["base"]["b"] == found["y"]["b"] == {}

@@ -95,6 +95,13 @@ def test_plain_draws_are_the_ranks_beyond_l_and_may_be_unknown(material):
     assert 0.3 < np.isnan(batch.rewards).mean() < 0.8
 
 
+def test_without_a_share_of_feedback_rounding_draws_none():
+    assert config(gamma=0.0, alpha=0.5, batch_size=9).states_by_source == (0, 5, 4)
+    assert config(gamma=0.0, alpha=1.0, batch_size=9).states_by_source == (0, 0, 9)
+    assert config(gamma=0.0, objective="swap", batch_size=9).states_by_source == (0, 0, 9)
+    assert config(gamma=0.25, alpha=0.5, batch_size=9).states_by_source == (3, 2, 4)
+
+
 def test_batches_depend_on_seed_and_step_alone(material):
     first, again = (draw_batch(material, config(), 5) for _ in range(2))
     assert np.array_equal(first.items, again.items)
@@ -360,6 +367,12 @@ def test_bad_settings_each_have_their_line():
             "--negatives 41: more than --depth 40; raise that",
         ),
         ({"list_size": 91, "objective": "swap"}, "--list-size 91: the catalog holds 90 items"),
+        ({"gamma": 0.01, "alpha": 0.5}, "--gamma 0.01: not one of --batch-size 24 states is feedback"),
+        ({"alpha": 0.01}, "--alpha 0.01: not one of --batch-size 24 states is drawn from the policy"),
+        (
+            {"alpha": 0.49, "gamma": 0.5},
+            "--gamma 0.5, --alpha 0.49: not one of --batch-size 24 states is drawn for what --labels say",
+        ),
         ({"gamma": 0.99}, "--gamma 0.99: not one of --batch-size 24 states is drawn for what --labels say"),
         ({"gamma": 0.99, "objective": "swap"}, "--gamma 0.99: not one of --batch-size 24 states is drawn"),
         ({"alpha": 0.6}, "--alpha 0.6 --gamma 0.5: neither may be below 0, nor their sum above 1"),

@@ -14,6 +14,7 @@ import threading
 import time
 import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -55,6 +56,7 @@ from novelret.train.validation import (
     measure,
     pareto,
 )
+from novelret.trained import training_of
 from tests.commands import run
 from tests.conftest import COLOURS, THINGS, make_encoder, write_jsonl
 from tests.killing import break_off_at, start
@@ -156,14 +158,51 @@ def test_starting_from_a_model_that_held_back_others_is_said(command, capsys, tm
     _, err = train(capsys, command, tmp_path / "same", *ADAPTER, "--keep", 20, "--init", tmp_path / "first")
     assert "looks better on them" not in err
     _, err = train(capsys, command, tmp_path / "again", *ADAPTER, "--init", tmp_path / "same")
-    assert "was trained anew on all of these queries in the end" in err
+    assert "queries that are held back here, and looks better on them" in err
     assert "train it with --no-refit" in err
     kept = tmp_path / "same" / "checkpoints" / "step-12"
     _, err = train(capsys, command, tmp_path / "kept", *ADAPTER, "--init", kept)
-    assert "was trained anew on all of these queries in the end" in err
+    assert "queries that are held back here, and looks better on them" in err
     _, err = train(capsys, command, tmp_path / "other", *ADAPTER, "--init", tmp_path / "first", "--seed", 1)
-    assert "was trained with --seed 0" in err
     assert "looks better on them" in err
+
+
+def test_more_feedback_does_not_hide_what_a_start_was_trained_on(command, world, capsys, tmp_path):
+    train(capsys, command, tmp_path / "refit", *ADAPTER)
+    train(capsys, command, tmp_path / "kept-back", *ADAPTER, "--no-refit")
+    assert run(capsys, "export", "--model", tmp_path / "refit", "--out", tmp_path / "export")[0] == 0
+    shutil.copytree(world, tmp_path / "data")
+    pairs = tmp_path / "data" / "qrels" / "train.tsv"
+    query, item, score = pairs.read_text().splitlines()[-1].split("\t")
+    (other,) = {"i00", "i39"} - {item} if item in ("i00", "i39") else ("i00",)
+    pairs.write_text(f"{pairs.read_text()}{query}\t{other}\t{score}\n")
+    for init, seed, told in (
+        ("refit", 0, True),
+        ("export", 0, True),
+        ("kept-back", 0, False),
+        ("kept-back", 1, True),
+    ):
+        _, err = train(
+            capsys, command, tmp_path / f"of-{init}-{seed}", *ADAPTER, "--no-refit", "--seed", seed, "--data",
+            tmp_path / "data", "--init", tmp_path / init,
+        )  # fmt: skip
+        assert ("looks better on them than it is" in " ".join(err.split())) == told, (init, seed)
+    # What the start held back, its own start may have been trained on.
+    held_back = np.load(tmp_path / "of-refit-0" / "held_back.npy")
+    assert len(held_back) == 0 < len(np.load(tmp_path / "of-kept-back-0" / "held_back.npy"))
+
+
+def test_a_kept_checkpoint_is_known_by_whatever_path(command, index_folder, capsys, tmp_path, monkeypatch):
+    train(capsys, command, tmp_path / "model", *ADAPTER, "--keep", 1)
+    (kept,) = (tmp_path / "model" / "checkpoints").iterdir()
+    (tmp_path / "best").symlink_to(kept)
+    monkeypatch.chdir(kept.parent)
+    known = training_of(kept)
+    assert known is not None
+    for path in (tmp_path / "best", Path(kept.name), Path("..") / "checkpoints" / kept.name):
+        found = training_of(path)
+        assert found is not None
+        assert (found.folder.resolve(), found.refit) == (known.folder, known.refit)
 
 
 def test_gradient_checkpointing_changes_memory_only(command, capsys, tmp_path):

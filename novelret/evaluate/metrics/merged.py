@@ -17,7 +17,7 @@ class Merged:
         added: (Q,) novel items that the new model adds.
         density: (Q,) relevant items in the merged list.
         covered: (Q,) bool, whether there is any.
-        judged: (Q,) share of its items that are judged.
+        judged: (Q,) share of its items that are judged; NaN where it has none.
     """
 
     added: np.ndarray
@@ -47,4 +47,6 @@ def merge(
     added = new.sum(axis=1)
     density = (base_verdicts == RELEVANT).sum(axis=1) + (new & (verdicts == RELEVANT)).sum(axis=1)
     judged = (base_verdicts != UNKNOWN).sum(axis=1) + (new & (verdicts != UNKNOWN)).sum(axis=1)
-    return Merged(added, density, density > 0, judged / np.maximum((base >= 0).sum(axis=1) + added, 1))
+    lengths = (base >= 0).sum(axis=1) + added
+    share = np.divide(judged, lengths, out=np.full(len(new), np.nan), where=lengths > 0)
+    return Merged(added, density, density > 0, share)
