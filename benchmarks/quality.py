@@ -67,8 +67,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised-judged": NAMED | {"objective": "supervised-judged"},
     "supervised-judged-hard": NAMED | {"objective": "supervised-judged", "hard_negatives": 5},
     "supervised-judged-noes": NAMED | {"objective": "supervised-judged", "judged_negatives": 20},
-    # The default in all but its loss.
+    # The default in all but its loss; of feedback alone it does not tell by itself whether items are queries.
     "judged-noes-as-default": {"objective": "supervised-judged", "judged_negatives": 20, "tune": "memory"},
+    "supervised-as-default": {"objective": "supervised", "tune": "memory"},
+    "supervised-as-default-mirror": {"objective": "supervised", "tune": "memory", "mirror": "always"},
     "conservative": NAMED | {"objective": "pg-ret", "loss": "conservative"},
     "aggressive": NAMED | {"objective": "pg-ret", "loss": "aggressive"},
     "reinforce": NAMED | {"objective": "reinforce"},
@@ -93,7 +95,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised-whole": NAMED | {"objective": "supervised", "tune": "full", "blends": 10},
 }
 # Half an hour a run on a CPU, and at rates of its own, --rates 5e-5; and as long as the default, at its 1e-3.
-ON_REQUEST = ("whole-encoder", "supervised-whole", "judged-noes-as-default")
+ON_REQUEST = (
+    "whole-encoder",
+    "supervised-whole",
+    "judged-noes-as-default",
+    "supervised-as-default",
+    "supervised-as-default-mirror",
+)
 # An exact draw of lists from the whole catalog makes a step of the first two cost ten times another's.
 FIRST_L_ONLY = ("reinforce", "v-pg", "supervised-memory", "supervised-refit", "conservative-refit")
 OURS = "default"
@@ -234,7 +242,10 @@ def main() -> None:
     parser.add_argument("--keep-models", action="store_true")
     options = parser.parse_args()
     depths = [int(depth) for depth in options.depth.split(",")]
-    options.lengths = list(zip(map(int, options.lengths.split(",")), depths, strict=False))
+    lengths = [int(length) for length in options.lengths.split(",")]
+    if len(lengths) != len(depths):
+        parser.error(f"--L {options.lengths}, --depth {options.depth}: give a depth for each L")
+    options.lengths = list(zip(lengths, depths, strict=True))
     options.rates = [float(rate) for rate in options.rates.split(",")]
     methods = [method for method in options.methods.split(",") if method]
     unknown = [method for method in methods if method not in METHODS]
