@@ -38,6 +38,7 @@ from quality_figures import at_equal_recall, ratio_interval, t_interval
 from quality_runs import (
     Job,
     Result,
+    check_data,
     explicit,
     identity,
     labels_folder,
@@ -268,8 +269,9 @@ def main() -> None:
 
 def prepared(pool: ProcessPoolExecutor, options: argparse.Namespace, named: dict[str, str]) -> list[Setting]:
     """Every data set at every L, indexed and labelled."""
-    for name in named:
+    for name, data in named.items():
         (options.out / name / "runs").mkdir(parents=True, exist_ok=True)
+        check_data(options.out / name, Path(data))
     sizes = "-".join([*(f"{length}-{depth}" for length, depth in options.lengths), options.recall_of])
     jobs = [
         {

@@ -29,7 +29,7 @@ from novelret import (
     evaluate_models,
     train_model,
 )
-from novelret.artifacts import fingerprint_of, read_json, write_json
+from novelret.artifacts import fingerprint_file, fingerprint_of, read_json, write_json
 from novelret.train.validation import Point
 
 Job = dict[str, Any]
@@ -43,6 +43,20 @@ SOURCES = {"feedback": ("base-novel",), "known": ("base-novel", "base-top")}
 def labels_folder(folder: Path, length: int, depth: int, recall_of: str) -> Path:
     """Where the labels of a set lie."""
     return folder / f"labels-{length}-{depth}{'-top' if recall_of == 'known' else ''}"
+
+
+def check_data(folder: Path, data: Path) -> None:
+    """Refuse to put a set's runs beside those of other data of the same name.
+
+    Raises:
+        SystemExit: the set's files are not those that the folder's runs were made from.
+    """
+    files = sorted(path for path in data.rglob("*") if path.is_file())
+    found = fingerprint_of({str(path.relative_to(data)): fingerprint_file(path) for path in files})
+    told = folder / "data.json"
+    if told.is_file() and read_json(told)["fingerprint"] != found:
+        raise SystemExit(f"{folder}: holds runs on other data than {data} holds now; give another OUT")
+    write_json(told, {"data": str(data), "fingerprint": found})
 
 
 def pool_of(jobs: int) -> ProcessPoolExecutor:

@@ -214,3 +214,15 @@ def test_one_rate_is_not_tried_before_it_is_taken() -> None:
     )
     found = quality.choose_rates(None, [setting], ["supervised", "default"])
     assert found == {("set", 50, "supervised"): 0.01}
+
+
+def test_runs_on_other_data_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    data, folder = tmp_path / "data", tmp_path / "out"
+    (data / "qrels").mkdir(parents=True)
+    folder.mkdir()
+    (data / "qrels" / "test.tsv").write_text("a")
+    for _ in range(2):
+        quality_runs.check_data(folder, data)
+    (data / "qrels" / "test.tsv").write_text("b")
+    with pytest.raises(SystemExit, match="holds runs on other data"):
+        quality_runs.check_data(folder, data)
