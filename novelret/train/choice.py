@@ -9,6 +9,7 @@ from novelret.train.validation import Point, keeps_budget
 
 _MOSTLY = 0.5
 _FEW = 30  # items; their number is uncertain by a fifth and more
+_TURNED_DOWN = 0.25  # share of a memory
 
 
 def say_budget(start: Point, judged_top: float, config: TrainConfig, report: Reporter) -> None:
@@ -87,3 +88,8 @@ def say_choice(
         f"{chosen.novelty:.2f}, relevant novel {found}, recall {chosen.recall:.4f} (deployed "
         f"{base_recall:.4f})"
     )
+    if chosen.step > 0 and chosen.memory <= _TURNED_DOWN:
+        report.note(
+            f"only {chosen.memory:.0%} of the memory is kept: what is known of other queries says little of "
+            "these. A whole encoder may bring more then (--tune full --learning-rate 5e-5)"
+        )

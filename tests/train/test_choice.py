@@ -99,3 +99,11 @@ def test_of_dozens_of_blends_those_are_shown_that_no_other_beats() -> None:
         "step-80-share-0.5",
         "step-80-share-0.5-memory-0.1",
     ]
+
+
+def test_a_memory_that_is_turned_down_is_told() -> None:
+    for memory, told in ((1.0, False), (0.5, False), (0.1, True)):
+        console = Console(file=io.StringIO(), width=400)
+        chosen = replace(GOOD, memory=memory)
+        say_choice(chosen, [START, chosen], 100, TrainConfig(data="d", index="i"), Reporter(console=console))
+        assert ("only 10% of the memory is kept" in console.file.getvalue()) == told
