@@ -126,7 +126,10 @@ def build_index(
     if config.search_params:
         searching["search_params"] = config.search_params
     identity = fingerprint_of(encoding | searching)
-    _empty_faiss(config, int(query_model.get_embedding_dimension() or 0))  # refuses what faiss does not know
+    if not config.faiss:
+        _empty_faiss(
+            config, int(query_model.get_embedding_dimension() or 0)
+        )  # refuses what faiss does not know
     # Hours of encoding are not dropped without being asked; a copy is simply begun anew.
     dear = None if source else encoding
     with open_output(out, fingerprint_of(encoding), force=force, settings=dear) as folder:
@@ -408,8 +411,7 @@ def _empty_faiss(config: IndexConfig, dimension: int) -> Any:
             f"--factory {config.factory}: items are known by their rows, an IDMap wants ids of its own; "
             "leave it out"
         )
-    if not config.faiss:  # whose parameters were checked when it was opened
-        _check_search_params(index, config.search_params, config.factory)
+    _check_search_params(index, config.search_params, config.factory)
     return index
 
 

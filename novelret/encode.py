@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from novelret.artifacts import fingerprint_of, read_json
-from novelret.errors import UserError
+from novelret.errors import UserError, first_line
 from novelret.memory import name_softmax_dimension
 
 if TYPE_CHECKING:
@@ -80,9 +80,8 @@ def load_encoder(path: str | Path, device: str = "cpu") -> SentenceTransformer:
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         missing = "" if is_path else "is no folder here, and "
-        raise UserError(f"{path}: {missing}the model cannot be read ({reason})") from None
+        raise UserError(f"{path}: {missing}the model cannot be read ({first_line(error)})") from None
     if str(model.similarity_fn_name) not in ("cosine", "dot"):
         raise UserError(
             f"{path}: compares by {model.similarity_fn_name} distance, novelret by cosine or dot product; if "

@@ -17,3 +17,8 @@ class BatchesUnderWay(Exception):
             "collect them"
         )
         self.batches, self.requests = batches, requests
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of a fault, on one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from novelret.artifacts import MANIFEST, is_kind, read_manifest
+from novelret.artifacts import MANIFEST, hash_texts, is_kind, read_manifest
+from novelret.data.split import plain_texts
 
 QUERIES, HELD_BACK, MIRRORED = "queries.npy", "held_back.npy", "mirrored.npy"
 """Files with the hashes of an encoder's training queries, of those among them that were held back to choose
 its weights by, on which it looks better than on others, too, and of items that served it as queries.
 """
 HASHES = (QUERIES, HELD_BACK, MIRRORED)
+
+
+def hash_queries(texts: list[str]) -> np.ndarray:
+    """(n,) uint64 hashes of query texts, as these files hold them."""
+    return hash_texts(plain_texts(texts))
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def model_of(folder: Path) -> Path:
     if lies_at.parent.name != "checkpoints" or (lies_at / MANIFEST).is_file():
         return folder
     is_plain = folder.parent.name == "checkpoints" and not folder.is_symlink()
-    return folder.parent.parent if is_plain else lies_at.parent.parent
+    return folder.parent.parent if is_plain else lies_at.parent.parent  # as it was typed, where that will do
 
 
 def training_of(folder: Path) -> Training | None:

@@ -13,7 +13,7 @@ from novelret.convert.pairs import PairWriter, item_id_of, query_id_of
 from novelret.convert.writer import Converted, Writer, check_splits, converted, open_writer
 from novelret.data.catalog import plain_text
 from novelret.data.hub import quiet_datasets
-from novelret.errors import UserError
+from novelret.errors import UserError, first_line
 from novelret.progress import Reporter
 
 
@@ -133,7 +133,7 @@ def _load(dataset: str, config: str | None) -> Any:
         return quiet_datasets().load_dataset(dataset, config, streaming=True)
     except Exception as error:  # whatever the library raises, the user needs one line
         raise UserError(
-            f"{dataset}: cannot be loaded as a Hugging Face data set ({_first_line(error)})"
+            f"{dataset}: cannot be loaded as a Hugging Face data set ({first_line(error)})"
         ) from None
 
 
@@ -147,13 +147,9 @@ def _rows(dataset: str, split: str, stream: Iterable[dict[str, Any]]) -> Iterato
             return
         except Exception as error:
             raise UserError(
-                f"{dataset} ({split}): cannot be read behind row {number - 1} ({_first_line(error)})"
+                f"{dataset} ({split}): cannot be read behind row {number - 1} ({first_line(error)})"
             ) from None
         yield f"{dataset} ({split}): row {number}", row
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _choose(dataset: str, splits: list[str] | None, present: list[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from novelret.artifacts import fingerprint_of
 from novelret.data.source import Row, _qrels_columns
-from novelret.errors import UserError
+from novelret.errors import UserError, first_line
 
 
 def read_hub_part(data: str, part: str) -> Iterator[Row]:
@@ -95,5 +95,4 @@ def quiet_datasets() -> Any:
 def _cannot_load(data: str, error: Exception) -> str:
     if not Path(data).exists() and "/" not in data:
         return f"{data}: no such folder, and no Hugging Face data set could be loaded under this name"
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{data}: cannot be loaded as a Hugging Face data set ({reason})"
+    return f"{data}: cannot be loaded as a Hugging Face data set ({first_line(error)})"

@@ -194,7 +194,7 @@ def is_header(last: str) -> bool:
 
     A number with a slip in it ("1,5") is none of either.
     """
-    return last[:1].isalpha() and not _is_float(last)
+    return last[:1].isalpha() and not is_number(last)
 
 
 def _unquoted(column: str) -> str:
@@ -433,7 +433,8 @@ def _score(where: str, value: Any) -> float:
     return score
 
 
-def _is_float(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a number, finite or not."""
     try:
         float(text)
     except ValueError:

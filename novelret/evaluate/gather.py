@@ -11,9 +11,8 @@ from torch.nn import Module
 from novelret import adapted, encode
 from novelret.artifacts import (
     fingerprint_file,
-    hash_texts,
 )
-from novelret.data.split import Split, load_split, plain_texts
+from novelret.data.split import Split, load_split
 from novelret.evaluate.config import BASE, EvalConfig, check_config
 from novelret.evaluate.human import check_overlap
 from novelret.evaluate.human_sample import read_sample
@@ -35,7 +34,7 @@ from novelret.label.table import LabelTable, empty_table
 from novelret.membership import pairs_in, sorted_union
 from novelret.memory import memory_modules
 from novelret.progress import Reporter
-from novelret.trained import MIRRORED, QUERIES, training_of
+from novelret.trained import MIRRORED, QUERIES, hash_queries, training_of
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _warn_of_training(name: str, path: str, config: EvalConfig, split: Split, re
     training = training_of(Path(path))
     if training is None:
         return
-    texts = hash_texts(plain_texts(split.query_texts))
+    texts = hash_queries(split.query_texts)
     seen = np.isin(texts, training.hashes(QUERIES))
     if seen.any():
         report.warn(

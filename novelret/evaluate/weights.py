@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from novelret.data.source import is_header, read_lines, read_part, split_columns
+from novelret.data.source import is_header, is_number, read_lines, read_part, split_columns
 from novelret.errors import UserError
 
 BUCKETS = ("head", "torso", "tail")
@@ -128,16 +128,8 @@ def _read_file(path: Path) -> dict[str, float]:
     return found
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _number(where: str, value: object) -> float:
-    number = float(str(value)) if _is_number(str(value)) else math.nan
+    number = float(str(value)) if is_number(str(value)) else math.nan
     if not 0 <= number < math.inf:
         raise UserError(f"{where}: the weight {value!r} is not a number of at least 0")
     return number

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from novelret import encode
 from novelret.artifacts import (
     Manifest,
@@ -94,7 +92,8 @@ def export_model(
             if training is not None:
                 facts["training"] = training.facts()
                 for name in HASHES:
-                    np.save(folder / name, training.hashes(name))
+                    if (training.folder / name).is_file():  # a model of before may lack one
+                        shutil.copyfile(training.folder / name, folder / name)
             settings = {"model": str(model), "format": form}
             write_manifest(folder, Manifest("export", settings, {"model": exported}, identity, facts))
     return Exported(out, form, int(encoder.get_embedding_dimension() or 0), difference, keys)

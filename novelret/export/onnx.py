@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from novelret import encode
 from novelret.artifacts import read_json, write_json
-from novelret.errors import UserError
+from novelret.errors import UserError, first_line
 from novelret.export.difference import SAMPLES, TOLERANCE, difference_of
 
 # Batches of other sizes and lengths than the traced one; the last text is longer than most encoders take.
@@ -60,8 +60,7 @@ def write_onnx(encoder: SentenceTransformer, model: Path, folder: Path) -> float
                 verbose=False,
             )
         except Exception as error:  # whatever the exporter raises, the user needs one line
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{model}: cannot be exported to ONNX ({reason})") from None
+            raise UserError(f"{model}: cannot be exported to ONNX ({first_line(error)})") from None
     encoder.tokenizer.save_pretrained(str(folder))
     longest = encoder.max_seq_length
     write_json(

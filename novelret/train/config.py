@@ -277,16 +277,13 @@ def _check_shares(config: TrainConfig) -> None:
     if config.objective == "supervised":
         return
     feedback, base, policy = config.states_by_source
-    gamma, alpha, drawn, labelled = (
-        f"--gamma {config.gamma}",
-        f"--alpha {config.alpha}",
-        config.alpha,
-        config.beta,
-    )
-    if (
-        config.objective in LIST_OBJECTIVES
-    ):  # all but feedback is drawn from the policy, and labels say what of it
+    gamma, alpha = f"--gamma {config.gamma}", f"--alpha {config.alpha}"
+    drawn, labelled = config.alpha, config.beta
+    if config.objective in LIST_OBJECTIVES:
+        # All but feedback is drawn from the policy, and labels say what of it.
         drawn, base, labelled = 0.0, policy, 1 - config.gamma
+    if not config.label_folders:
+        labelled = 0.0
     both = f"{gamma}, {alpha}" if drawn > 0 else gamma
     for share, count, options, what in (
         (config.gamma, feedback, gamma, "is feedback; raise one of them, or set it to 0"),

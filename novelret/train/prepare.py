@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from novelret import encode
-from novelret.artifacts import fingerprint_file, hash_texts
+from novelret.artifacts import fingerprint_file
 from novelret.blocks import check_embeddings, read_rows
-from novelret.data.split import Split, load_split, plain_texts
+from novelret.data.split import Split, load_split
 from novelret.errors import UserError
 from novelret.index import (
     Index,
@@ -43,7 +43,7 @@ from novelret.train.states import Material, gather_material
 from novelret.train.step import negative_ranks
 from novelret.train.tower import Tower, adapter_tower, full_tower, lora_tower
 from novelret.train.trust import weigh_labels
-from novelret.train.validation import Validation, hold_back, known_pairs
+from novelret.train.validation import Validation, held_back_hashes, hold_back, known_pairs
 from novelret.trained import training_of
 
 if TYPE_CHECKING:
@@ -239,13 +239,12 @@ def _warn_of_start(config: TrainConfig, start: SentenceTransformer, split: Split
     training = training_of(Path(str(config.init)))  # of a kept checkpoint, its MODEL's
     if training is None:
         return
-    _, rows = hold_back(split, config.validation_fraction, config.seed)
-    held_back = hash_texts(plain_texts([split.query_texts[row] for row in rows]))
+    held_back = held_back_hashes(split, config.validation_fraction, config.seed)
     known = int(np.isin(held_back, training.trained_on()).sum())
     if known:
         report.warn(
-            f"--init {config.init}: was trained on {known:,} of the {len(rows):,} queries that are held back "
-            "here, and looks better on them than it is; train it with --no-refit and the same --seed, "
+            f"--init {config.init}: was trained on {known:,} of the {len(held_back):,} queries that are held "
+            "back here, and looks better on them than it is; train it with --no-refit and the same --seed, "
             "--validation-fraction and queries, or begin with the deployed encoder"
         )
 

@@ -14,6 +14,7 @@ from novelret.evaluate.metrics import feedback_hits, novel, recall
 from novelret.label.table import RELEVANT, UNKNOWN, LabelTable
 from novelret.row_lists import RowLists
 from novelret.tradeoff import keeps_recall, unbeaten
+from novelret.trained import hash_queries
 
 _NOT_SURE = 100  # judged novel items; few say little of those that are not judged
 
@@ -79,6 +80,12 @@ class Point:
         """What it is called in tables, charts and folders."""
         blend = "" if self.share == 1 else f"-share-{self.share:g}"
         return f"step-{self.step}{blend}" + ("" if self.memory == 1 else f"-memory-{self.memory:g}")
+
+
+def held_back_hashes(split: Split, fraction: float, seed: int) -> np.ndarray:
+    """(n,) uint64 hashes of the queries that `hold_back` holds back (see `trained.hash_queries`)."""
+    _, rows = hold_back(split, fraction, seed)
+    return hash_queries([split.query_texts[row] for row in rows])
 
 
 def hold_back(split: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from novelret import encode
-from novelret.artifacts import Manifest, hash_texts, read_json, write_config, write_json, write_manifest
-from novelret.data.split import Split, plain_texts
+from novelret.artifacts import Manifest, read_json, write_config, write_json, write_manifest
+from novelret.data.split import Split
 from novelret.evaluate.chart import Mark, scatter
 from novelret.memory import memory_modules
 from novelret.train import checkpoint
@@ -29,13 +29,13 @@ from novelret.train.states import items_as_queries
 from novelret.train.validation import (
     Point,
     best_first,
-    hold_back,
+    held_back_hashes,
     keeps_budget,
     pareto,
     pareto_set,
     worth_showing,
 )
-from novelret.trained import HELD_BACK, MIRRORED, QUERIES, Training, training_of
+from novelret.trained import HELD_BACK, MIRRORED, QUERIES, Training, hash_queries, training_of
 
 REFIT = "refit"
 _POINTS = "validation.json"
@@ -119,14 +119,13 @@ def write_model(
 
 def _save_hashes(folder: Path, name: str, texts: list[str], start: Training | None) -> None:
     """Write the hashes of texts that went into its training, and of those that went into its start's."""
-    parts = [hash_texts(plain_texts(texts)), *([] if start is None else [start.hashes(name)])]
+    parts = [hash_queries(texts), *([] if start is None else [start.hashes(name)])]
     np.save(folder / name, np.unique(np.concatenate(parts)))
 
 
 def _save_held_back(folder: Path, split: Split, config: TrainConfig, start: Training | None) -> None:
     """Write the hashes of the queries that were held back, and that its start was not trained on either."""
-    _, rows = hold_back(split, config.validation_fraction, config.seed)
-    hashes = hash_texts(plain_texts([split.query_texts[row] for row in rows]))
+    hashes = held_back_hashes(split, config.validation_fraction, config.seed)
     known = hashes[:0] if start is None else start.trained_on()
     np.save(folder / HELD_BACK, np.setdiff1d(hashes, known))
 

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from novelret.encode import fingerprint_weights, hush_libraries, pick_device
-from novelret.errors import UserError
+from novelret.errors import UserError, first_line
 from novelret.label.questions import Messages, Question, Tally
 from novelret.label.store import Store
 from novelret.label.table import IRRELEVANT, RELEVANT, UNKNOWN
@@ -35,8 +35,7 @@ def load_cross_encoder(name: str, device: str) -> CrossEncoder:
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise on a broken model, the user needs one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: the cross-encoder cannot be read ({reason})") from None
+        raise UserError(f"{name}: the cross-encoder cannot be read ({first_line(error)})") from None
     if getattr(model[0], "transformer_task", None) == "sequence-classification":
         made_as = model.config.architectures or []
         if not any(kind.endswith("ForSequenceClassification") for kind in made_as):

@@ -70,6 +70,11 @@ class _Run:
     held_back: bool = False  # whether no more may be sent until it is known what came of what is under way
     cancelled: str = ""  # that the user cancelled a batch, and so wants nothing more sent
 
+    @property
+    def endpoint(self) -> str:
+        """Its URL, as it may be told."""
+        return shown_url(str(self.client.base_url))
+
 
 def ask_in_batches(
     unanswered: Callable[[], Iterator[Question | None]],
@@ -132,7 +137,7 @@ def ask_in_batches(
                 lost += 1
                 if lost >= _LOST or not wait:
                     raise UserError(
-                        f"openai-batch:{model}: {shown_url(str(client.base_url))}: {reason_of(error)}; what "
+                        f"openai-batch:{model}: {run.endpoint}: {reason_of(error)}; what "
                         "was submitted is kept, so run again later"
                     ) from None
                 if lost == 1:
@@ -227,7 +232,7 @@ def _batch_of(run: _Run, submission: Submission) -> Batch | None:
     Raises:
         UserError: it was sent to another endpoint, or with another account's key.
     """
-    here = shown_url(str(run.client.base_url))
+    here = run.endpoint
     elsewhere = submission.endpoint not in (None, here)
     where = f" to {submission.endpoint}" if elsewhere else ""
     if submission.batch is not None:
@@ -481,12 +486,7 @@ class _File:
         run = self.run
         if self.keys:
             submission = Submission(
-                uuid.uuid4().hex,
-                None,
-                len(self.keys),
-                self.cost,
-                run.tally.run,
-                shown_url(str(run.client.base_url)),
+                uuid.uuid4().hex, None, len(self.keys), self.cost, run.tally.run, run.endpoint
             )
             run.ledger.begin(submission, self.keys)
             run.claims.give_up(self.keys)  # from here on the ledger says where they are
